@@ -1,0 +1,173 @@
+"""What a conversion does, as one validated object: the recipe file, the options and the Python API all end up here.
+
+A recipe is TOML with the tables below; every key has a default, an unknown key is an error. Options on the command line
+and ``--set a.b=c`` replace single values of it. The machine's side (device, output, resume, force) is not part of a
+recipe: the same recipe must give the same bytes anywhere. This module does not import torch.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from spmconvert.errors import RecipeError
+from spmconvert.operator.geometry import Variant
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LayerDesign(_Table):
+    """How one replaced layer is built.
+
+    Attributes:
+        stages: number of stages; None means one pass over all strides, ceil(log2(width / block)).
+        variant: ``general`` or ``rotation``.
+        block: coordinates per block.
+        rank: rank of the low-rank companion.
+    """
+
+    stages: Annotated[int, Field(ge=0)] | None = None
+    variant: Variant = "general"
+    block: Annotated[int, Field(ge=1)] = 1
+    rank: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _rotation_mixes_single_coordinates(self) -> "LayerDesign":
+        if self.variant == "rotation" and self.block != 1:
+            raise ValueError(f"variant rotation needs block 1, found block {self.block}")
+        return self
+
+
+class Override(_Table):
+    """Another design for the layers that a pattern matches; keys that are left out keep the recipe's value."""
+
+    pattern: str
+    stages: Annotated[int, Field(ge=0)] | None = None
+    variant: Variant | None = None
+    block: Annotated[int, Field(ge=1)] | None = None
+    rank: Annotated[int, Field(ge=0)] | None = None
+
+
+class Calibration(_Table):
+    """The text whose activations weight the fit.
+
+    Attributes:
+        file: text file (.txt, one document a paragraph; or .jsonl with a ``text`` key); None fits in the Frobenius norm.
+        rows: number of documents, or of packed blocks for causal models, that are used.
+        tokens: longest row, in tokens.
+        batch_size: rows per forward pass.
+        held_out: share of the rows that is never fitted, only used to measure errors.
+    """
+
+    file: Path | None = None
+    rows: Annotated[int, Field(ge=2)] = 256
+    tokens: Annotated[int, Field(ge=2)] = 128
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+
+
+class Fit(_Table):
+    """How hard the solver tries: the largest number of L-BFGS iterations a layer gets."""
+
+    iterations: Annotated[int, Field(ge=0)] = 200
+
+
+class Recipe(_Table):
+    """One complete conversion."""
+
+    targets: tuple[str, ...] = ("mlp",)
+    ignore: tuple[str, ...] = ()
+    layers: str | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+    dtype: Dtype = "auto"
+    allow_growth: bool = False
+    design: LayerDesign = LayerDesign()
+    overrides: tuple[Override, ...] = ()
+    calibration: Calibration = Calibration()
+    fit: Fit = Fit()
+
+
+def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
+    """Read a recipe file and replace single values in it.
+
+    Args:
+        path: TOML file, or None to start from the defaults. A relative calibration file is relative to the recipe.
+        changes: dotted key -> value, as from ``--set`` and the options; later entries win.
+
+    Raises:
+        RecipeError: when the file does not parse, a key is unknown or a value is outside its range.
+    """
+    table: dict[str, Any] = {} if path is None else _read_toml(path)
+    for key, value in changes.items():
+        _assign(table, key, value)
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError(_first_line(error, path)) from None
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split ``a.b=c`` into the dotted key and a TOML value; a bare word counts as a string.
+
+    Raises:
+        RecipeError: when there is no equals sign or no key.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"--set {text!r} has no key=value form; write for example --set fit.iterations=300")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}; fix the file") from None
+    calibration = table.get("calibration")
+    if isinstance(calibration, dict) and isinstance(calibration.get("file"), str):
+        calibration["file"] = str(path.parent / calibration["file"])
+    return table
+
+
+def _assign(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"key {key!r} goes through {parent!r}, which is a value and not a table")
+    table[last] = value
+
+
+def _first_line(error: ValidationError, path: Path | None) -> str:
+    place = "options" if path is None else f"recipe {path}"
+    problems = []
+    for item in error.errors():
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}; known keys are {', '.join(_known_keys(item['loc'][:-1]))}")
+        else:
+            problems.append(f"{key} = {item['input']!r}: {item['msg'].lower()}")
+    return f"{place}: " + " | ".join(problems)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    tables: dict[str, type[BaseModel]] = {
+        "design": LayerDesign,
+        "overrides": Override,
+        "calibration": Calibration,
+        "fit": Fit,
+    }
+    if location:
+        model = tables.get(str(location[0]), Recipe)
+    return list(model.model_fields)
