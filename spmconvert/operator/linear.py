@@ -1,0 +1,184 @@
+"""SPMLinear: the layer that takes the place of nn.Linear.
+
+It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference`` and
+``merged``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
+``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of loading
+something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
+
+Without gradients the merged blocks are cached until a parameter changes. A change is seen by the parameter's version
+counter, storage, dtype and device, that is for in-place operations, optimizer steps, ``load_state_dict`` and ``.to``.
+What it gives up: writes through ``parameter.data`` do not count, so call ``train()`` or ``eval()`` after such a write;
+both drop the cache. Graphs made by ``torch.compile`` merge at every call.
+"""
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from spmconvert.operator.dispatch import Backend, resolve_backend
+from spmconvert.operator.geometry import Geometry, Variant
+from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
+from spmconvert.operator.reference import reference_forward
+
+
+class SPMLinear(nn.Module):
+    """A linear layer whose matrix is fold · D_out · B_L ··· B_1 · D_in · expand, plus a low-rank companion.
+
+    Args:
+        in_features: size of each input.
+        out_features: size of each output.
+        bias: whether the layer has a bias.
+        stages: number of stages; None for one pass over all strides.
+        variant: ``general`` or ``rotation``.
+        block: coordinates per block.
+        rank: rank of the companion, 0 for none.
+        width: number of mixed coordinates; None chooses it. A checkpoint names it.
+        backend: ``auto``, ``reference``, ``merged`` or ``triton``.
+        device: device of the parameters.
+        dtype: dtype of the parameters. It may be wider than that of the inputs: blocks are merged in float32 and
+            rounded once to the inputs' dtype, in which the output comes back.
+
+    Shape:
+        input [..., in_features] -> output [..., out_features]
+
+    Attributes:
+        weight: stages, [stages, 2, blocks, block, block] (general) or [stages, 1, width // 2] (rotation, in radians).
+        scale_in: D_in, [width].
+        scale_out: D_out, [width].
+        low_rank_in: V of the companion, [rank, in_features], or None.
+        low_rank_out: U of the companion, [out_features, rank], or None.
+        bias: [out_features], or None.
+
+    Raises:
+        OptionError: when the numbers do not describe a layer.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        stages: int | None = None,
+        variant: Variant = "general",
+        block: int = 1,
+        rank: int = 0,
+        width: int | None = None,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        geometry = Geometry.create(in_features, out_features, stages, variant, block, rank)
+        if width is not None:
+            geometry = Geometry(in_features, out_features, width, geometry.stages, variant, block, rank)
+        self.geometry = geometry
+        self.plan = merge_plan(geometry)
+        self.in_features, self.out_features = in_features, out_features
+        self.backend: Backend = backend
+        resolve_backend("auto" if backend == "triton" else backend, "cpu")
+
+        def empty(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
+
+        self.weight = empty(*geometry.weight_shape())
+        self.scale_in = empty(geometry.width)
+        self.scale_out = empty(geometry.width)
+        self.low_rank_in = empty(rank, in_features) if rank else None
+        self.low_rank_out = empty(out_features, rank) if rank else None
+        self.bias = empty(out_features) if bias else None
+        self._cache: tuple[tuple[Any, ...], list[Tensor]] | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from random rotations, which keep the variance of the inputs; companion and bias start at zero effect."""
+        geometry = self.geometry
+        with torch.no_grad():
+            angles = torch.empty_like(self.weight[:, 0]).uniform_(-torch.pi, torch.pi)
+            if geometry.variant == "rotation":
+                self.weight[:, 0] = angles
+            else:
+                # rows of a random orthogonal 2 x 2 matrix, spread over dense mixers where block > 1
+                self.weight[:, 0] = angles.cos() * geometry.block**-0.5
+                self.weight[:, 1] = angles.sin() * geometry.block**-0.5
+            self.scale_in.fill_(1.0)
+            self.scale_out.fill_((geometry.out_features / geometry.width) ** 0.5)
+            if self.low_rank_in is not None and self.low_rank_out is not None:
+                self.low_rank_in.normal_(std=geometry.in_features**-0.5)
+                self.low_rank_out.zero_()
+            if self.bias is not None:
+                self.bias.zero_()
+
+    @classmethod
+    def from_dense(cls, dense: nn.Linear, **options: Any) -> Self:
+        """Fit a layer to a dense one by least squares; see ``spmconvert.fitting.solve.fit_linear`` for the options."""
+        # the fitter is above this package; it is only needed here when somebody asks for a fit
+        from spmconvert.fitting.solve import fit_linear
+
+        layer, _ = fit_linear(dense, layer_class=cls, **options)
+        return layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x [..., in_features] -> [..., out_features], in the dtype of x or of autocast."""
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            with torch.autocast(device, enabled=False):
+                return self._run(x.to(torch.get_autocast_dtype(device)))
+        return self._run(x)
+
+    def _run(self, x: Tensor) -> Tensor:
+        tokens = x.reshape(-1, self.in_features)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        backend = resolve_backend(self.backend, x.device.type)
+        # an empty chain has nothing to merge: the operator is a diagonal
+        if backend == "reference" or self.geometry.stages == 0:
+            y = reference_forward(tokens, self.weight, self.scale_in, self.scale_out, self.geometry)
+            y = y if bias is None else y + bias
+        else:
+            y = apply_blocks(tokens, self._merged_blocks(x.dtype), bias, self.plan)
+        if self.low_rank_in is not None and self.low_rank_out is not None:
+            y = torch.addmm(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _merged_blocks(self, dtype: torch.dtype) -> list[Tensor]:
+        parameters = (self.weight, self.scale_in, self.scale_out)
+        # inference tensors have no version counter, so a change to them could not be seen
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+        if trains or torch.compiler.is_compiling() or self.weight.is_inference():
+            return [block.to(dtype) for block in merge_stages(*parameters, self.plan)]
+        key = (dtype, *((p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
+        if self._cache is None or self._cache[0] != key:
+            # blocks made inside inference mode could not be used outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                self._cache = (key, [block.to(dtype) for block in merge_stages(*parameters, self.plan)])
+        return self._cache[1]
+
+    def to_dense(self) -> Tensor:
+        """The matrix the layer multiplies by, [out_features, in_features], differentiable, companion included."""
+        identity = torch.eye(self.in_features, dtype=self.weight.dtype, device=self.weight.device)
+        dense = reference_forward(identity, self.weight, self.scale_in, self.scale_out, self.geometry).t()
+        if self.low_rank_in is not None and self.low_rank_out is not None:
+            dense = dense + self.low_rank_out @ self.low_rank_in
+        return dense
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and drop the cached blocks."""
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of pickles and copies."""
+        return {**self.__dict__, "_cache": None}
+
+    def extra_repr(self) -> str:
+        """Shape, design, and the share of the dense parameters that is left."""
+        g = self.geometry
+        kept = g.parameter_count(bias=False) / (g.in_features * g.out_features)
+        parts = [f"in_features={g.in_features}, out_features={g.out_features}, bias={self.bias is not None}"]
+        parts.append(f"width={g.width}, stages={g.stages}, variant={g.variant}")
+        parts += [f"block={g.block}"] if g.block != 1 else []
+        parts += [f"rank={g.rank}"] if g.rank else []
+        parts.append(f"kept={kept:.1%}")
+        return ", ".join(parts)
