@@ -225,7 +225,10 @@ class _ChunkedApply(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, plan: MergePlan, tokens: int, *blocks: Tensor) -> Tensor:
         """Run every chunk; x [tokens, in_features] -> [tokens, out_features]."""
         ctx.tokens, ctx.in_features, ctx.graphs = tokens, x.shape[1], []
-        ctx.blocks = [block.detach().requires_grad_(needed) for block, needed in zip(blocks, ctx.needs_input_grad[4:], strict=True)]
+        ctx.blocks = [
+            block.detach().requires_grad_(needed)
+            for block, needed in zip(blocks, ctx.needs_input_grad[4:], strict=True)
+        ]
         y = x.new_empty(x.shape[0], plan.geometry.out_features)
         for chunk, target in zip(x.split(tokens), y.split(tokens), strict=True):
             leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[0])

@@ -1,0 +1,59 @@
+"""Whitened truncated SVD: the baseline at equal parameters, and the start of the low-rank companion.
+
+Among all matrices of rank r it is the one that minimises E‖(W - S)(x - μ)‖² (Eckart and Young in the norm that the
+covariance gives; SVD-LLM's recipe). Only the left singular vectors are needed: S = U_r U_rᵀ W. They come from an
+eigendecomposition on the smaller side, whose squared condition number costs nothing that matters at the kept ranks.
+"""
+
+import torch
+from torch import Tensor
+
+# added to the covariance, as a share of its mean diagonal, so that dead channels and few rows stay factorisable
+RIDGE = 1e-6
+
+
+def covariance_root(covariance: Tensor) -> Tensor:
+    """A matrix R [in_features, in_features] with RᵀR = covariance plus the ridge, float32.
+
+    The rows of R serve as the tokens of the least-squares problem: ‖R (W - S)ᵀ‖² = trace((W - S) Σ (W - S)ᵀ).
+    A covariance of zero (a single row, or a constant input) counts as the identity.
+    """
+    sigma = covariance.double()
+    level = sigma.diagonal().mean()
+    if not level > 0:
+        return torch.eye(len(sigma), device=sigma.device)
+    sigma = (sigma + sigma.t()) / 2
+    sigma.diagonal().add_(RIDGE * level)
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if failed:
+        values, vectors = torch.linalg.eigh(sigma)
+        factor = vectors * values.clamp_min(RIDGE * level).sqrt()
+    return factor.t().float().contiguous()
+
+
+def left_singular_vectors(weight: Tensor, root: Tensor, rank: int) -> Tensor:
+    """The top left singular vectors of weight @ rootᵀ: [out_features, rank], orthonormal columns, float32.
+
+    Args:
+        weight: [out_features, in_features].
+        root: as ``covariance_root`` gives it.
+        rank: number of vectors, at most min(out_features, in_features).
+    """
+    whitened = (weight.float() @ root.t()).double()
+    if whitened.shape[0] <= whitened.shape[1]:
+        vectors = torch.linalg.eigh(whitened @ whitened.t())[1]
+        return vectors.flip(-1)[:, :rank].float()
+    right = torch.linalg.eigh(whitened.t() @ whitened)[1].flip(-1)[:, :rank]
+    # directions of no energy give columns that are not orthogonal to the others; QR replaces them
+    return torch.linalg.qr(whitened @ right)[0].float()
+
+
+def truncated_svd(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best factors U [out_features, rank] and V [rank, in_features] of rank r in the whitened norm."""
+    left = left_singular_vectors(weight, root, rank)
+    return left, left.t() @ weight.float()
+
+
+def rank_at(parameters: int, in_features: int, out_features: int) -> int:
+    """Largest rank whose two factors have no more than the given number of parameters."""
+    return min(parameters // (in_features + out_features), in_features, out_features)
