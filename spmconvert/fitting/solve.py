@@ -235,7 +235,7 @@ def _adam(problem: _Problem, best: _Best, steps: int) -> None:
         optimizer.zero_grad()
         loss = problem.loss()
         best.offer(loss.item())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
@@ -256,7 +256,7 @@ def _polish(problem: _Problem, best: _Best, steps: int) -> None:
         optimizer.zero_grad()
         loss = problem.loss()
         best.offer(loss.item())
-        (loss * 1e6).backward()  # type: ignore[no-untyped-call]
+        (loss * 1e6).backward()
         return loss.item() * 1e6
 
     optimizer.step(closure)
@@ -316,9 +316,9 @@ def fit_linear(
         The layer, in the dtype and on the device of the dense one, and what the fit did.
     """
     weight = dense.weight.detach()
-    has_bias = dense.bias is not None or statistics is not None
+    bias: Tensor | None = dense.bias
+    has_bias = bias is not None or statistics is not None
     layer = layer_class(dense.in_features, dense.out_features, has_bias, device=weight.device, **design)
-    bias = None if dense.bias is None else dense.bias.detach()
     moments = statistics or ActivationStatistics.isotropic(dense.in_features)
     result = fit_(layer, weight, bias, moments, iterations=iterations, seed=seed)
     return layer.to(weight.dtype), result

@@ -137,7 +137,5 @@ def collect(
         if name not in gathered:
             raise CalibrationError(f"layer {name} never ran on the calibration rows; leave it out with --ignore {name}")
         if not gathered[name].scatter.isfinite().all():
-            raise CalibrationError(
-                f"inputs of layer {name} are not finite on the calibration rows; use a wider --dtype"
-            )
+            raise CalibrationError(f"inputs of layer {name} are not finite on the calibration rows; use a wider --dtype")
     return gathered

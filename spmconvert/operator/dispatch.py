@@ -12,7 +12,7 @@ Backend = Literal["auto", "reference", "merged", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 
-def resolve_backend(requested: str, device_type: str) -> Backend:
+def resolve_backend(requested: Backend, device_type: str) -> Backend:
     """Name the implementation that will run.
 
     Args:
@@ -29,4 +29,4 @@ def resolve_backend(requested: str, device_type: str) -> Backend:
         raise BackendError(
             f"backend triton has no kernels for {device_type} in this version; use auto, merged or reference"
         )
-    return "merged" if requested == "auto" else requested  # type: ignore[return-value]
+    return "merged" if requested == "auto" else requested

@@ -86,9 +86,7 @@ class Geometry:
             raise OptionError(f"variant rotation mixes single coordinates, block is {self.block}; use variant general")
         largest = max(self.in_features, self.out_features)
         if self.width < largest or self.width % self.block:
-            raise OptionError(
-                f"width is {self.width}; it must be a multiple of block {self.block} and at least {largest}"
-            )
+            raise OptionError(f"width is {self.width}; it must be a multiple of block {self.block} and at least {largest}")
         if self.rank > min(self.in_features, self.out_features):
             smallest = min(self.in_features, self.out_features)
             raise OptionError(f"rank is {self.rank}; it can be at most min(in_features, out_features) = {smallest}")

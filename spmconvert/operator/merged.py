@@ -23,6 +23,7 @@ operations that a compiler can fuse.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ def merge_plan(geometry: Geometry) -> MergePlan:
     groups = tuple(merge_groups(geometry.blocks, geometry.stages))
     cuts = sorted({group.inner for group in groups} | {1})
     edges = [*cuts, geometry.blocks]
-    digits = tuple(high // low for low, high in zip(edges, edges[1:], strict=False))[::-1]
+    digits = tuple(high // low for low, high in pairwise(edges))[::-1]
     tiles = rows = 0
     if len(groups) > 1:
         first, second, last = groups[0], groups[1], groups[-1]
@@ -226,8 +227,7 @@ class _ChunkedApply(torch.autograd.Function):
         """Run every chunk; x [tokens, in_features] -> [tokens, out_features]."""
         ctx.tokens, ctx.in_features, ctx.graphs = tokens, x.shape[1], []
         ctx.blocks = [
-            block.detach().requires_grad_(needed)
-            for block, needed in zip(blocks, ctx.needs_input_grad[4:], strict=True)
+            block.detach().requires_grad_(needed) for block, needed in zip(blocks, ctx.needs_input_grad[4:], strict=True)
         ]
         y = x.new_empty(x.shape[0], plan.geometry.out_features)
         for chunk, target in zip(x.split(tokens), y.split(tokens), strict=True):
