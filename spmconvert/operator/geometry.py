@@ -188,8 +188,9 @@ def _cuts(blocks: int) -> list[int]:
     if blocks > TWO_GROUP_BLOCKS:
         low = min(_low_bits_of_three(blocks), trailing)
         return sorted({0, low // 2, low})
-    best = min(range(min(trailing, stage_period(blocks) - 1) + 1), key=lambda bits: (blocks >> bits) + (1 << bits))
-    return sorted({0, best})
+    # of equal sums the longer low digit wins: it is what the output is written in runs of
+    bits = range(min(trailing, stage_period(blocks) - 1), -1, -1)
+    return sorted({0, min(bits, key=lambda low: (blocks >> low) + (1 << low))})
 
 
 def merge_groups(blocks: int, stages: int) -> list[MergeGroup]:

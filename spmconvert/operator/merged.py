@@ -7,9 +7,9 @@ chunk by four stacked blocks instead of copying it, 3072 -> 768 sums rows of blo
 
 Activations are kept tokens last inside a chunk: [.., rows, tokens]. With the weights on the left, the input of the first
 group is a transposed view, the input of every further group of a two-group pass is a strided view, and the only copy is
-the one that writes the output, which also adds the bias. Chunks of about 2**17 numbers keep both buffers in the second
-level cache: at width 2048 and 1024 tokens on two cores 64 tokens a chunk take 7.5 ms, 32 take 8.7 and 256 take 12.9;
-computing the groups with tokens first needs a second transpose and takes 9.4.
+the one that writes the output, which also adds the bias. Computing the groups with tokens first needs a second transpose
+and takes a third longer. Chunks keep both buffers near the cores: at width 2048 and 1024 tokens on two cores chunks of 40
+tokens take 5.6 ms, 72 take 4.8, 136 to 264 take 4.3.
 
 Blocks are merged in float32 (or wider) and rounded once to the dtype of the activations.
 
@@ -34,8 +34,9 @@ from torch.nn.functional import linear, pad
 from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
 from spmconvert.operator.reference import apply_stages, expand, fold
 
-CHUNK_NUMBERS = 1 << 17
-SMALLEST_CHUNK = 64
+# not a power of two: the copy that ends a chunk reads with a stride of a digit times the chunk, and strides that are
+# powers of two fall on few cache sets; at width 1024, 128 tokens take 2.6 ms and 136 take 1.8
+CHUNK_TOKENS = 136
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def merge_stages(weight: Tensor, scale_in: Tensor, scale_out: Tensor, plan: Merg
         blocks[0], blocks[1] = _absorb_expand(blocks[0], blocks[1], plan.input_tiles, geometry)
     if plan.output_rows:
         blocks[-1] = _absorb_fold(blocks[-1], plan, geometry.block)
-    return blocks
+    return [block.contiguous() for block in blocks]
 
 
 def _probes(group: MergeGroup, block: int, like: Tensor) -> Tensor:
@@ -207,11 +208,10 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     """
     if plan.dense:
         return linear(x, blocks[0], bias)
-    tokens = max(SMALLEST_CHUNK, CHUNK_NUMBERS // plan.geometry.width)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= tokens:
+    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS:
         y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], -1)
         return y if bias is None else y + bias
-    chunked: Tensor = _ChunkedApply.apply(x, bias, plan, tokens, *blocks)
+    chunked: Tensor = _ChunkedApply.apply(x, bias, plan, *blocks)
     return chunked
 
 
@@ -223,14 +223,14 @@ class _ChunkedApply(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, plan: MergePlan, tokens: int, *blocks: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, plan: MergePlan, *blocks: Tensor) -> Tensor:
         """Run every chunk; x [tokens, in_features] -> [tokens, out_features]."""
-        ctx.tokens, ctx.in_features, ctx.graphs = tokens, x.shape[1], []
+        ctx.in_features, ctx.graphs = x.shape[1], []
         ctx.blocks = [
-            block.detach().requires_grad_(needed) for block, needed in zip(blocks, ctx.needs_input_grad[4:], strict=True)
+            block.detach().requires_grad_(needed) for block, needed in zip(blocks, ctx.needs_input_grad[3:], strict=True)
         ]
         y = x.new_empty(x.shape[0], plan.geometry.out_features)
-        for chunk, target in zip(x.split(tokens), y.split(tokens), strict=True):
+        for chunk, target in zip(x.split(CHUNK_TOKENS), y.split(CHUNK_TOKENS), strict=True):
             leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
             with torch.set_grad_enabled(any(ctx.needs_input_grad)):
                 h = _fold_rest(_mix(leaf, ctx.blocks, plan), plan)
@@ -249,7 +249,7 @@ class _ChunkedApply(torch.autograd.Function):
         wanted = [block for block in ctx.blocks if block.requires_grad]
         sums = [torch.zeros_like(block) for block in wanted]
         for index, (leaf, h) in enumerate(ctx.graphs):
-            rows = slice(index * ctx.tokens, index * ctx.tokens + leaf.shape[0])
+            rows = slice(index * CHUNK_TOKENS, index * CHUNK_TOKENS + leaf.shape[0])
             inputs = [*wanted, leaf] if needs_x else wanted
             # in the strides of h the batched products read it as it is; otherwise they copy it batch by batch
             grad_h = torch.empty_like(h).copy_(grad[rows].view(h.shape))
@@ -260,7 +260,7 @@ class _ChunkedApply(torch.autograd.Function):
                 grad_x[rows] = found[-1]
         remaining = iter(sums)
         grad_blocks = [next(remaining) if block.requires_grad else None for block in ctx.blocks]
-        return grad_x, grad.sum(0) if needs_bias else None, None, None, *grad_blocks
+        return grad_x, grad.sum(0) if needs_bias else None, None, *grad_blocks
 
 
 def _write(h: Tensor, bias: Tensor | None, target: Tensor) -> None:
