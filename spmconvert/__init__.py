@@ -1,0 +1,79 @@
+"""spmconvert: replace dense layers of pretrained models by near-linear Stagewise Pairwise Mixers.
+
+Importing the package registers the checkpoint format with transformers: at once where transformers is loaded already,
+otherwise at the moment it is. The names below are imported when they are first used. Both keep ``import spmconvert``, and
+with it the command line's help and option errors, free of the seconds that torch and transformers take to import.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from spmconvert.version import __version__
+
+if TYPE_CHECKING:
+    from spmconvert.conversion import convert, load
+    from spmconvert.operator.linear import SPMLinear
+    from spmconvert.surgery.hf import SPMConfig
+
+__all__ = ["SPMConfig", "SPMLinear", "__version__", "convert", "load"]
+
+_HOMES = {
+    "SPMConfig": "spmconvert.surgery.hf",
+    "SPMLinear": "spmconvert.operator.linear",
+    "convert": "spmconvert.conversion",
+    "load": "spmconvert.conversion",
+}
+_QUANTIZERS = "transformers.quantizers.auto"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'spmconvert' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+    """Registers the format right after transformers' table of quantizers has been imported."""
+
+    def find_spec(
+        self,
+        fullname: str,
+        path: Sequence[str] | None,
+        target: ModuleType | None = None,
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Find the real module and extend its loader; every other module is left to the other finders."""
+        if fullname != _QUANTIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module: ModuleType) -> None:
+            execute(module)
+            _register()
+
+        spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def _register() -> None:
+    # the module registers itself when it is imported, also when it is the one that imported transformers' table
+    importlib.import_module("spmconvert.surgery.hf")
+
+
+if _QUANTIZERS in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _RegisterAfterImport())

@@ -111,6 +111,31 @@ def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
         raise RecipeError(_first_line(error, path)) from None
 
 
+_SHORT_KEYS = {
+    "stages": "design.stages",
+    "variant": "design.variant",
+    "block": "design.block",
+    "rank": "design.rank",
+    "calib": "calibration.file",
+}
+
+
+def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> Recipe:
+    """A recipe from Python keyword arguments over an optional recipe file.
+
+    Keys are those of the recipe, dotted where they are in a table; the design and the calibration file may be given by
+    their short names (``stages``, ``variant``, ``block``, ``rank``, ``calib``), and lists of patterns as one string.
+
+    Raises:
+        RecipeError: when a key is unknown or a value outside its range.
+    """
+    changes = {_SHORT_KEYS.get(key, key): value for key, value in keywords.items()}
+    for key in ("targets", "ignore"):
+        if isinstance(changes.get(key), str):
+            changes[key] = [pattern.strip() for pattern in changes[key].split(",") if pattern.strip()]
+    return load_recipe(path, changes)
+
+
 def parse_assignment(text: str) -> tuple[str, Any]:
     """Split ``a.b=c`` into the dotted key and a TOML value; a bare word counts as a string.
 

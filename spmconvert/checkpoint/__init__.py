@@ -1,0 +1,1 @@
+"""Reading dense checkpoints, writing converted ones, and what the latter say about themselves."""

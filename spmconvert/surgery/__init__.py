@@ -1,0 +1,1 @@
+"""Model surgery: which layers are replaced, the swap, and the hooks through which transformers loads the result."""

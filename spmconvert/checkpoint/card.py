@@ -1,0 +1,44 @@
+"""The model card of a converted checkpoint: what it is, how to load it, what each layer kept and lost."""
+
+from collections.abc import Sequence
+from typing import Any
+
+
+def model_card(*, source: str, source_sha256: str, rows: Sequence[Any], measured_on: str, sizes: str, version: str) -> str:
+    """The card as Markdown with the metadata header the hub reads.
+
+    Args:
+        source: the dense checkpoint, as it was named.
+        source_sha256: content hash of the source.
+        rows: one ``LayerRecord`` a layer.
+        measured_on: what the errors were measured on, in words.
+        sizes: parameters and bytes before and after, in words.
+        version: version of spmconvert.
+    """
+    base = [f"base_model: {source}"] if source.count("/") == 1 and not source.startswith((".", "/", "~")) else []
+    header = ["---", "library_name: transformers", *base, "tags:", "- spmconvert", "---"]
+    table = ["| layer | in x out | kept | error | whitened SVD of equal size |", "|---|---|---|---|---|"]
+    table += [
+        f"| `{row.name}` | {row.in_features} x {row.out_features} | {row.parameters / row.dense_parameters:.1%} "
+        f"| {row.error:.4f} | {row.baseline_error:.4f} (rank {row.baseline_rank}) |"
+        for row in rows
+    ]
+    body = [
+        f"# {source}, converted by spmconvert",
+        "",
+        f"{len(rows)} dense layers of `{source}` (content hash `{source_sha256[:16]}`) are replaced by SPM layers",
+        "(Stagewise Pairwise Mixers, arXiv 2512.23905). All other tensors are byte for byte those of the source.",
+        "",
+        "```python",
+        "import spmconvert  # registers the format; pip install spmconvert",
+        "from transformers import AutoModel",
+        "",
+        'model = AutoModel.from_pretrained("path/of/this/directory")',
+        "```",
+        "",
+        f"{sizes} Written by spmconvert {version}. The model has not been finetuned after the conversion.",
+        "",
+        f"Errors are E‖y - ŷ‖² / E‖y‖² of each layer's output, {measured_on}.",
+        "",
+    ]
+    return "\n".join([*header, "", *body, *table, ""])

@@ -1,0 +1,73 @@
+"""What a converted checkpoint says about itself: the layer map in config.json and the provenance in spm.json.
+
+The layer map is all that is needed to rebuild the layers, so that nothing is derived from tensor shapes and a file that
+disagrees with its map is found out. It is plain JSON, because transformers copies it through its own config classes.
+This module does not import torch.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from spmconvert.errors import CheckpointError
+from spmconvert.operator.geometry import Geometry
+
+QUANT_METHOD = "spm"
+FORMAT_VERSION = 1
+PROVENANCE_FILE = "spm.json"
+LAYER_KEYS = ("in", "out", "n", "stages", "variant", "block", "rank", "bias", "fan_in_fan_out", "dtype")
+DTYPES = (None, "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One entry of the layer map.
+
+    Attributes:
+        geometry: shape and design of the layer.
+        bias: whether the layer has a bias.
+        fan_in_fan_out: whether the dense layer stored its weight as [in_features, out_features] (Conv1D).
+        dtype: dtype that the layer keeps whatever the rest of the model is loaded in; None follows the model.
+    """
+
+    geometry: Geometry
+    bias: bool
+    fan_in_fan_out: bool = False
+    dtype: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The entry as plain JSON values."""
+        g = self.geometry
+        values = (g.in_features, g.out_features, g.width, g.stages, g.variant, g.block, g.rank)
+        return dict(zip(LAYER_KEYS, (*values, self.bias, self.fan_in_fan_out, self.dtype), strict=True))
+
+    @classmethod
+    def from_json(cls, name: str, entry: object) -> "LayerSpec":
+        """Read an entry back.
+
+        Raises:
+            CheckpointError: when a key is missing or unknown.
+            OptionError: when the numbers do not describe a layer.
+        """
+        if not isinstance(entry, dict) or set(entry) != set(LAYER_KEYS):
+            found = sorted(entry) if isinstance(entry, dict) else entry
+            raise CheckpointError(f"layer {name} in quantization_config has {found}; it needs {sorted(LAYER_KEYS)}")
+        if entry["dtype"] not in DTYPES:
+            raise CheckpointError(f"layer {name} in quantization_config has dtype {entry['dtype']!r}; known are {DTYPES}")
+        numbers = (entry[key] for key in ("in", "out", "n", "stages", "variant", "block", "rank"))
+        return cls(Geometry(*numbers), bool(entry["bias"]), bool(entry["fan_in_fan_out"]), entry["dtype"])
+
+    def parameter_count(self) -> int:
+        """Number of parameters of the layer, bias included."""
+        return self.geometry.parameter_count(bias=self.bias)
+
+
+def check_format_version(found: object) -> None:
+    """Refuse a checkpoint written in a later format.
+
+    Raises:
+        CheckpointError: when the version is not one this package reads.
+    """
+    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format_version {found!r}, this spmconvert reads up to {FORMAT_VERSION}; upgrade spmconvert"
+        )

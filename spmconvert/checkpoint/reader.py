@@ -1,0 +1,150 @@
+"""Opening a dense checkpoint: a local directory or a hub id, safetensors only, headers first.
+
+Nothing is loaded until it is asked for, tensor by tensor. Pickle weights are refused, and nothing in a checkpoint is run.
+This module imports torch only where a tensor is read.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEntry, read_headers
+from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError
+
+if TYPE_CHECKING:
+    import torch
+
+# what is fetched from the hub: no weights but safetensors
+HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "*LICENSE*")
+# folders beside the weights that hold the same model in other formats
+OTHER_FORMATS = ("onnx", "openvino", "coreml", "tflite", "gguf")
+WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
+WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A dense checkpoint whose headers have been read and checked.
+
+    Attributes:
+        directory: where its files are.
+        name: the name it was asked for by.
+        revision: commit on the hub, or None for a local directory.
+        config: config.json.
+        tensors: every tensor by name, in the order of files and offsets.
+    """
+
+    directory: Path
+    name: str
+    revision: str | None
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry]
+
+    def read(self, name: str) -> "torch.Tensor":
+        """One tensor, on the CPU in its own dtype."""
+        from safetensors import safe_open
+
+        with safe_open(self.tensors[name].file, "pt") as file:
+            return file.get_tensor(name)
+
+    def read_finite(self, name: str) -> "torch.Tensor":
+        """One floating-point tensor without infinities and NaNs.
+
+        Raises:
+            CorruptCheckpointError: when there are any.
+        """
+        tensor = self.read(name)
+        bad = int((~tensor.isfinite()).sum())
+        if bad:
+            raise CorruptCheckpointError(
+                f"tensor {name} has {bad} values that are not finite; convert another checkpoint, or leave the layer out "
+                "with --ignore"
+            )
+        return tensor
+
+    def companion_files(self) -> list[Path]:
+        """Tokenizer, processor, generation config, chat templates, licences: what is neither weights nor rewritten."""
+        found = []
+        for path in sorted(self.directory.rglob("*")):
+            relative = path.relative_to(self.directory)
+            skipped = relative.parts[0] in OTHER_FORMATS or any(part.startswith(".") for part in relative.parts)
+            is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
+            if path.is_file() and not skipped and not is_weight and str(relative) not in WRITTEN_ANEW:
+                found.append(path)
+        return found
+
+    def sha256(self) -> str:
+        """Content hash over config.json and the weight files."""
+        return self._content_hash
+
+    @cached_property
+    def _content_hash(self) -> str:
+        total = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for file in sorted({entry.file for entry in self.tensors.values()}):
+            with file.open("rb") as stream:
+                total.update(f"{file.name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+        return total.hexdigest()
+
+
+def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
+    """Open a checkpoint and check its headers.
+
+    Args:
+        model: local directory, or hub id such as ``gpt2`` or ``owner/name``.
+        revision: branch, tag or commit on the hub.
+
+    Raises:
+        ModelNotFoundError: when there is no such directory and no such model can be reached.
+        CheckpointError: when it is not a checkpoint that can be converted.
+        CorruptCheckpointError: when its files contradict each other.
+    """
+    path = Path(model).expanduser()
+    commit = None
+    if not path.exists():
+        path = _download(model, revision)
+        commit = path.name
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is a file; give the directory that holds config.json and model.safetensors")
+    config = _read_config(path)
+    return Checkpoint(path, model, commit, config, read_headers(path))
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / "config.json"
+    if not file.is_file():
+        raise CheckpointError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        raise CheckpointError(f"{file} is not JSON; download or save the checkpoint again") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file} is not a JSON object; download or save the checkpoint again")
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+        if method == QUANT_METHOD:
+            raise CheckpointError(f"{directory} is already converted; convert the dense checkpoint it was made from")
+        raise CheckpointError(f"{directory} is quantised with {method!r}; only unquantised checkpoints can be converted")
+    return config
+
+
+def _download(model: str, revision: str | None) -> Path:
+    looks_local = model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.endswith("/")
+    if looks_local:
+        raise ModelNotFoundError(f"there is no directory {model}; check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelNotFoundError(
+            f"there is no directory {model}, and the hub has no such model within reach ({first}); "
+            "check the name, the network and HF_HUB_OFFLINE"
+        ) from None

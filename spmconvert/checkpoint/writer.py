@@ -1,0 +1,260 @@
+"""Writing a converted checkpoint so that it is there completely or not at all.
+
+While a run lasts everything goes into a hidden sibling of the output, ``.<name>.partial``: each finished layer as a file of
+its own, then the final directory, which is renamed into place as the very last step. A run that is killed at any moment
+leaves at most that sibling, from which ``--resume`` continues. A lock that the system releases with the process keeps a
+second run out. What it gives up: the output and its working directory need to be on one file system.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from filelock import FileLock, Timeout
+
+from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
+from spmconvert.errors import CorruptCheckpointError, LockedError, NotWritableError, OutputError, SpaceError
+
+if TYPE_CHECKING:
+    import torch
+
+LARGEST_SHARD = 2 << 30
+# room for headers, config, tokenizer and the layers stored beside the final files
+SPACE_MARGIN = 1.1
+
+
+class OutputDirectory:
+    """The output of one run, from its lock to the final rename.
+
+    Args:
+        output: directory that will appear.
+        fingerprint: hash of everything that decides about the bytes; a run is only resumed under the same one.
+        force: replace a checkpoint that is there.
+        resume: continue the unfinished run that is there.
+        needed_bytes: size of the tensors that will be written.
+
+    Raises:
+        LockedError: on entering, when another run holds the output.
+        OutputError: on entering, when the output exists, or there is nothing that can be resumed.
+        NotWritableError: on entering, when the place cannot be written.
+        SpaceError: on entering, when there is not enough free space.
+    """
+
+    def __init__(self, output: Path, *, fingerprint: str, force: bool, resume: bool, needed_bytes: int) -> None:
+        self.output = output.absolute()
+        self.fingerprint, self.force, self.resume, self.needed_bytes = fingerprint, force, resume, needed_bytes
+        parent, name = self.output.parent, self.output.name
+        self.partial = parent / f".{name}.partial"
+        self._replaced = parent / f".{name}.old"
+        self._lock = FileLock(parent / f".{name}.lock")
+
+    def __enter__(self) -> Self:
+        """Take the lock, check the place, and set up the working directory."""
+        with _write_errors(self.output):
+            self.output.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise LockedError(
+                    f"another run is writing {self.output}; wait for it, or choose another output with -o"
+                ) from None
+            try:
+                self._prepare()
+            except BaseException:
+                self._release()
+                raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Release the lock; an unfinished run stays in the working directory."""
+        self._release()
+
+    def _release(self) -> None:
+        # removed while it is still held, so that nobody can be waiting on a file that is gone
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
+
+    def _prepare(self) -> None:
+        if self._replaced.exists() and not self.output.exists():
+            # the run before was killed between its last two renames
+            self._replaced.rename(self.output)
+        self._check_output()
+        free = shutil.disk_usage(self.output.parent).free
+        needed = int(self.needed_bytes * SPACE_MARGIN)
+        if free < needed:
+            raise SpaceError(
+                f"{self.output.parent} has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB; "
+                "free some space or choose another output with -o"
+            )
+        self._open_partial()
+
+    def _check_output(self) -> None:
+        if not self.output.exists():
+            return
+        if not self.force:
+            raise OutputError(f"{self.output} exists already; replace it with --force or choose another output with -o")
+        if not self.output.is_dir():
+            raise OutputError(f"{self.output} is a file, which --force does not replace; choose another output with -o")
+        if any(self.output.iterdir()) and not (self.output / "config.json").exists():
+            raise OutputError(
+                f"{self.output} is not a checkpoint, --force does not replace it; choose another output with -o"
+            )
+
+    def _open_partial(self) -> None:
+        run = self.partial / "run.json"
+        if self.resume:
+            if not run.exists():
+                raise OutputError(f"there is no unfinished run of {self.output} to resume; run again without --resume")
+            if json.loads(run.read_text())["fingerprint"] != self.fingerprint:
+                raise OutputError(
+                    f"the unfinished run of {self.output} had other settings, another source or another version; "
+                    "repeat its command exactly, or start over without --resume"
+                )
+        elif self.partial.exists():
+            shutil.rmtree(self.partial)
+        (self.partial / "layers").mkdir(parents=True, exist_ok=True)
+        _replace_file(run, json.dumps({"fingerprint": self.fingerprint}).encode())
+        shutil.rmtree(self._final, ignore_errors=True)
+        self._final.mkdir()
+
+    @property
+    def _final(self) -> Path:
+        return self.partial / "final"
+
+    def _layer_file(self, name: str) -> Path:
+        return self.partial / "layers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+
+    def store_layer(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
+        """Keep a finished layer: tensors by parameter name, and a record of JSON values."""
+        from safetensors.torch import save
+
+        with _write_errors(self.output):
+            _replace_file(self._layer_file(name), save(tensors, {"record": json.dumps(record)}))
+
+    def load_layer(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
+        """A finished layer, or None where it is not finished.
+
+        Raises:
+            CorruptCheckpointError: when its file is damaged.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        file = self._layer_file(name)
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, "pt") as opened:
+                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+                return tensors, json.loads(opened.metadata()["record"])
+        except (SafetensorError, TypeError, KeyError, ValueError):
+            raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
+
+    def write_weights(
+        self,
+        tensors: "Sequence[tuple[str, int, Callable[[], torch.Tensor]]]",
+        *,
+        shard_bytes: int = LARGEST_SHARD,
+    ) -> None:
+        """Write tensors into shards, one shard in memory at a time.
+
+        The header's metadata is ``format`` alone: safetensors writes several keys in random order, and equal inputs are to
+        give equal bytes.
+
+        Args:
+            tensors: name, bytes and reader of every tensor, in the order of the files.
+            shard_bytes: most bytes a shard, unless a single tensor is larger.
+        """
+        from safetensors.torch import save_file
+
+        shards = list(_shards(tensors, shard_bytes))
+        names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+        with _write_errors(self.output):
+            for file, shard in zip(names, shards, strict=True):
+                contents = {name: read().contiguous() for name, _, read in shard}
+                save_file(contents, self._final / file, {"format": "pt"})
+            if len(shards) > 1:
+                weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+                total = sum(size for _, size, _ in tensors)
+                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                (self._final / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def add_file(self, relative: str, source: Path) -> None:
+        """Copy a file into the output."""
+        with _write_errors(self.output):
+            (self._final / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, self._final / relative)
+
+    def add_text(self, relative: str, text: str) -> None:
+        """Write a text file into the output."""
+        with _write_errors(self.output):
+            (self._final / relative).write_text(text, encoding="utf-8")
+
+    def commit(self) -> None:
+        """Make the output appear by one rename, and remove the working directory."""
+        with _write_errors(self.output):
+            for path in [*self._final.rglob("*"), self._final]:
+                _sync(path)
+            if self.output.exists():
+                self.output.rename(self._replaced)
+            self._final.rename(self.output)
+            _sync(self.output.parent)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            shutil.rmtree(self.partial)
+
+
+def _shards(
+    tensors: "Sequence[tuple[str, int, Callable[[], torch.Tensor]]]", shard_bytes: int
+) -> "Iterator[list[tuple[str, int, Callable[[], torch.Tensor]]]]":
+    shard: list[tuple[str, int, Callable[[], torch.Tensor]]] = []
+    used = 0
+    for entry in tensors:
+        if shard and used + entry[1] > shard_bytes:
+            yield shard
+            shard, used = [], 0
+        shard.append(entry)
+        used += entry[1]
+    yield shard
+
+
+def _shard_name(index: int, total: int) -> str:
+    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _replace_file(file: Path, content: bytes) -> None:
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _write_errors(output: Path) -> Iterator[None]:
+    """Turn the system's refusals to write into errors with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SpaceError(f"no space left while writing {output}; free some, then continue with --resume") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+            raise NotWritableError(
+                f"{output} cannot be written ({error.strerror}); choose another output with -o"
+            ) from error
+        raise

@@ -1,0 +1,137 @@
+"""The command line: parse, call one library function, print its result.
+
+Options and recipes are checked before torch is imported. Every error is one line with its own exit code, see ``errors``.
+"""
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spmconvert import console
+from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError
+from spmconvert.recipe import Recipe, parse_assignment, recipe_from_keywords
+from spmconvert.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Replace dense layers of pretrained models by near-linear Stagewise Pairwise Mixers.",
+)
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    try:
+        app()
+    except SpmconvertError as error:
+        console.error(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"spmconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Accept the options that belong to no command."""
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id or local directory of a safetensors checkpoint.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-spm.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Presets mlp, attn, all; globs; re: patterns; comma-separated. Default mlp.")
+    ] = None,
+    ignore: Annotated[str | None, typer.Option(help="Globs and re: patterns to leave alone, comma-separated.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these blocks, for example 4-10,-1.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Stages a layer; default one pass over all strides.")] = None,
+    variant: Annotated[str | None, typer.Option(help="general or rotation.")] = None,
+    block: Annotated[int | None, typer.Option(help="Coordinates a block; 1 is the plain operator.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank companion; default 0.")] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Text file (.txt, .jsonl) whose activations weight the fit, or none.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options replace single values of it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe, repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="Device of the calibration run and the fits.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="dtype of the new layers: auto, float32, bfloat16, float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of starts and calibration rows; default 0.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; touch nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Replace dense layers of MODEL by SPM layers, fit them, and write a checkpoint."""
+    if resume and force:
+        raise OptionError("--resume and --force contradict each other; --resume continues a run, --force starts over")
+    if resume and dry_run:
+        raise OptionError("--resume and --dry-run contradict each other; a dry run writes nothing to resume")
+    given = {
+        **dict(parse_assignment(text) for text in set_ or []),
+        **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
+        **_given(rank=rank, dtype=dtype, seed=seed),
+        **({} if calib is None else {"calib": None if calib == "none" else calib}),
+    }
+    resolved = recipe_from_keywords(given, recipe)
+    if dry_run:
+        _dry_run(model, resolved, output, as_json)
+    else:
+        _convert(model, resolved, output, device, resume, force, as_json)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> None:
+    from spmconvert.conversion import default_output, open_plan
+
+    _, plan, _ = open_plan(model, recipe)
+    destination = str(output or default_output(model))
+    if as_json:
+        calibrated = recipe.calibration.file is not None
+        console.data(
+            {
+                "output": destination,
+                "layers": console.plan_rows(plan),
+                "left_alone": [asdict(skipped) for skipped in plan.selection.skipped],
+                "output_bytes": plan.output_bytes,
+                "predicted_seconds": plan.predicted_seconds(recipe),
+                "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
+                "recipe": recipe.model_dump(mode="json"),
+            }
+        )
+    else:
+        console.show_plan(plan, recipe, destination)
+
+
+def _convert(
+    model: str, recipe: Recipe, output: Path | None, device: str, resume: bool, force: bool, as_json: bool
+) -> None:
+    from spmconvert.conversion import convert as run
+
+    began = time.monotonic()
+    if recipe.calibration.file is None:
+        console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
+    try:
+        with console.ConversionProgress() as progress:
+            conversion = run(model, output, recipe=recipe, device=device, resume=resume, force=force, progress=progress)
+    except KeyboardInterrupt:
+        console.note("interrupted; finished layers are kept. Continue with the same command and --resume")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    if as_json:
+        console.data({**asdict(conversion), "output": str(conversion.output), "measured_on": conversion.measured_on})
+    else:
+        console.show_conversion(conversion, began)

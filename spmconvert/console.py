@@ -1,0 +1,194 @@
+"""The only module that prints: tables, progress and errors of the command line.
+
+Results go to standard output; progress, notes and errors go to standard error, so that ``--json`` can be piped.
+"""
+
+import json
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from spmconvert.conversion import Conversion
+    from spmconvert.layerfit import LayerRecord
+    from spmconvert.plan import ConversionPlan
+    from spmconvert.recipe import Recipe
+
+_out = Console(highlight=False)
+_err = Console(stderr=True, highlight=False)
+
+
+def error(message: str) -> None:
+    """Print one error line."""
+    _err.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Print one line that is not part of the result."""
+    _err.print(Text(message), soft_wrap=True)
+
+
+def data(value: Any) -> None:
+    """Print a result as JSON."""
+    _out.out(json.dumps(value, indent=2), highlight=False)
+
+
+def size(number: float) -> str:
+    """Bytes with a decimal unit."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def count(number: float) -> str:
+    """A large number with a decimal suffix."""
+    for suffix in ("", "k", "M", "G"):
+        if number < 1000:
+            return f"{number:.0f}{suffix}" if suffix == "" else f"{number:.2f}{suffix}"
+        number /= 1000
+    return f"{number:.2f}T"
+
+
+def duration(seconds: float) -> str:
+    """Seconds, or minutes and seconds."""
+    return f"{seconds:.0f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
+
+
+class ConversionProgress:
+    """A live line while layers are calibrated and fitted; the ``Progress`` that ``convert`` talks to."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=_err,
+            transient=True,
+        )
+        self._calibration = self._progress.add_task("calibrating", total=None, visible=False)
+        self._layers = self._progress.add_task("fitting", total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def planned(self, plan: "ConversionPlan") -> None:
+        """Say what will happen."""
+        note(f"{len(plan.layers)} layers will be replaced")
+        self._progress.update(self._layers, total=len(plan.layers), visible=True)
+
+    def calibrating(self, done: int, total: int) -> None:
+        """Move the calibration bar."""
+        self._progress.update(self._calibration, completed=done, total=total, visible=done < total)
+
+    def fitted(self, record: "LayerRecord", done: int, total: int) -> None:
+        """Move the layer bar and name the last layer."""
+        description = f"fitted {record.name} (error {record.error:.3f}, {record.seconds:.1f} s)"
+        self._progress.update(self._layers, completed=done, total=total, description=description)
+
+    def writing(self, total_bytes: int) -> None:
+        """Say that the output is being written."""
+        self._progress.update(self._layers, description=f"writing {size(total_bytes)}")
+
+
+def show_conversion(conversion: "Conversion", began: float) -> None:
+    """The table at the end of a conversion, totals, and the next command."""
+    table = Table(title=None, box=None, pad_edge=False)
+    for column, justify in (("layer", "left"), ("in x out", "right"), ("kept", "right"), ("error", "right")):
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("SVD same size", justify="right")
+    table.add_column("time", justify="right")
+    for record in conversion.layers:
+        table.add_row(
+            record.name,
+            f"{record.in_features} x {record.out_features}",
+            f"{record.parameters / record.dense_parameters:.1%}",
+            f"{record.error:.4f}",
+            f"{record.baseline_error:.4f}",
+            f"{record.seconds:.1f} s",
+        )
+    _out.print(table)
+    before = sum(record.dense_parameters for record in conversion.layers)
+    after = sum(record.parameters for record in conversion.layers)
+    totals = (
+        f"replaced layers {count(before)} -> {count(after)} parameters ({after / before:.1%}); "
+        f"checkpoint {count(conversion.parameters_before)} -> {count(conversion.parameters_after)} parameters, "
+        f"{size(conversion.bytes_before)} -> {size(conversion.bytes_after)}; {duration(time.monotonic() - began)}"
+    )
+    _out.print(totals, soft_wrap=True)
+    _out.print(f"error: {conversion.measured_on}", soft_wrap=True)
+    _out.print(f"next: spmconvert finetune {conversion.output} --data TEXT, or load it:", soft_wrap=True)
+    _out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)
+
+
+def plan_rows(plan: "ConversionPlan") -> list[dict[str, Any]]:
+    """The planned layers as plain values."""
+    rows = []
+    for layer in plan.layers:
+        g = layer.spec.geometry
+        dense_flops, flops = layer.flops
+        rows.append(
+            {
+                "layer": layer.target.name,
+                "in_features": g.in_features,
+                "out_features": g.out_features,
+                "width": g.width,
+                "stages": g.stages,
+                "variant": g.variant,
+                "block": g.block,
+                "rank": g.rank,
+                "parameters_before": layer.dense_parameters,
+                "parameters_after": layer.parameters,
+                "bytes_before": layer.dense_bytes,
+                "bytes_after": layer.bytes,
+                "flops_per_token_before": dense_flops,
+                "flops_per_token_after": flops,
+            }
+        )
+    return rows
+
+
+def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
+    """What a conversion would do."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("layer", "in x out", "design", "parameters", "bytes", "FLOPs/token"):
+        table.add_column(column, justify="left" if column in ("layer", "design") else "right", overflow="fold")
+    for row in plan_rows(plan):
+        design = f"{row['stages']} stages, {row['variant']}"
+        design += f", block {row['block']}" if row["block"] > 1 else ""
+        design += f", rank {row['rank']}" if row["rank"] else ""
+        table.add_row(
+            row["layer"],
+            f"{row['in_features']} x {row['out_features']}",
+            design,
+            f"{count(row['parameters_before'])} -> {count(row['parameters_after'])}",
+            f"{size(row['bytes_before'])} -> {size(row['bytes_after'])}",
+            f"{count(row['flops_per_token_before'])} -> {count(row['flops_per_token_after'])}",
+        )
+    _out.print(table)
+    rows = plan_rows(plan)
+    before, after = (sum(row[key] for row in rows) for key in ("parameters_before", "parameters_after"))
+    _out.print(f"{len(rows)} layers, {count(before)} -> {count(after)} parameters ({after / before:.1%} kept)")
+    for skipped in plan.selection.skipped:
+        _out.print(f"left alone: {skipped.name} ({skipped.reason})", soft_wrap=True)
+    calibrated = recipe.calibration.file is not None
+    _out.print(
+        f"would write {size(plan.output_bytes)} to {output}; fits take about {duration(plan.predicted_seconds(recipe))} "
+        f"on this machine's CPU{' after the calibration run' if calibrated else ''}, "
+        f"with about {size(plan.predicted_memory(calibrated=calibrated))} of memory beside the program",
+        soft_wrap=True,
+    )

@@ -1,0 +1,386 @@
+"""The conversion: read a checkpoint, gather statistics, fit every target, write an ordinary checkpoint.
+
+Read top to bottom: ``convert`` is the whole of it. Finished layers are stored one by one in a working directory beside the
+output, so a run can be interrupted anywhere and resumed to the same bytes; the output appears by one rename at the end.
+Only the weight of the layer at work is in memory while layers are fitted; the whole model is loaded for the calibration
+run alone, and not at all without calibration data.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from spmconvert.checkpoint.card import model_card
+from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
+from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.errors import BackendError, OptionError, OutputError
+from spmconvert.fitting.calibration import CalibrationRows, load_rows
+from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments, statistics_groups
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.plan import DTYPE_BYTES, ConversionPlan, LayerPlan, plan_conversion
+from spmconvert.recipe import Recipe, recipe_from_keywords
+from spmconvert.surgery.architecture import load_config, model_class, skeleton
+from spmconvert.surgery.hf import SPMConfig
+from spmconvert.surgery.swap import layer_from_spec, replace_module
+from spmconvert.version import __version__
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The result of ``convert``.
+
+    Attributes:
+        output: the converted checkpoint.
+        layers: one record a replaced layer.
+        parameters_before: parameters of the whole checkpoint before.
+        parameters_after: parameters of the whole checkpoint after.
+        bytes_before: bytes of its tensors before.
+        bytes_after: bytes of its tensors after.
+        fitted_rows: calibration rows that were fitted, 0 without data.
+        held_out_rows: calibration rows on which errors were measured.
+    """
+
+    output: Path
+    layers: tuple[LayerRecord, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    fitted_rows: int
+    held_out_rows: int
+
+    @property
+    def measured_on(self) -> str:
+        """What the records' errors were measured on, in words."""
+        if not self.held_out_rows:
+            return "relative squared Frobenius norm of the weight's error, no data was used"
+        return f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
+
+
+class Progress(Protocol):
+    """Who wants to know how a conversion gets on."""
+
+    def planned(self, plan: ConversionPlan) -> None:
+        """The layers are known."""
+
+    def calibrating(self, done: int, total: int) -> None:
+        """So many calibration batches are through."""
+
+    def fitted(self, record: LayerRecord, done: int, total: int) -> None:
+        """A layer is finished."""
+
+    def writing(self, total_bytes: int) -> None:
+        """The output is being written."""
+
+
+class _Silent:
+    def planned(self, plan: ConversionPlan) -> None:
+        """Nobody listens."""
+
+    def calibrating(self, done: int, total: int) -> None:
+        """Nobody listens."""
+
+    def fitted(self, record: LayerRecord, done: int, total: int) -> None:
+        """Nobody listens."""
+
+    def writing(self, total_bytes: int) -> None:
+        """Nobody listens."""
+
+
+def convert(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Conversion:
+    """Convert a checkpoint.
+
+    Args:
+        model: local directory or hub id.
+        output: directory to write; None for the model's name with ``-spm`` in the working directory.
+        recipe: a recipe, or the path of one; None for the defaults.
+        device: where the calibration run and the fits happen.
+        force: replace an output that exists.
+        resume: continue an interrupted run of the same conversion.
+        progress: told how it gets on.
+        **changes: recipe keys, as ``SPMConfig`` takes them: ``targets="mlp"``, ``stages=11``, ``calib="text.txt"``.
+
+    Returns:
+        Where the output is, and what it cost and kept.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    resolved = resolve_recipe(recipe, changes)
+    check_device(device)
+    source, plan, config = open_plan(str(model), resolved)
+    destination = default_output(str(model)) if output is None else Path(output)
+    if destination.resolve() == source.directory.resolve():
+        raise OptionError(f"the output {destination} is the source; choose another with -o")
+    listener = progress or _Silent()
+    listener.planned(plan)
+    rows = _calibration_rows(source, config, resolved)
+    fingerprint = _fingerprint(source, resolved)
+    with OutputDirectory(
+        destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=plan.output_bytes
+    ) as target:
+        run = _Run(source, config, plan, resolved, rows, device, target, listener)
+        records = _fit_all(run)
+        listener.writing(plan.output_bytes)
+        conversion = _summary(run, destination, records)
+        _write(run, conversion)
+    return conversion
+
+
+def load(model: str | Path, **options: Any) -> Any:
+    """Load a converted checkpoint as the architecture that its config names; options go to ``from_pretrained``."""
+    config = load_config(model)
+    return model_class(config).from_pretrained(model, **options)
+
+
+def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
+    """Fit and swap the layers of a model that is loaded already, in place; returns its layer map.
+
+    Raises:
+        SpmconvertError: as for ``convert``.
+    """
+    source = open_checkpoint(model.config._name_or_path)
+    plan = plan_conversion(source, model, recipe)
+    rows = _calibration_rows(source, model.config, recipe)
+    replacements: dict[str, SPMLinear] = {}
+    for group in statistics_groups(plan.layers):
+        moments = {} if rows is None else gather_moments(model, group, rows, _Silent().calibrating)
+        for layer in group:
+            name = layer.target.name
+            module = model.get_submodule(name)
+            weight = module.weight.detach().t() if layer.spec.fan_in_fan_out else module.weight.detach()
+            bias = None if module.bias is None else module.bias.detach()
+            fitted, _ = fit_layer(
+                layer, weight, bias, moments.get(name), iterations=recipe.fit.iterations, seed=recipe.seed
+            )
+            replacements[name] = fitted.to(module.weight.dtype if layer.spec.dtype is None else fitted.weight.dtype)
+    # only now, so that every layer was calibrated on the dense model
+    for name, replacement in replacements.items():
+        replace_module(model, name, replacement.train(model.training))
+    return {layer.target.name: layer.spec for layer in plan.layers}
+
+
+def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, Any]:
+    """Open a checkpoint and plan its conversion; headers and config only.
+
+    Returns:
+        The checkpoint, the plan, and the model's config.
+    """
+    source = open_checkpoint(model)
+    config = load_config(source.directory)
+    return source, plan_conversion(source, skeleton(config), recipe), config
+
+
+def default_output(model: str) -> Path:
+    """``<name>-spm`` in the working directory, for a directory or a hub id."""
+    return Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-spm")
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        BackendError: when it cannot be used.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise BackendError(f"device {device!r} cannot be used here ({first}); use --device cpu") from None
+
+
+def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) -> Recipe:
+    """A recipe from its path or from the defaults, with single keys replaced.
+
+    Raises:
+        RecipeError: when it does not parse or a key is unknown.
+        OptionError: when a finished recipe and changes are both given.
+    """
+    if isinstance(recipe, Recipe):
+        if changes:
+            raise OptionError(f"a Recipe and {', '.join(changes)} are both given; change the recipe instead")
+        return recipe
+    return recipe_from_keywords(changes, None if recipe is None else Path(recipe))
+
+
+def _calibration_rows(source: Checkpoint, config: Any, recipe: Recipe) -> CalibrationRows | None:
+    if recipe.calibration.file is None:
+        return None
+    return load_rows(source.directory, config, recipe.calibration, recipe.seed)
+
+
+def _fingerprint(source: Checkpoint, recipe: Recipe) -> str:
+    """Everything that decides about the bytes of the output."""
+    text = "" if recipe.calibration.file is None else hashlib.sha256(recipe.calibration.file.read_bytes()).hexdigest()
+    parts = (source.sha256(), recipe.model_dump_json(exclude={"calibration": {"file"}}), text, __version__)
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass
+class _Run:
+    """What the steps of one conversion share."""
+
+    source: Checkpoint
+    config: Any
+    plan: ConversionPlan
+    recipe: Recipe
+    rows: CalibrationRows | None
+    device: str
+    target: OutputDirectory
+    progress: Progress
+
+
+def _fit_all(run: _Run) -> tuple[LayerRecord, ...]:
+    """Fit and store every layer that is not stored yet; returns all records in order."""
+    records: dict[str, LayerRecord] = {}
+    for layer in run.plan.layers:
+        stored = run.target.load_layer(layer.target.name)
+        if stored is not None:
+            records[layer.target.name] = LayerRecord(**stored[1])
+    model = None
+    for group in statistics_groups(run.plan.layers):
+        waiting = [layer for layer in group if layer.target.name not in records]
+        moments: dict[str, Moments] = {}
+        if waiting and run.rows is not None:
+            model = model or _load_dense(run)
+            # of the whole group, so that a resumed run forms the same sums
+            moments = gather_moments(model, group, run.rows, run.progress.calibrating)
+        if group[-1] is run.plan.layers[-1]:
+            model = None
+        for layer in waiting:
+            record = _fit_one(run, layer, moments.pop(layer.target.name, None))
+            records[layer.target.name] = record
+            run.progress.fitted(record, len(records), len(run.plan.layers))
+    return tuple(records[layer.target.name] for layer in run.plan.layers)
+
+
+def _load_dense(run: _Run) -> Any:
+    model = model_class(run.config).from_pretrained(run.source.directory, dtype="auto")
+    # half precision products are slow on a CPU and round the statistics
+    return model.float().eval() if run.device == "cpu" else model.to(run.device).eval()
+
+
+def _fit_one(run: _Run, layer: LayerPlan, moments: Moments | None) -> LayerRecord:
+    weight = run.source.read_finite(layer.weight).to(run.device)
+    weight = weight.t() if layer.spec.fan_in_fan_out else weight
+    bias = None if layer.bias is None else run.source.read_finite(layer.bias).to(run.device)
+    fitted, record = fit_layer(layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed)
+    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in fitted.named_parameters()}
+    run.target.store_layer(layer.target.name, tensors, asdict(record))
+    return record
+
+
+def _write(run: _Run, conversion: Conversion) -> None:
+    """Write weights, config, companions, provenance and model card, and make the output appear."""
+    target = run.target
+    target.write_weights(list(_output_tensors(run)))
+    layers = {layer.target.name: layer.spec.to_json() for layer in run.plan.layers}
+    quantization = SPMConfig(layers=layers).to_dict()
+    target.add_text("config.json", _json({**run.source.config, "quantization_config": quantization}))
+    target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion)))
+    target.add_text("README.md", _card(run, conversion))
+    for file in run.source.companion_files():
+        target.add_file(str(file.relative_to(run.source.directory)), file)
+    target.commit()
+
+
+def _output_tensors(run: _Run) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
+    replaced = {layer.weight: layer for layer in run.plan.layers}
+    dropped = {layer.bias for layer in run.plan.layers}
+    for name, entry in run.source.tensors.items():
+        if name in dropped:
+            continue
+        if name not in replaced:
+            yield name, entry.nbytes, partial(run.source.read, name)
+            continue
+        layer = replaced[name]
+        shapes = dict(layer_from_spec(layer.spec, device="meta").named_parameters())
+        for part, parameter in shapes.items():
+            size = parameter.numel() * DTYPE_BYTES[layer.stored_dtype]
+            yield f"{layer.prefix}.{part}", size, partial(_stored_tensor, run.target, layer.target.name, part)
+
+
+def _stored_tensor(target: OutputDirectory, layer: str, part: str) -> Tensor:
+    stored = target.load_layer(layer)
+    if stored is None:
+        raise OutputError(f"the finished layer {layer} is gone from the working directory; start again without --resume")
+    return stored[0][part]
+
+
+def _provenance(run: _Run, conversion: Conversion) -> dict[str, Any]:
+    rows = run.rows
+    calibration = None
+    if rows is not None:
+        calibration = {
+            "file_sha256": rows.file_sha256,
+            "fitted_rows": len(rows.fitted),
+            "held_out_rows": len(rows.held_out),
+            "seed": run.recipe.seed,
+        }
+    return {
+        "format_version": FORMAT_VERSION,
+        "spmconvert_version": __version__,
+        "torch_version": torch.__version__,
+        "source": {"name": run.source.name, "revision": run.source.revision, "sha256": run.source.sha256()},
+        "recipe": run.recipe.model_dump(mode="json"),
+        "calibration": calibration,
+        "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
+        "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
+        "layers": [asdict(record) for record in conversion.layers],
+        "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
+    }
+
+
+def _card(run: _Run, conversion: Conversion) -> str:
+    sizes = (
+        f"Parameters {conversion.parameters_before:,} before, {conversion.parameters_after:,} after; "
+        f"tensor bytes {conversion.bytes_before:,} before, {conversion.bytes_after:,} after."
+    )
+    return model_card(
+        source=run.source.name,
+        source_sha256=run.source.sha256(),
+        rows=conversion.layers,
+        measured_on=conversion.measured_on,
+        sizes=sizes,
+        version=__version__,
+    )
+
+
+def _summary(run: _Run, output: Path, records: tuple[LayerRecord, ...]) -> Conversion:
+    entries = run.source.tensors.values()
+    before = sum(math.prod(entry.shape) for entry in entries)
+    saved = sum(record.dense_parameters - record.parameters for record in records)
+    return Conversion(
+        output=output,
+        layers=records,
+        parameters_before=before,
+        parameters_after=before - saved,
+        bytes_before=sum(entry.nbytes for entry in entries),
+        bytes_after=run.plan.output_bytes,
+        fitted_rows=0 if run.rows is None else len(run.rows.fitted),
+        held_out_rows=0 if run.rows is None else len(run.rows.held_out),
+    )
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,175 @@
+"""One planned layer: fit it, store it in its dtype, and measure it beside the baseline of equal size."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.fitting.calibration import CalibrationRows
+from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.fitting.solve import LayerError, fit_, measure_error
+from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.plan import STATISTICS_BUDGET, LayerPlan
+from spmconvert.surgery.swap import layer_from_spec
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Input statistics of one layer: on the rows that are fitted, and on the rows that only measure."""
+
+    fitted: ActivationStatistics
+    held_out: ActivationStatistics
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What happened to one layer; an error is E‖y - ŷ‖² / E‖y‖².
+
+    Without calibration data all errors are ‖W - S‖² / ‖W‖² in the Frobenius norm.
+
+    Attributes:
+        name: module name.
+        in_features: size of the input.
+        out_features: size of the output.
+        dense_parameters: parameters before, bias included.
+        parameters: parameters after, bias included.
+        fitted_error: error on the fitted rows.
+        error: error on the held-out rows.
+        centred_error: the same relative to E‖y - E y‖².
+        baseline_rank: rank of the whitened truncated SVD that has no more parameters than the new layer.
+        baseline_error: its error on the held-out rows.
+        baseline_centred_error: the same relative to E‖y - E y‖².
+        seconds: time of the fit.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    dense_parameters: int
+    parameters: int
+    fitted_error: float
+    error: float
+    centred_error: float
+    baseline_rank: int
+    baseline_error: float
+    baseline_centred_error: float
+    seconds: float
+
+
+def fit_layer(
+    plan: LayerPlan, weight: Tensor, bias: Tensor | None, moments: Moments | None, *, iterations: int, seed: int
+) -> tuple[SPMLinear, LayerRecord]:
+    """Fit the replacement of one layer.
+
+    Args:
+        plan: what to build.
+        weight: dense weight [out_features, in_features], on the device to fit on.
+        bias: dense bias [out_features], or None.
+        moments: input statistics, or None to fit in the Frobenius norm.
+        iterations: most iterations of the solver.
+        seed: the recipe's seed; every layer derives its own from it.
+
+    Returns:
+        The layer, in the dtype in which it is stored, and its record.
+
+    Raises:
+        FitError: when weight or statistics are not finite.
+    """
+    statistics = _on(weight.device, moments.fitted) if moments else ActivationStatistics.isotropic(weight.shape[1])
+    statistics = _on(weight.device, statistics)
+    layer = layer_from_spec(plan.spec, device=weight.device).float()
+    own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
+    result = fit_(layer, weight, bias, statistics, iterations=iterations, seed=own_seed)
+    layer = layer.to(getattr(torch, plan.stored_dtype))
+
+    measured = _on(weight.device, moments.held_out) if moments else statistics
+    dense = (weight, bias)
+    stored = (_rounded_matrix(layer), layer.bias)
+    baseline, rank = _baseline(plan, weight, bias, statistics)
+    error, baseline_error = measure_error(dense, stored, measured), measure_error(dense, baseline, measured)
+    fitted_error = measure_error(dense, stored, statistics)
+    return layer, _record(plan, fitted_error, error, rank, baseline_error, result.seconds)
+
+
+def _record(
+    plan: LayerPlan, fitted: LayerError, error: LayerError, rank: int, baseline: LayerError, seconds: float
+) -> LayerRecord:
+    return LayerRecord(
+        name=plan.target.name,
+        in_features=plan.target.in_features,
+        out_features=plan.target.out_features,
+        dense_parameters=plan.dense_parameters,
+        parameters=plan.parameters,
+        fitted_error=fitted.relative,
+        error=error.relative,
+        centred_error=error.centred,
+        baseline_rank=rank,
+        baseline_error=baseline.relative,
+        baseline_centred_error=baseline.centred,
+        seconds=round(seconds, 3),
+    )
+
+
+def _baseline(
+    plan: LayerPlan, weight: Tensor, bias: Tensor | None, statistics: ActivationStatistics
+) -> tuple[tuple[Tensor, Tensor | None], int]:
+    """Whitened truncated SVD of the same size, with the same bias correction where there is a bias."""
+    out_features, in_features = weight.shape
+    rank = rank_at(plan.spec.geometry.parameter_count(bias=False), in_features, out_features)
+    left, right = truncated_svd(weight, covariance_root(statistics.covariance), rank)
+    matrix = left @ right
+    if not plan.spec.bias:
+        return (matrix, None), rank
+    shift = (weight.float() - matrix) @ statistics.mean
+    return (matrix, shift if bias is None else shift + bias.float()), rank
+
+
+@torch.no_grad()
+def _rounded_matrix(layer: SPMLinear) -> Tensor:
+    """The matrix of a layer with the parameters it is stored with, float32."""
+    identity = torch.eye(layer.in_features, device=layer.weight.device)
+    wide: Tensor = layer(identity)
+    return (wide - layer.bias.float() if layer.bias is not None else wide).t()
+
+
+def _on(device: torch.device, statistics: ActivationStatistics) -> ActivationStatistics:
+    return ActivationStatistics(statistics.rows, statistics.mean.to(device), statistics.scatter.to(device))
+
+
+def statistics_groups(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
+    """Cut the layers into runs whose statistics fit in the budget together; each costs one calibration run."""
+    group: list[LayerPlan] = []
+    used = 0
+    for layer in layers:
+        size = 2 * statistics_bytes(layer.target.in_features)
+        if group and used + size > STATISTICS_BUDGET:
+            yield group
+            group, used = [], 0
+        group.append(layer)
+        used += size
+    if group:
+        yield group
+
+
+def gather_moments(
+    model: Any, layers: Sequence[LayerPlan], rows: CalibrationRows, report: Callable[[int, int], None]
+) -> dict[str, Moments]:
+    """Run the calibration rows through the model and return the moments of the layers by name."""
+    names = [layer.target.name for layer in layers]
+    total = -(-len(rows.fitted) // rows.batch_size) - (-len(rows.held_out) // rows.batch_size)
+    done = 0
+
+    def counted(part: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+        nonlocal done
+        for batch in rows.batches(part, model):
+            yield batch
+            done += 1
+            report(done, total)
+
+    fitted = collect(model, names, counted(rows.fitted))
+    held_out = collect(model, names, counted(rows.held_out))
+    return {name: Moments(fitted[name], held_out[name]) for name in names}

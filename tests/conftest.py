@@ -1,0 +1,110 @@
+"""Tiny models from config classes, built once a session without network; and a real text to calibrate on."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY = 96
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<unk>", "<pad>", "</s>", *(chr(code) for code in range(32, 125))]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="</s>")
+
+
+def _save(model, directory: Path, **options) -> Path:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # larger than the usual initialisation, so that every layer matters to the output
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    model.save_pretrained(directory, **options)
+    _tokenizer().save_pretrained(directory)
+    return directory
+
+
+def gpt2_config(**changes) -> GPT2Config:
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64, "vocab_size": VOCABULARY}
+    return GPT2Config(**{**sizes, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, **changes})
+
+
+def llama_config(**changes) -> LlamaConfig:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 88,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 64,
+        "vocab_size": VOCABULARY,
+    }
+    return LlamaConfig(**{**sizes, "bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1, **changes})
+
+
+def bert_config(**changes) -> BertConfig:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "vocab_size": VOCABULARY,
+    }
+    return BertConfig(**{**sizes, "pad_token_id": 1, **changes})
+
+
+def mixtral_config() -> MixtralConfig:
+    return MixtralConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        max_position_embeddings=64,
+        vocab_size=VOCABULARY,
+    )
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, Path]:
+    """Directories of tiny dense checkpoints by name."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    torch.manual_seed(0)
+    return {
+        "gpt2": _save(GPT2LMHeadModel(gpt2_config()), root / "gpt2"),
+        "llama": _save(LlamaForCausalLM(llama_config()), root / "llama"),
+        "llama-tied": _save(LlamaForCausalLM(llama_config(tie_word_embeddings=True)), root / "llama-tied"),
+        "llama-sharded": _save(LlamaForCausalLM(llama_config()), root / "llama-sharded", max_shard_size="20KB"),
+        "llama-bf16": _save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), root / "llama-bf16"),
+        "bert": _save(BertModel(bert_config()), root / "bert"),
+        "mixtral": _save(MixtralForCausalLM(mixtral_config()), root / "mixtral"),
+    }
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """A calibration text of a few hundred lines of made-up words."""
+    generator = random.Random(0)
+    words = ["".join(generator.choices("etaoinshrdlu", k=generator.randint(2, 8))) for _ in range(200)]
+    lines = [" ".join(generator.choices(words, k=generator.randint(14, 30))) for _ in range(300)]
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
