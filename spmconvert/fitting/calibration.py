@@ -21,6 +21,7 @@ from spmconvert.errors import CalibrationError
 from spmconvert.recipe import Calibration
 
 SHORTEST_DOCUMENT = 64
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,9 @@ def _text_of(line: str, number: int, file: Path) -> str:
 def _tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer
 
+    # without files transformers may answer with a tokenizer of no words
+    if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise CalibrationError(f"{directory} has no tokenizer files; calibration needs text, convert with --calib none")
     try:
         return AutoTokenizer.from_pretrained(directory)
     except Exception as error:

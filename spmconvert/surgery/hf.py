@@ -85,9 +85,7 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return Recipe.model_validate(self.request or {})
 
     def to_dict(self) -> dict[str, Any]:
-        """What config.json carries: plain JSON values."""
-        if self.layers is None:
-            raise OptionError("this SPMConfig is a request and has no layers yet; load a model with it first")
+        """What config.json carries: plain JSON values. A request has no layers yet."""
         return {key: getattr(self, key) for key in _MAP_KEYS}
 
 
