@@ -125,6 +125,7 @@ def _convert(
     began = time.monotonic()
     if recipe.calibration.file is None:
         console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
+    console.silence_libraries()
     try:
         with console.ConversionProgress() as progress:
             conversion = run(model, output, recipe=recipe, device=device, resume=resume, force=force, progress=progress)

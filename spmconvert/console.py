@@ -4,6 +4,7 @@ Results go to standard output; progress, notes and errors go to standard error, 
 """
 
 import json
+import sys
 import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
     from spmconvert.plan import ConversionPlan
     from spmconvert.recipe import Recipe
 
-_out = Console(highlight=False)
+# a pipe or a file has no width; wide enough that no name is folded
+_out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 _err = Console(stderr=True, highlight=False)
 
 
@@ -36,6 +38,13 @@ def note(message: str) -> None:
 def data(value: Any) -> None:
     """Print a result as JSON."""
     _out.out(json.dumps(value, indent=2), highlight=False)
+
+
+def silence_libraries() -> None:
+    """Turn off the progress bars of transformers, which would break into ours."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def size(number: float) -> str:

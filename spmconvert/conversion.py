@@ -357,7 +357,7 @@ def _card(run: _Run, conversion: Conversion) -> str:
         f"tensor bytes {conversion.bytes_before:,} before, {conversion.bytes_after:,} after."
     )
     return model_card(
-        source=run.source.name,
+        source=run.source.name if run.source.revision else run.source.directory.resolve().name,
         source_sha256=run.source.sha256(),
         rows=conversion.layers,
         measured_on=conversion.measured_on,

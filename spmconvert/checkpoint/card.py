@@ -8,14 +8,14 @@ def model_card(*, source: str, source_sha256: str, rows: Sequence[Any], measured
     """The card as Markdown with the metadata header the hub reads.
 
     Args:
-        source: the dense checkpoint, as it was named.
+        source: hub id of the dense checkpoint, or the name of its directory.
         source_sha256: content hash of the source.
         rows: one ``LayerRecord`` a layer.
         measured_on: what the errors were measured on, in words.
         sizes: parameters and bytes before and after, in words.
         version: version of spmconvert.
     """
-    base = [f"base_model: {source}"] if source.count("/") == 1 and not source.startswith((".", "/", "~")) else []
+    base = [f"base_model: {source}"] if "/" in source else []
     header = ["---", "library_name: transformers", *base, "tags:", "- spmconvert", "---"]
     table = ["| layer | in x out | kept | error | whitened SVD of equal size |", "|---|---|---|---|---|"]
     table += [

@@ -82,9 +82,12 @@ class OutputDirectory:
         self._lock.release()
 
     def _prepare(self) -> None:
-        if self._replaced.exists() and not self.output.exists():
-            # the run before was killed between its last two renames
-            self._replaced.rename(self.output)
+        if self._replaced.exists():
+            # the run before was killed around its last two renames
+            if self.output.exists():
+                shutil.rmtree(self._replaced)
+            else:
+                self._replaced.rename(self.output)
         self._check_output()
         free = shutil.disk_usage(self.output.parent).free
         needed = int(self.needed_bytes * SPACE_MARGIN)
@@ -179,6 +182,8 @@ class OutputDirectory:
             for file, shard in zip(names, shards, strict=True):
                 contents = {name: read().contiguous() for name, _, read in shard}
                 save_file(contents, self._final / file, {"format": "pt"})
+                # safetensors makes files that only their owner can read
+                (self._final / file).chmod(0o666 & ~_umask())
             if len(shards) > 1:
                 weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
                 total = sum(size for _, size, _ in tensors)
@@ -237,6 +242,12 @@ def _replace_file(file: Path, content: bytes) -> None:
     _sync(file.parent)
 
 
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -253,7 +264,7 @@ def _write_errors(output: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise SpaceError(f"no space left while writing {output}; free some, then continue with --resume") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
             raise NotWritableError(
                 f"{output} cannot be written ({error.strerror}); choose another output with -o"
             ) from error

@@ -1,0 +1,121 @@
+"""Headers of safetensors files: everything that does not add up is refused with one clear line."""
+
+import json
+import struct
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from spmconvert.checkpoint.headers import INDEX_FILE, read_header, read_headers
+from spmconvert.errors import CheckpointError, CorruptCheckpointError
+
+
+def write(file, header, data, length=None):
+    content = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(content) if length is None else length) + content + data)
+    return file
+
+
+def entry(start, end, dtype="F32", shape=None):
+    return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
+
+
+def test_entries_match_the_library(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).to(torch.bfloat16),
+        "c": torch.arange(4),
+        "d": torch.tensor(2.5),
+        "e": torch.zeros(0, 4),
+        "f": torch.randn(4).to(torch.float8_e4m3fn),
+        "g": torch.tensor([True, False]),
+    }
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    found = read_headers(tmp_path)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].shape == tuple(tensor.shape)
+        assert found[name].nbytes == tensor.numel() * tensor.element_size()
+        content = found[name].file.read_bytes()[found[name].start : found[name].end]
+        assert content == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "length", "message"),
+    [
+        ({"a": entry(0, 8)}, b"12345678extra", None, "bytes long, its header says"),
+        ({"a": entry(0, 8)}, b"1234", None, "bytes long, its header says"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12, None, "overlaps"),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, b"x" * 12, None, "hole"),
+        ({"a": entry(0, 8, shape=[3])}, b"x" * 8, None, "does not fit"),
+        ({"a": entry(8, 0, shape=[2])}, b"x" * 8, None, "does not fit"),
+        ({"a": entry(0, 8, dtype="Q7")}, b"x" * 8, None, "not understood"),
+        ({"a": {"dtype": "F32"}}, b"", None, "not understood"),
+        ({"a": entry(0, 8, shape=[-2])}, b"x" * 8, None, "does not fit"),
+        (b"{not json", b"", None, "not JSON"),
+        (b"[]", b"", None, "not a JSON object"),
+        ({"a": entry(0, 8)}, b"x" * 8, 10**9, "header alone claims"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_damage_is_found(tmp_path, header, data, length, message):
+    file = write(tmp_path / "model.safetensors", header, data, length)
+    with pytest.raises(CorruptCheckpointError, match=message) as caught:
+        read_header(file)
+    assert "\n" not in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_empty_file(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CorruptCheckpointError):
+        read_headers(tmp_path)
+
+
+def shards(directory, weight_map):
+    save_file({"a": torch.ones(2)}, directory / "one.safetensors")
+    save_file({"b": torch.ones(3)}, directory / "two.safetensors")
+    (directory / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_sharded(tmp_path):
+    shards(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
+    found = read_headers(tmp_path)
+    assert [found[name].file.name for name in "ab"] == ["one.safetensors", "two.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../one.safetensors"}, "not beside it"),
+        ({"a": "/etc/passwd"}, "not beside it"),
+        ({"a": "sub/one.safetensors"}, "not beside it"),
+        ({"a": "..\\one.safetensors"}, "not beside it"),
+        ({"a": "three.safetensors"}, "missing"),
+        ({"a": "one.safetensors", "b": "two.safetensors", "c": "two.safetensors"}, "does not have it"),
+        ({"a": "two.safetensors", "b": "two.safetensors"}, "does not have it"),
+        ({"b": "one.safetensors"}, "does not say"),
+    ],
+)
+def test_index_that_does_not_add_up(tmp_path, weight_map, message):
+    shards(tmp_path, weight_map)
+    with pytest.raises(CorruptCheckpointError, match=message):
+        read_headers(tmp_path)
+
+
+def test_index_without_map(tmp_path):
+    (tmp_path / INDEX_FILE).write_text("{}")
+    with pytest.raises(CorruptCheckpointError, match="weight_map"):
+        read_headers(tmp_path)
+
+
+def test_pickle_is_refused(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CheckpointError, match=r"pickle.*save_pretrained"):
+        read_headers(tmp_path)
+
+
+def test_no_weights(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no model\.safetensors"):
+        read_headers(tmp_path)
