@@ -163,7 +163,7 @@ def gather_moments(
     total = -(-len(rows.fitted) // rows.batch_size) - (-len(rows.held_out) // rows.batch_size)
     done = 0
 
-    def counted(part: list[Tensor]) -> Iterator[dict[str, Tensor]]:
+    def counted(part: list[Tensor]) -> Iterator[dict[str, Any]]:
         nonlocal done
         for batch in rows.batches(part, model):
             yield batch

@@ -42,14 +42,16 @@ class CalibrationRows:
     batch_size: int
     file_sha256: str
 
-    def batches(self, rows: list[Tensor], model: Any) -> Iterator[dict[str, Tensor]]:
+    def batches(self, rows: list[Tensor], model: Any) -> Iterator[dict[str, Any]]:
         """Padded batches as keyword arguments of the model, on its device."""
         for first in range(0, len(rows), self.batch_size):
             chunk = rows[first : first + self.batch_size]
             ids = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=self.padding)
             lengths = torch.tensor([len(row) for row in chunk])
             mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
-            batch = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+            batch: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+            if hasattr(model.config, "use_cache"):
+                batch["use_cache"] = False
             if model.config.is_encoder_decoder:
                 batch["decoder_input_ids"] = batch["input_ids"]
             yield batch

@@ -116,21 +116,26 @@ def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def collect(
-    model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, Tensor]]
+    model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, Any]]
 ) -> dict[str, ActivationStatistics]:
     """Run the model over batches of keyword arguments and return the statistics of the named layers.
+
+    Where all layers are in the base model only that is run: the logits of a large vocabulary would be the largest tensor.
 
     Raises:
         CalibrationError: when a layer never ran, or its inputs are not finite.
     """
     current: dict[str, Tensor | None] = {"mask": None}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inside = len(prefix) > 1 and all(name.startswith(prefix) for name in names)
+    runner = model.get_submodule(prefix[:-1]) if inside else model
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad(), recording(model, names, lambda: current["mask"]) as gathered:
             for batch in batches:
                 current["mask"] = batch.get("attention_mask")
-                model(**batch)
+                runner(**batch)
     finally:
         model.train(was_training)
     for name in names:
