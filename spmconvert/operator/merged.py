@@ -161,10 +161,11 @@ def _mix_group(h: Tensor, block_matrices: Tensor, group: MergeGroup, digit: int,
     mixed = digit + split
     moved = h.movedim(mixed, -3)
     others, (rows, block, tokens) = moved.shape[:-3], moved.shape[-3:]
-    y = torch.bmm(block_matrices, moved.reshape(-1, rows * block, tokens))
+    batches, size, _ = block_matrices.shape
+    y = torch.bmm(block_matrices, moved.reshape(batches, rows * block, tokens))
     if expands:
-        return y.view(-1, group.middle, block, tokens)
-    y = y.view(*others, -1, block, tokens).movedim(-3, mixed)
+        return y.view(batches * size // (group.middle * block), group.middle, block, tokens)
+    y = y.view(*others, size // block, block, tokens).movedim(-3, mixed)
     return y.flatten(digit, mixed) if split else y
 
 
@@ -177,7 +178,7 @@ def _digit(group: MergeGroup, digits: tuple[int, ...]) -> int:
 def _mix(x: Tensor, blocks: Sequence[Tensor], plan: MergePlan) -> Tensor:
     """Send a chunk [tokens, in_features] through all groups; returns a strided view [tokens, coordinates...]."""
     if plan.input_tiles:
-        digits = (-1, *plan.digits[1:])
+        digits = (plan.geometry.in_features // (plan.digits[1] * plan.geometry.block), plan.digits[1])
     else:
         x, digits = expand(x, plan.geometry.width), plan.digits
     h = x.reshape(x.shape[0], *digits, plan.geometry.block).movedim(0, -1)
@@ -191,7 +192,7 @@ def _fold_rest(h: Tensor, plan: MergePlan) -> Tensor:
     """Sum the outputs that the last group's blocks did not sum; h [tokens, coordinates...]."""
     if plan.output_rows or plan.geometry.width == plan.geometry.out_features:
         return h
-    return fold(h.reshape(h.shape[0], -1), plan.geometry.out_features)
+    return fold(h.reshape(h.shape[0], plan.geometry.width), plan.geometry.out_features)
 
 
 def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan: MergePlan) -> Tensor:
@@ -209,7 +210,7 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     if plan.dense:
         return linear(x, blocks[0], bias)
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS:
-        y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], -1)
+        y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features)
         return y if bias is None else y + bias
     chunked: Tensor = _ChunkedApply.apply(x, bias, plan, *blocks)
     return chunked

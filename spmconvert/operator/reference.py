@@ -134,7 +134,7 @@ def fold(y: Tensor, out_features: int) -> Tensor:
     if width == out_features:
         return y
     padded = torch.nn.functional.pad(y, (0, -width % out_features))
-    return padded.view(tokens, -1, out_features).sum(1)
+    return padded.view(tokens, padded.shape[1] // out_features, out_features).sum(1)
 
 
 def reference_forward(x: Tensor, weight: Tensor, scale_in: Tensor, scale_out: Tensor, geometry: Geometry) -> Tensor:
@@ -151,6 +151,6 @@ def reference_forward(x: Tensor, weight: Tensor, scale_in: Tensor, scale_out: Te
         [tokens, out_features] in the dtype of x, in which all arithmetic is done.
     """
     weight, scale_in, scale_out = (p.to(x.dtype) for p in (weight, scale_in, scale_out))
-    coordinates = (expand(x, geometry.width) * scale_in).t().reshape(geometry.blocks, geometry.block, -1)
+    coordinates = (expand(x, geometry.width) * scale_in).t().reshape(geometry.blocks, geometry.block, x.shape[0])
     mixed = apply_stages(coordinates, weight, geometry, 0, geometry.stages)
-    return fold(mixed.reshape(geometry.width, -1).t() * scale_out, geometry.out_features)
+    return fold(mixed.reshape(geometry.width, x.shape[0]).t() * scale_out, geometry.out_features)
