@@ -1,0 +1,236 @@
+"""SPMLinear as a module: what it computes, how it is copied, compiled, exported and cached, and what it refuses."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from spmconvert.errors import BackendError, OptionError
+from spmconvert.operator.linear import SPMLinear
+
+DESIGNS = [{}, {"variant": "rotation"}, {"block": 2}, {"rank": 3}, {"stages": 0, "rank": 2}, {"bias": False}]
+ids = lambda design: "-".join(f"{k}{v}" for k, v in design.items()) or "default"  # noqa: E731
+
+
+@pytest.fixture
+def layer():
+    torch.manual_seed(0)
+    layer = SPMLinear(96, 200, rank=3)
+    with torch.no_grad():
+        layer.low_rank_out.normal_()
+        layer.bias.normal_()
+    return layer
+
+
+@pytest.mark.parametrize("design", DESIGNS, ids=ids)
+@pytest.mark.parametrize("shape", [(12, 12), (96, 200), (200, 96)], ids=str)
+@pytest.mark.parametrize("backend", ["reference", "merged", "auto"])
+def test_forward_is_the_dense_matrix(shape, design, backend):
+    torch.manual_seed(0)
+    layer = SPMLinear(*shape, backend=backend, dtype=torch.double, **design)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    x = torch.randn(3, 5, shape[0], dtype=torch.double)
+    expected = torch.nn.functional.linear(x, layer.to_dense(), layer.bias)
+    torch.testing.assert_close(layer(x), expected)
+    torch.testing.assert_close(layer(x[0, 0]), expected[0, 0])
+
+
+@pytest.mark.parametrize("design", DESIGNS[:4], ids=ids)
+def test_fresh_layer_keeps_the_variance(design):
+    torch.manual_seed(0)
+    for shape in ((256, 256), (256, 1024), (1024, 256)):
+        y = SPMLinear(*shape, **design)(torch.randn(500, shape[0]))
+        assert 0.7 < y.std() < 1.4
+
+
+def test_state_dict_and_description(layer):
+    assert list(layer.state_dict()) == ["weight", "scale_in", "scale_out", "low_rank_in", "low_rank_out", "bias"]
+    assert layer.weight.shape == (8, 2, 208, 1, 1)
+    assert SPMLinear(8, 8, variant="rotation").weight.shape == (3, 1, 4)
+    for part in ("in_features=96", "out_features=200", "width=208", "stages=8", "rank=3", "kept="):
+        assert part in repr(layer)
+
+
+def test_parameter_count_is_the_geometry(layer):
+    assert sum(p.numel() for p in layer.parameters()) == layer.geometry.parameter_count(bias=True)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"stages": -1}, {"variant": "skew"}, {"block": 0}, {"rank": 97}, {"width": 100}, {"backend": "cudnn"}]
+)
+def test_what_is_refused(arguments):
+    with pytest.raises(OptionError):
+        SPMLinear(96, 200, **arguments)
+
+
+def test_backend_that_cannot_run_is_an_error_and_never_replaced():
+    layer = SPMLinear(8, 8, backend="triton")
+    with pytest.raises(BackendError, match="auto, merged or reference"):
+        layer(torch.randn(2, 8))
+
+
+def test_autocast(layer):
+    x = torch.randn(4, 96)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(x)
+        double = copy.deepcopy(layer).double()(x.double())
+    assert y.dtype == torch.bfloat16
+    assert double.dtype == torch.float64
+    assert (y.float() - layer(x)).norm() / layer(x).norm() < 0.02
+    y.sum().backward()
+    assert layer.weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("design", [{}, {"variant": "rotation"}, {"block": 2}], ids=ids)
+def test_compile_without_graph_breaks(design, training):
+    torch.manual_seed(0)
+    layer = SPMLinear(96, 200, **design).train(training)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    x = torch.randn(300, 96, requires_grad=training)
+    with torch.set_grad_enabled(training):
+        torch.testing.assert_close(compiled(x), layer(x))
+    if training:
+        grads = torch.autograd.grad(compiled(x).square().sum(), [x, layer.weight])
+        expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight])
+        for found, wanted in zip(grads, expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
+
+
+def test_export_with_any_number_of_tokens(layer):
+    program = torch.export.export(
+        layer.eval(), (torch.randn(4, 96),), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=4096)},)
+    )
+    for tokens in (2, 500):
+        x = torch.randn(tokens, 96)
+        torch.testing.assert_close(program.module()(x), layer(x))
+
+
+def test_copies_leave_the_cache_behind(layer):
+    x = torch.randn(4, 96)
+    with torch.no_grad():
+        expected = layer.eval()(x)
+    assert layer._cache is not None
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other._cache is None
+        assert torch.equal(other(x), expected)
+
+
+def test_half_precision(layer):
+    x = torch.randn(4, 96)
+    for dtype in (torch.float16, torch.bfloat16):
+        assert copy.deepcopy(layer).to(dtype)(x.to(dtype)).dtype == dtype
+    # parameters may be wider than the activations
+    y = layer(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    assert (y.float() - layer(x)).norm() / layer(x).norm() < 0.02
+
+
+def test_meta_device():
+    with torch.device("meta"):
+        layer = SPMLinear(96, 200, rank=2)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert layer(torch.empty(3, 96, device="meta")).shape == (3, 200)
+
+
+def test_gradient_checkpointing(layer):
+    x = torch.randn(300, 96, requires_grad=True)
+    plain = torch.autograd.grad(layer(x).square().sum(), [x, *layer.parameters()])
+    again = torch.autograd.grad(checkpoint(layer, x, use_reentrant=False).square().sum(), [x, *layer.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+def test_distributed_data_parallel(layer, tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        parallel = torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer))
+        x = torch.randn(300, 96)
+        parallel(x).square().sum().backward()
+        layer(x).square().sum().backward()
+        for found, wanted in zip(parallel.module.parameters(), layer.parameters(), strict=True):
+            torch.testing.assert_close(found.grad, wanted.grad)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def blocks_of(layer):
+    with torch.no_grad():
+        layer(torch.randn(2, layer.in_features))
+    return layer._cache[1]
+
+
+def test_merged_blocks_are_cached(layer):
+    layer.eval()
+    assert blocks_of(layer) is blocks_of(layer)
+    layer.requires_grad_(False)
+    layer(torch.randn(2, 96))
+    assert blocks_of(layer) is blocks_of(layer)
+
+
+def optimizer_step(layer):
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.randn(2, 96)).sum().backward()
+    optimizer.step()
+
+
+def in_place(layer):
+    with torch.no_grad():
+        layer.scale_in.mul_(2)
+
+
+CHANGES = {
+    "in place": in_place,
+    "optimizer": optimizer_step,
+    "load_state_dict": lambda layer: layer.load_state_dict(SPMLinear(96, 200, rank=3).state_dict()),
+    "assign": lambda layer: layer.load_state_dict(SPMLinear(96, 200, rank=3).state_dict(), assign=True),
+    "double": lambda layer: layer.double().float(),
+    "new parameter": lambda layer: setattr(layer, "scale_out", torch.nn.Parameter(torch.ones(208))),
+    "train": lambda layer: layer.train().eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cache_is_dropped_when_a_parameter_changes(layer, change):
+    before = blocks_of(layer.eval())
+    CHANGES[change](layer)
+    assert blocks_of(layer) is not before
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            layer(x), torch.nn.functional.linear(x, layer.to_dense(), layer.bias), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_inference_mode_and_back(layer):
+    x = torch.randn(3, 96)
+    layer.eval()
+    with torch.inference_mode():
+        first = layer(x)
+    y = layer(x)
+    torch.testing.assert_close(y, first.clone())
+    y.sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_inference_tensors_as_parameters():
+    with torch.inference_mode():
+        layer = SPMLinear(96, 96).eval()
+        x = torch.randn(3, 96)
+        first = layer(x)
+        layer.scale_out.mul_(2)
+        torch.testing.assert_close(layer(x), 2 * first)
+
+
+def test_from_dense():
+    torch.manual_seed(0)
+    dense = torch.nn.Linear(24, 24)
+    layer = SPMLinear.from_dense(dense, stages=10, iterations=30)
+    assert isinstance(layer, SPMLinear)
+    assert layer.geometry.stages == 10
+    error = (layer.to_dense() - dense.weight).square().sum() / dense.weight.square().sum()
+    assert error < 0.9
+    torch.testing.assert_close(layer.bias, dense.bias)
