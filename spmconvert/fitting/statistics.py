@@ -115,9 +115,7 @@ def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
     return rows[mask.reshape(-1).bool().to(rows.device)]
 
 
-def collect(
-    model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, Any]]
-) -> dict[str, ActivationStatistics]:
+def collect(model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, Any]]) -> dict[str, ActivationStatistics]:
     """Run the model over batches of keyword arguments and return the statistics of the named layers.
 
     Where all layers are in the base model only that is run: the logits of a large vocabulary would be the largest tensor.

@@ -131,7 +131,8 @@ class SPMLinear(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        backend = resolve_backend(self.backend, x.device.type)
+        merges_anew = self._trains() and not torch.compiler.is_compiling()
+        backend = resolve_backend(self.backend, x.device.type, tokens=tokens.shape[0] if merges_anew else None)
         # an empty chain has nothing to merge: the operator is a diagonal
         if backend == "reference" or self.geometry.stages == 0:
             y = reference_forward(tokens, self.weight, self.scale_in, self.scale_out, self.geometry)
@@ -142,11 +143,14 @@ class SPMLinear(nn.Module):
             y = torch.addmm(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
         return y.view(*x.shape[:-1], self.out_features)
 
+    def _trains(self) -> bool:
+        stages = (self.weight, self.scale_in, self.scale_out)
+        return torch.is_grad_enabled() and any(p.requires_grad for p in stages)
+
     def _merged_blocks(self, dtype: torch.dtype) -> list[Tensor]:
         parameters = (self.weight, self.scale_in, self.scale_out)
         # inference tensors have no version counter, so a change to them could not be seen
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-        if trains or torch.compiler.is_compiling() or self.weight.is_inference():
+        if self._trains() or torch.compiler.is_compiling() or self.weight.is_inference():
             return [block.to(dtype) for block in merge_stages(*parameters, self.plan)]
         key = (dtype, *((p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
         if self._cache is None or self._cache[0] != key:

@@ -177,10 +177,11 @@ def _digit(group: MergeGroup, digits: tuple[int, ...]) -> int:
 
 def _mix(x: Tensor, blocks: Sequence[Tensor], plan: MergePlan) -> Tensor:
     """Send a chunk [tokens, in_features] through all groups; returns a strided view [tokens, coordinates...]."""
+    digits = plan.digits
     if plan.input_tiles:
         digits = (plan.geometry.in_features // (plan.digits[1] * plan.geometry.block), plan.digits[1])
     else:
-        x, digits = expand(x, plan.geometry.width), plan.digits
+        x = expand(x, plan.geometry.width)
     h = x.reshape(x.shape[0], *digits, plan.geometry.block).movedim(0, -1)
     for position, (group, matrices) in enumerate(zip(plan.groups, blocks, strict=True)):
         expands = position == 0 and plan.input_tiles > 0

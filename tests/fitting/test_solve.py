@@ -222,3 +222,14 @@ def test_fit_linear_keeps_dtype_and_needs_no_data():
     assert layer.bias is None
     assert 0 < result.end < 1
     assert fit_linear(linear, ActivationStatistics.of(inputs(24)), iterations=2)[0].bias is not None
+
+
+def test_solver_that_diverges_leaves_the_best_point(monkeypatch):
+    monkeypatch.setattr("spmconvert.fitting.solve.STEP_SIZE", 30.0)
+    monkeypatch.setattr("spmconvert.fitting.solve.POLISH_SHARE", 0.0)
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    layer = SPMLinear(24, 40)
+    result = fit_(layer, weight, bias, statistics, iterations=12)
+    assert result.end <= result.start
+    assert error_of(layer, weight, bias, statistics) == pytest.approx(result.end, rel=1e-3)
