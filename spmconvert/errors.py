@@ -8,7 +8,7 @@
     │   └── CorruptCheckpointError 6   truncated, overlapping, escaping, missing or non-finite tensors
     ├── TargetError                7   no layer matched, or a named layer may not be touched
     │   └── UnsupportedLayerError  8   a named layer has a form that cannot be converted
-    ├── CalibrationError           9   the calibration text is empty, too short or unreadable
+    ├── CalibrationError           9   the calibration or training text is empty, too short or unreadable
     ├── OutputError               10   the output exists, or nothing there can be resumed
     │   ├── SpaceError            11   not enough free space
     │   ├── NotWritableError      12   no permission to write
@@ -73,7 +73,7 @@ class UnsupportedLayerError(TargetError):
 
 
 class CalibrationError(SpmconvertError):
-    """The calibration text is missing, empty, too short or cannot be decoded."""
+    """The calibration or training text is missing, empty, too short or cannot be decoded."""
 
     exit_code = 9
 

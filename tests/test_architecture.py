@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "spmconvert"
 LAYERS = [
     ["version", "errors"],
     ["operator"],
-    ["recipe", "checkpoint"],
+    ["recipe", "checkpoint", "text"],
     ["fitting"],
     ["surgery"],
     ["plan"],

@@ -1,0 +1,117 @@
+"""From text files to rows of token ids, for calibration and for finetuning.
+
+A document is a non-empty line of a .txt file or the ``text`` of a .jsonl line; lines shorter than a few words (headings,
+captions) are left out where there are longer ones. Encoders and masked models read one document a row, cut at the row
+length; causal and encoder-decoder models read documents joined by the end-of-text token and cut into full rows, as they
+were trained. A rest that does not fill a row is dropped.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.errors import CalibrationError
+
+SHORTEST_DOCUMENT = 64
+PLAIN_SUFFIXES = ("", ".txt", ".md", ".raw", ".tokens")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
+
+
+def read_documents(file: Path) -> list[str]:
+    """Documents of a .txt or .jsonl file.
+
+    Raises:
+        CalibrationError: when the file cannot be read, has another form, or holds no document.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"text file {file} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
+    except OSError as error:
+        raise CalibrationError(f"text file {file} cannot be read: {error.strerror}; check the path") from None
+    if file.suffix == ".jsonl":
+        lines = [_text_of(line, number, file) for number, line in enumerate(lines, 1) if line.strip()]
+    elif file.suffix not in PLAIN_SUFFIXES:
+        raise CalibrationError(f"text file {file} has the form {file.suffix}; give a .txt or a .jsonl file")
+    stripped = [line.strip() for line in lines if line.strip()]
+    if not stripped:
+        raise CalibrationError(f"text file {file} is empty; give a text of at least a few hundred lines")
+    return [line for line in stripped if len(line) >= SHORTEST_DOCUMENT] or stripped
+
+
+def _text_of(line: str, number: int, file: Path) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        raise CalibrationError(f"line {number} of {file} is not JSON; give one object a line") from None
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+        raise CalibrationError(f"line {number} of {file} has no key 'text'; name the column of the documents text")
+    return record["text"]
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        CalibrationError: when there is none that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    # without files transformers may answer with a tokenizer of no words
+    if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise CalibrationError(f"{directory} has no tokenizer files, which a text needs; convert with --calib none")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:
+        # transformers raises whatever its converters raise; all of it means that text cannot be tokenised here
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"{directory} has no usable tokenizer ({first}), which a text needs; convert with --calib none"
+        ) from error
+
+
+def reads_packed(config: Any) -> bool:
+    """Whether a model reads rows cut from one stream of tokens, rather than one document a row."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return bool(config.is_encoder_decoder or generates)
+
+
+def row_length(config: Any, wanted: int) -> int:
+    """The wanted number of tokens a row, or the most positions the model has."""
+    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+
+
+def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, file: Path) -> list[Tensor]:
+    """Rows of at most ``length`` token ids (int64), packed or one a document, as the model reads them.
+
+    Raises:
+        CalibrationError: when packed documents do not fill one row.
+    """
+    if not reads_packed(config):
+        return [torch.tensor(ids) for ids in tokenizer(documents, truncation=True, max_length=length)["input_ids"]]
+    separator = tokenizer.eos_token_id
+    stream: list[int] = []
+    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        stream += ids if separator is None else [*ids, separator]
+    if len(stream) < length:
+        raise CalibrationError(
+            f"{file} has {len(stream)} tokens, one row has {length}; use a longer text or fewer tokens a row"
+        )
+    return [torch.tensor(stream[start : start + length]) for start in range(0, len(stream) - length + 1, length)]
+
+
+def padded_batch(rows: list[Tensor], padding: int, model: Any) -> dict[str, Any]:
+    """Rows as keyword arguments of the model, padded on the right, on its device."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    batch: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    if hasattr(model.config, "use_cache"):
+        batch["use_cache"] = False
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return batch
