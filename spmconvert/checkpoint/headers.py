@@ -87,7 +87,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         content = stream.read(length)
     try:
         header = json.loads(content)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise _corrupt(file, "has a header that is not JSON") from None
     if not isinstance(header, dict):
         raise _corrupt(file, "has a header that is not a JSON object")
@@ -108,26 +108,27 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 
 def _entry(file: Path, name: str, value: Any, data_start: int) -> TensorEntry:
     try:
-        dtype, shape, (start, end) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-        bits = _BITS[dtype] * math.prod(shape)
-        plain = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+        bits, shape, (start, end) = _BITS[value["dtype"]], tuple(value["shape"]), value["data_offsets"]
     except (KeyError, TypeError, ValueError):
         raise _corrupt(file, f"has tensor {name} with a header entry that is not understood") from None
-    if not plain or (end - start) * 8 != bits:
-        raise _corrupt(file, f"has tensor {name} of {dtype} {list(shape)} in {end - start} bytes, which does not fit")
-    return TensorEntry(name, dtype, shape, file, data_start + start, data_start + end)
+    plain = all(type(number) is int and number >= 0 for number in (*shape, start, end))
+    if not plain or (end - start) * 8 != bits * math.prod(shape):
+        extent = f"{value['dtype']} {list(shape)} at bytes {start} to {end}"
+        raise _corrupt(file, f"has tensor {name} of {extent}, which does not fit")
+    return TensorEntry(name, value["dtype"], shape, file, data_start + start, data_start + end)
 
 
 def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
     index = directory / INDEX_FILE
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise _corrupt(index, "has no weight_map") from None
-    shards = sorted(set(weight_map.values()) if isinstance(weight_map, dict) else ())
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise _corrupt(index, "has a weight_map that is not a table of file names")
     found: dict[str, TensorEntry] = {}
-    for shard in shards:
-        if not isinstance(shard, str) or Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
             raise _corrupt(index, f"names the file {shard!r}, which is not beside it")
         if not (directory / shard).is_file():
             raise _corrupt(index, f"names the file {shard!r}, which is missing")

@@ -46,11 +46,25 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
 
     def read(self, name: str) -> "torch.Tensor":
-        """One tensor, on the CPU in its own dtype."""
-        from safetensors import safe_open
+        """One tensor, on the CPU in its own dtype.
 
-        with safe_open(self.tensors[name].file, "pt") as file:
-            return file.get_tensor(name)
+        Raises:
+            CorruptCheckpointError: when the library refuses it: a damaged header, or a dtype that torch does not have.
+            CheckpointError: when its file cannot be read any more.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        entry = self.tensors[name]
+        try:
+            with safe_open(entry.file, "pt") as file:
+                return file.get_tensor(name)
+        except SafetensorError as error:
+            first = str(error).splitlines()[0]
+            raise CorruptCheckpointError(
+                f"tensor {name} ({entry.dtype}) of {entry.file} is refused ({first}); download or save it again"
+            ) from error
+        except OSError as error:
+            raise _unreadable(entry.file, error) from error
 
     def read_finite(self, name: str) -> "torch.Tensor":
         """One floating-point tensor without infinities and NaNs.
@@ -59,7 +73,9 @@ class Checkpoint:
             CorruptCheckpointError: when there are any.
         """
         tensor = self.read(name)
-        bad = int((~tensor.isfinite()).sum())
+        # torch has no isfinite for every 8-bit float
+        values = tensor.float() if tensor.is_floating_point() and tensor.element_size() == 1 else tensor
+        bad = int((~values.isfinite()).sum())
         if bad:
             raise CorruptCheckpointError(
                 f"tensor {name} has {bad} values that are not finite; convert another checkpoint, or leave the layer out "
@@ -103,15 +119,18 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         CheckpointError: when it is not a checkpoint that can be converted.
         CorruptCheckpointError: when its files contradict each other.
     """
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))  # noqa: PTH111 - leaves an unknown ~user as it is instead of raising
     commit = None
-    if not path.exists():
+    # an empty name would be the working directory; os.path.exists is False for a name too long for the system
+    if not model or not os.path.exists(path):  # noqa: PTH110
         path = _download(model, revision)
         commit = path.name
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and model.safetensors")
-    config = _read_config(path)
-    return Checkpoint(path, model, commit, config, read_headers(path))
+    try:
+        return Checkpoint(path, model, commit, _read_config(path), read_headers(path))
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -120,7 +139,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{file} is not JSON; download or save the checkpoint again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object; download or save the checkpoint again")
@@ -134,17 +153,21 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 
 def _download(model: str, revision: str | None) -> Path:
-    looks_local = model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.endswith("/")
+    looks_local = not model or model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.endswith("/")
     if looks_local:
-        raise ModelNotFoundError(f"there is no directory {model}; check the path")
+        raise ModelNotFoundError(f"there is no directory {model!r}; check the path")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+    # the client lets errors of its HTTP library through, and which library that is differs between its versions
+    except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelNotFoundError(
-            f"there is no directory {model}, and the hub has no such model within reach ({first}); "
+            f"there is no directory {model!r}, and the hub has no such model within reach ({first}); "
             "check the name, the network and HF_HUB_OFFLINE"
-        ) from None
+        ) from error
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read ({error.strerror}); check that it is there and its permissions")

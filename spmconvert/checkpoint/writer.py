@@ -10,9 +10,10 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -20,7 +21,14 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
-from spmconvert.errors import CorruptCheckpointError, LockedError, NotWritableError, OutputError, SpaceError
+from spmconvert.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    LockedError,
+    NotWritableError,
+    OutputError,
+    SpaceError,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -34,7 +42,7 @@ class OutputDirectory:
     """The output of one run, from its lock to the final rename.
 
     Args:
-        output: directory that will appear.
+        output: directory that will appear; where it is a symbolic link, the directory that the link names.
         fingerprint: hash of everything that decides about the bytes; a run is only resumed under the same one.
         force: replace a checkpoint that is there.
         resume: continue the unfinished run that is there.
@@ -48,7 +56,7 @@ class OutputDirectory:
     """
 
     def __init__(self, output: Path, *, fingerprint: str, force: bool, resume: bool, needed_bytes: int) -> None:
-        self.output = output.absolute()
+        self.output = Path(os.path.realpath(output))
         self.fingerprint, self.force, self.resume, self.needed_bytes = fingerprint, force, resume, needed_bytes
         parent, name = self.output.parent, self.output.name
         self.partial = parent / f".{name}.partial"
@@ -78,7 +86,8 @@ class OutputDirectory:
 
     def _release(self) -> None:
         # removed while it is still held, so that nobody can be waiting on a file that is gone
-        Path(self._lock.lock_file).unlink(missing_ok=True)
+        with suppress(OSError):
+            Path(self._lock.lock_file).unlink()
         self._lock.release()
 
     def _prepare(self) -> None:
@@ -99,7 +108,7 @@ class OutputDirectory:
         self._open_partial()
 
     def _check_output(self) -> None:
-        if not self.output.exists():
+        if not os.path.lexists(self.output):
             return
         if not self.force:
             raise OutputError(f"{self.output} exists already; replace it with --force or choose another output with -o")
@@ -115,7 +124,7 @@ class OutputDirectory:
         if self.resume:
             if not run.exists():
                 raise OutputError(f"there is no unfinished run of {self.output} to resume; run again without --resume")
-            if json.loads(run.read_text())["fingerprint"] != self.fingerprint:
+            if _read_fingerprint(run) != self.fingerprint:
                 raise OutputError(
                     f"the unfinished run of {self.output} had other settings, another source or another version; "
                     "repeat its command exactly, or start over without --resume"
@@ -139,7 +148,8 @@ class OutputDirectory:
         from safetensors.torch import save
 
         with _write_errors(self.output):
-            _replace_file(self._layer_file(name), save(tensors, {"record": json.dumps(record)}))
+            content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"record": json.dumps(record)})
+            _replace_file(self._layer_file(name), content)
 
     def load_layer(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
         """A finished layer, or None where it is not finished.
@@ -174,27 +184,33 @@ class OutputDirectory:
             tensors: name, bytes and reader of every tensor, in the order of the files.
             shard_bytes: most bytes a shard, unless a single tensor is larger.
         """
-        from safetensors.torch import save_file
-
         shards = list(_shards(tensors, shard_bytes))
         names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-        with _write_errors(self.output):
-            for file, shard in zip(names, shards, strict=True):
-                contents = {name: read().contiguous() for name, _, read in shard}
-                save_file(contents, self._final / file, {"format": "pt"})
-                # safetensors makes files that only their owner can read
-                (self._final / file).chmod(0o666 & ~_umask())
-            if len(shards) > 1:
-                weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-                total = sum(size for _, size, _ in tensors)
-                index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                (self._final / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+        for file, shard in zip(names, shards, strict=True):
+            # outside of _write_errors: an error of the source is not one of the output
+            contents = {name: read().contiguous() for name, _, read in shard}
+            with _write_errors(self.output):
+                _save_shard(contents, self._final / file)
+        if len(shards) > 1:
+            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
+            total = sum(size for _, size, _ in tensors)
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            self.add_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
     def add_file(self, relative: str, source: Path) -> None:
-        """Copy a file into the output."""
-        with _write_errors(self.output):
+        """Copy a file into the output.
+
+        Raises:
+            CheckpointError: when the source cannot be read.
+        """
+        try:
+            stream = source.open("rb")
+        except OSError as error:
+            raise CheckpointError(f"{source} cannot be read ({error.strerror}); check that it is there") from error
+        with stream, _write_errors(self.output):
             (self._final / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, self._final / relative)
+            with (self._final / relative).open("wb") as copy:
+                shutil.copyfileobj(stream, copy)
 
     def add_text(self, relative: str, text: str) -> None:
         """Write a text file into the output."""
@@ -211,7 +227,8 @@ class OutputDirectory:
             self._final.rename(self.output)
             _sync(self.output.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
-            shutil.rmtree(self.partial)
+            # the output is there: nothing that happens to the rest can be an error of this run
+            shutil.rmtree(self.partial, ignore_errors=True)
 
 
 def _shards(
@@ -230,6 +247,29 @@ def _shards(
 
 def _shard_name(index: int, total: int) -> str:
     return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
+
+
+def _save_shard(contents: "dict[str, torch.Tensor]", file: Path) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(contents, file, {"format": "pt"})
+    except SafetensorError as error:
+        # the library reports a full disk as text only
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
+    # safetensors makes files that only their owner can read
+    file.chmod(0o666 & ~_umask())
+
+
+def _read_fingerprint(run: Path) -> object:
+    try:
+        return json.loads(run.read_text(encoding="utf-8"))["fingerprint"]
+    except (ValueError, KeyError, TypeError):
+        raise OutputError(f"{run} of the unfinished run is damaged; start over without --resume") from None
 
 
 def _replace_file(file: Path, content: bytes) -> None:

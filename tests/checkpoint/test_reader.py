@@ -2,11 +2,15 @@
 
 import json
 import shutil
+import struct
+import subprocess
+import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spmconvert.checkpoint.headers import INDEX_FILE
 from spmconvert.checkpoint.reader import HUB_PATTERNS, open_checkpoint
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError
 
@@ -72,8 +76,103 @@ def test_non_finite(source, value):
         open_checkpoint(str(source)).read_finite(name)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.bfloat16, torch.int64]
+)
+def test_finite_values_of_every_kind(source, dtype):
+    save_file({"a": torch.ones(3).to(dtype)}, source / "model.safetensors")
+    assert open_checkpoint(str(source)).read_finite("a").dtype == dtype
+
+
+def test_non_finite_8_bit_floats(source):
+    save_file({"a": torch.tensor([1.0, float("nan")]).to(torch.float8_e4m3fn)}, source / "model.safetensors")
+    with pytest.raises(CorruptCheckpointError, match="a has 1 values"):
+        open_checkpoint(str(source)).read_finite("a")
+
+
+def test_file_that_vanishes_or_changes_after_opening(source):
+    checkpoint = open_checkpoint(str(source))
+    name = next(iter(checkpoint.tensors))
+    (source / "model.safetensors").write_bytes(b"short")
+    with pytest.raises(CorruptCheckpointError, match="is refused"):
+        checkpoint.read(name)
+    (source / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoint.read(name)
+
+
+def test_dtype_that_torch_does_not_have(source):
+    header = json.dumps({"a": {"dtype": "F6_E2M3", "shape": [4], "data_offsets": [0, 3]}}).encode()
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"xyz")
+    with pytest.raises(CorruptCheckpointError, match=r"F6_E2M3.*refused"):
+        open_checkpoint(str(source)).read("a")
+
+
+@pytest.mark.parametrize("offsets", [["0", "8"], [None, 8], [0.0, 8.0], [True, 8], {"0": 0, "8": 8}])
+def test_offsets_that_are_not_integers(source, offsets):
+    header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"12345678")
+    with pytest.raises(CorruptCheckpointError, match="does not fit"):
+        open_checkpoint(str(source))
+
+
+def test_json_nested_too_deeply(source):
+    (source / "model.safetensors").write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
+    with pytest.raises(CorruptCheckpointError, match="not JSON"):
+        open_checkpoint(str(source))
+    (source / "config.json").write_text("[" * 200_000)
+    with pytest.raises(CheckpointError, match="not JSON"):
+        open_checkpoint(str(source))
+
+
+@pytest.mark.parametrize("weight_map", [[], None, "x", {"a": 1, "b": "x"}, {"a": ["x"]}])
+def test_weight_map_that_is_no_table_of_names(source, weight_map):
+    (source / "model.safetensors").unlink()
+    (source / INDEX_FILE).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(CorruptCheckpointError, match="not a table of file names"):
+        open_checkpoint(str(source))
+
+
+def test_name_the_system_refuses(source):
+    (source / "model.safetensors").unlink()
+    (source / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "x" * 5000}}))
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        open_checkpoint(str(source))
+
+
+def test_the_single_file_wins_over_an_index(source):
+    (source / INDEX_FILE).write_text(json.dumps({"weight_map": {"a": "gone.safetensors"}}))
+    assert "a" not in open_checkpoint(str(source)).tensors
+
+
+def test_hub_cache_of_symbolic_links(source, tmp_path):
+    snapshot = tmp_path / "snapshots" / "0123abcd"
+    snapshot.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(source.iterdir())):
+        file.rename(tmp_path / "blobs" / str(number))
+        (snapshot / file.name).symlink_to(f"../../blobs/{number}")
+    checkpoint = open_checkpoint(str(snapshot))
+    assert checkpoint.read(next(iter(checkpoint.tensors))).numel()
+    assert "tokenizer.json" in [path.name for path in checkpoint.companion_files()]
+
+
+def test_pickle_only(source):
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pickle.*save_pretrained"):
+        open_checkpoint(str(source))
+
+
+def test_import_is_fast():
+    code = (
+        "import sys, spmconvert.checkpoint.reader, spmconvert.checkpoint.writer; "
+        "sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_no_such_directory(tmp_path):
-    for name in (str(tmp_path / "none"), "./none", "a/b/c"):
+    for name in (str(tmp_path / "none"), "./none", "a/b/c", "~no-such-user/x", ""):
         with pytest.raises(ModelNotFoundError, match="no directory"):
             open_checkpoint(name)
 
@@ -118,7 +217,18 @@ def test_hub_id_is_fetched_without_pickles(source, monkeypatch):
     assert not any("bin" in pattern or "pt" in pattern for pattern in HUB_PATTERNS)
 
 
-@pytest.mark.parametrize("name", ["no-such-model-here", "owner/none", "not a valid id!"])
+@pytest.mark.parametrize("error", [ConnectionError("reset\nby peer"), RuntimeError("read timed out")])
+def test_download_that_fails_on_the_way(monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fail)
+    with pytest.raises(ModelNotFoundError, match="within reach") as caught:
+        open_checkpoint("owner/name")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["no-such-model-here", "owner/none", "not a valid id!", "x" * 5000])
 def test_hub_id_out_of_reach(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE") as caught:
