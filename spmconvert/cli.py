@@ -74,8 +74,6 @@ def convert(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Replace dense layers of MODEL by SPM layers, fit them, and write a checkpoint."""
-    if resume and force:
-        raise OptionError("--resume and --force contradict each other; --resume continues a run, --force starts over")
     if resume and dry_run:
         raise OptionError("--resume and --dry-run contradict each other; a dry run writes nothing to resume")
     given = {

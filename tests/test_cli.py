@@ -183,7 +183,6 @@ def test_tied_head(run, checkpoints):
 @pytest.mark.parametrize(
     "options",
     [
-        ("--resume", "--force"),
         ("--resume", "--dry-run"),
         ("--layers", "9"),
         ("--layers", "x"),

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 # what is fetched from the hub: no weights but safetensors
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "*LICENSE*")
-# folders beside the weights that hold the same model in other formats
-OTHER_FORMATS = ("onnx", "openvino", "coreml", "tflite", "gguf")
+CHAT_TEMPLATES = "additional_chat_templates"
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
 WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE)
 
@@ -84,15 +83,32 @@ class Checkpoint:
         return tensor
 
     def companion_files(self) -> list[Path]:
-        """Tokenizer, processor, generation config, chat templates, licences: what is neither weights nor rewritten."""
+        """Tokenizer, processor, generation config, chat templates, licences: what is neither weights nor rewritten.
+
+        Of the folders only those that belong to the model: chat templates, and the modules of sentence-transformers with
+        their own weights. Others hold the model in other formats, or earlier states of its training.
+        """
         found = []
-        for path in sorted(self.directory.rglob("*")):
-            relative = path.relative_to(self.directory)
-            skipped = relative.parts[0] in OTHER_FORMATS or any(part.startswith(".") for part in relative.parts)
+        for path in sorted(self.directory.iterdir()):
             is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
-            if path.is_file() and not skipped and not is_weight and str(relative) not in WRITTEN_ANEW:
+            skipped = path.name.startswith(".") or path.name in WRITTEN_ANEW
+            if path.is_file() and not is_weight and not skipped:
                 found.append(path)
+        for folder in self._companion_folders():
+            found += sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in PICKLE_SUFFIXES)
         return found
+
+    def _companion_folders(self) -> list[Path]:
+        names = {CHAT_TEMPLATES}
+        modules = self.directory / "modules.json"
+        if modules.is_file():
+            try:
+                names |= {entry["path"] for entry in json.loads(modules.read_text(encoding="utf-8"))}
+            except (ValueError, KeyError, TypeError):
+                raise CheckpointError(f"{modules} is not a list of modules with paths; download it again") from None
+        # a module without a folder is the transformer itself
+        candidates = [self.directory / name for name in sorted(names) if name and Path(name).name == name]
+        return [folder for folder in candidates if folder.is_dir()]
 
     def sha256(self) -> str:
         """Content hash over config.json and the weight files."""

@@ -45,6 +45,12 @@ def test_hash_depends_on_weights_and_config_only(source):
 
 
 def test_companion_files(source):
+    (source / "modules.json").write_text(
+        json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, {"path": "../x"}])
+    )
+    for relative in ("2_Dense/model.safetensors", "checkpoint-500/config.json", "additional_chat_templates/tool.jinja"):
+        (source / relative).parent.mkdir(exist_ok=True)
+        (source / relative).write_text("x")
     for relative in ("1_Pooling/config.json", "chat_template.jinja", "LICENSE", "vocab.txt", "generation_config.json"):
         (source / relative).parent.mkdir(exist_ok=True)
         (source / relative).write_text("x")
@@ -60,6 +66,8 @@ def test_companion_files(source):
         (source / relative).parent.mkdir(exist_ok=True)
         (source / relative).write_text("x")
     found = {str(path.relative_to(source)) for path in open_checkpoint(str(source)).companion_files()}
+    assert {"2_Dense/model.safetensors", "additional_chat_templates/tool.jinja", "modules.json"} <= found
+    assert "checkpoint-500/config.json" not in found
     expected = {"1_Pooling/config.json", "chat_template.jinja", "LICENSE", "vocab.txt", "generation_config.json"}
     assert expected | {"tokenizer.json", "tokenizer_config.json"} <= found
     assert not found & {"config.json", "README.md", "spm.json", "pytorch_model.bin", "tf_model.h5", "model.safetensors"}
