@@ -16,13 +16,13 @@ from torch import nn
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
 from spmconvert.surgery.structure import (
     Kind,
-    Linear,
     find_linears,
     fused_experts,
     is_router,
     output_head,
     reads_weight_directly,
     tied_to,
+    unsupported_forms,
 )
 
 PRESETS = ("mlp", "attn", "all")
@@ -96,7 +96,7 @@ def select_targets(
     survey = _Survey(model)
     wanted = {name for pattern in targets for name in survey.resolve(pattern)}
     unwanted = {name for pattern in ignore for name in survey.resolve_ignored(pattern)}
-    numbers = None if layers is None else _block_numbers(layers, survey.linears)
+    numbers = None if layers is None else _block_numbers(layers, survey.depths)
     chosen = [
         linear
         for linear in survey.linears
@@ -121,6 +121,8 @@ class _Survey:
         self.prefix = getattr(model, "base_model_prefix", "")
         self.linears = find_linears(model)
         self.names = [linear.name for linear in self.linears]
+        stacks = dict.fromkeys(linear.stack for linear in self.linears if linear.stack is not None)
+        self.depths = {stack: len(list(model.get_submodule(stack).children())) for stack in stacks}
         self.tied = tied_to(model)
         self.experts = fused_experts(model)
         self.reasons = self._left_alone()
@@ -137,9 +139,11 @@ class _Survey:
             elif linear.stack is None:
                 reasons[linear.name] = "outside of the repeated blocks"
             elif is_router(self.model, linear):
-                reasons[linear.name] = "router of experts"
+                reasons[linear.name] = "router"
             elif reads_weight_directly(self.model, linear.name):
                 reasons[linear.name] = "the model's code reads its weight itself"
+        for name, kind in unsupported_forms(self.model).items():
+            reasons[name] = f"of type {kind}, not a plain linear layer"
         for name in self.experts:
             reasons[name] = "fused three-dimensional expert parameter, not convertible"
         return reasons
@@ -202,7 +206,7 @@ class _Survey:
         if leaves and not _WILDCARDS.search(pattern) and not pattern.startswith("re:"):
             kind = type(self.model.get_submodule(leaves[0])).__name__
             raise UnsupportedLayerError(
-                f"{leaves[0]} is a {kind}; only plain linear layers (nn.Linear, Conv1D) can be converted"
+                f"{leaves[0]} is of type {kind}; only plain linear layers (nn.Linear, Conv1D) can be converted"
             )
         raise TargetError(f"pattern {pattern!r} matches no linear layer; {self._near(pattern)}")
 
@@ -217,13 +221,10 @@ class _Survey:
         return f"near names are {', '.join(examples)}" if near else f"there are {', '.join(examples)}"
 
 
-def _block_numbers(text: str, linears: Sequence[Linear]) -> set[tuple[str | None, int | None]]:
+def _block_numbers(text: str, depth: dict[str, int]) -> set[tuple[str | None, int | None]]:
     """Stack and index of every block that ``4-10,-1`` names, in every stack that is deep enough."""
-    depth: dict[str, int] = {}
-    for linear in linears:
-        if linear.stack is not None and linear.index is not None:
-            depth[linear.stack] = max(depth.get(linear.stack, 0), linear.index + 1)
-    deepest = max(depth.values(), default=0)
+    if not depth:
+        raise OptionError(f"--layers {text} is given, but the model has no numbered blocks; leave it out")
     chosen: set[tuple[str | None, int | None]] = set()
     for part in text.split(","):
         found = _RANGE.fullmatch(part.strip())
@@ -236,5 +237,7 @@ def _block_numbers(text: str, linears: Sequence[Linear]) -> set[tuple[str | None
                 chosen |= {(stack, index) for index in range(first, last + 1)}
                 hit = True
         if not hit:
-            raise OptionError(f"--layers {part} is outside of the model's blocks; they are numbered 0 to {deepest - 1}")
+            raise OptionError(
+                f"--layers {part} is outside of the model's blocks; they are numbered 0 to {max(depth.values()) - 1}"
+            )
     return chosen

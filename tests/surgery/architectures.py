@@ -56,6 +56,39 @@ ARCHITECTURES = {
     ),
     "mamba": ("MambaConfig", "MambaForCausalLM", {**_TEXT, "state_size": 4}),
     "mixtral": ("MixtralConfig", "MixtralForCausalLM", {**_DECODER, "num_local_experts": 4}),
+    # shared experts narrower than the model, with a gate of one output
+    "qwen2-moe": (
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {**_DECODER, "num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 24},
+    ),
+    # attention and feed-forward in two stacks
+    "xlm": (
+        "XLMConfig",
+        "XLMWithLMHeadModel",
+        {"emb_dim": 32, "n_layers": 2, "n_heads": 2, "n_words": 64, "bos_index": 0, "eos_index": 1, "pad_index": 2},
+    ),
+    # output heads in a ModuleList
+    "musicgen-decoder": (
+        "MusicgenDecoderConfig",
+        "MusicgenForCausalLM",
+        {**_TEXT, "ffn_dim": 64, "num_codebooks": 3},
+    ),
+    # a recurrent mixer of square layers
+    "recurrent-gemma": (
+        "RecurrentGemmaConfig",
+        "RecurrentGemmaForCausalLM",
+        {**_DECODER, "lru_width": 32, "block_types": ["recurrent", "attention"]},
+    ),
+    # low-rank side branches beside the feed-forward
+    "gemma3n": (
+        "Gemma3nTextConfig",
+        "Gemma3nForCausalLM",
+        {
+            **_DECODER, "laurel_rank": 4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 64,
+            "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0],
+        },
+    ),
 }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
@@ -133,18 +134,60 @@ def test_layers_tied_to_each_other():
     assert names(model, "*") == ["c"]
 
 
+class FeedForward(nn.Module):
+    def __init__(self, width=4, inner=8):
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+
 def test_module_under_two_names_is_tied_to_itself():
-    shared = nn.Linear(4, 4)
-    model = nn.ModuleDict({"layers": nn.ModuleList([shared, nn.Linear(4, 4), shared])})
+    # a swap replaces one name, so the other would keep the dense layer
+    shared = FeedForward()
+    model = nn.ModuleDict({"layers": nn.ModuleList([shared, FeedForward(), shared])})
     selection = select_targets(model, targets=["all"])
-    assert [target.name for target in selection.targets] == ["layers.1"]
-    assert [skipped.reason for skipped in selection.skipped] == ["shares its weight with layers.2"]
+    assert [target.name for target in selection.targets] == ["layers.1.up", "layers.1.down"]
+    assert selection.skipped[0].reason == "shares its weight with layers.2.up"
+
+
+def test_list_of_bare_layers_is_no_stack():
+    model = nn.ModuleDict({"h": nn.ModuleList([FeedForward()]), "heads": nn.ModuleList([nn.Linear(4, 4)])})
+    selection = select_targets(model, targets=["all"])
+    assert [target.name for target in selection.targets] == ["h.0.up", "h.0.down"]
+    assert [skipped.name for skipped in selection.skipped] == ["heads.0"]
+    assert names(model, "heads.0") == ["heads.0"]
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "llama", "t5"])
+def test_square_feed_forward(name):
+    config_class, model_class, sizes = ARCHITECTURES[name]
+    inner = {"opt": "ffn_dim", "t5": "d_ff"}.get(name, "intermediate_size")
+    config = getattr(transformers, config_class)(**{**sizes, inner: 32})
+    with torch.device("meta"):
+        square = getattr(transformers, model_class)._from_config(config)
+    assert names(square, "mlp") == names(build(name), "mlp")
+    assert names(square, "attn") == names(build(name), "attn")
+
+
+def test_negative_block_numbers_count_blocks_without_layers():
+    model = nn.ModuleDict({"h": nn.ModuleList([FeedForward(), FeedForward(), nn.Identity()])})
+    assert names(model, "mlp", layers="-2") == ["h.1.up", "h.1.down"]
+
+
+def test_block_numbers_need_blocks():
+    with pytest.raises(OptionError, match="no numbered blocks"):
+        names(nn.ModuleDict({"a": nn.Linear(4, 4)}), "a", layers="0")
+
+
+def test_class_of_the_same_name_as_a_plain_subclass_is_not_linear():
+    impostor = type("FalconLinear", (nn.Module,), {})()
+    model = nn.ModuleDict({"a": impostor, "b": nn.Linear(4, 4)})
+    assert names(model, "*") == ["b"]
 
 
 @pytest.mark.parametrize(
     ("name", "pattern", "message"),
     [
-        ("llama", "model.embed_tokens", "is a Embedding"),
+        ("llama", "model.embed_tokens", "of type Embedding"),
         ("llama", "model.norm", "RMSNorm"),
         ("vit", "vit.embeddings.patch_embeddings.projection", "Conv2d"),
         ("mixtral", "*.experts*", "fused three-dimensional"),
@@ -172,9 +215,12 @@ def test_multihead_attention_is_not_a_plain_linear():
         names(model, "h.0.mixer.out_proj")
 
 
-def test_router_is_left_alone():
+def test_what_is_left_alone_in_a_block():
     selection = select_targets(nn.ModuleDict({"h": nn.ModuleList([Block()])}), targets=["all"])
-    assert {skipped.name: skipped.reason for skipped in selection.skipped} == {"h.0.gate": "router of experts"}
+    assert {skipped.name: skipped.reason for skipped in selection.skipped} == {
+        "h.0.gate": "router",
+        "h.0.mixer.out_proj": "of type NonDynamicallyQuantizableLinear, not a plain linear layer",
+    }
 
 
 def test_asking_for_a_dtype_is_not_reading():
