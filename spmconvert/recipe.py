@@ -72,7 +72,7 @@ class Calibration(_Table):
 
 
 class Fit(_Table):
-    """How hard the solver tries: the largest number of L-BFGS iterations a layer gets."""
+    """How hard the solver tries: the largest number of solver iterations a layer gets, Adam and L-BFGS together."""
 
     iterations: Annotated[int, Field(ge=0)] = 200
 
