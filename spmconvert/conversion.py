@@ -22,7 +22,8 @@ from spmconvert.checkpoint.card import model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
-from spmconvert.errors import BackendError, OptionError, OutputError
+from spmconvert.devices import check_device
+from spmconvert.errors import OptionError, OutputError
 from spmconvert.fitting.calibration import CalibrationRows, load_rows
 from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments, statistics_groups
 from spmconvert.operator.linear import SPMLinear
@@ -193,19 +194,6 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
 def default_output(model: str) -> Path:
     """``<name>-spm`` in the working directory, for a directory or a hub id."""
     return Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-spm")
-
-
-def check_device(device: str) -> None:
-    """Refuse a device that is not there.
-
-    Raises:
-        BackendError: when it cannot be used.
-    """
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise BackendError(f"device {device!r} cannot be used here ({first}); use --device cpu") from None
 
 
 def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) -> Recipe:

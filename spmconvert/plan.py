@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
@@ -23,7 +24,6 @@ from spmconvert.surgery.targets import Selection, Target, matches, select_target
 FIT_EFFICIENCY = 0.3
 # bytes a parameter takes in each dtype a converted layer may be stored in
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ def design_for(target: Target, recipe: Recipe) -> LayerDesign:
 def _plan_layer(checkpoint: Checkpoint, target: Target, prefix: str, recipe: Recipe) -> LayerPlan:
     weight = _tensor_name(checkpoint, f"{target.name}.weight", prefix)
     entry = checkpoint.tensors[weight]
-    dense_dtype = _SAFETENSORS_DTYPES.get(entry.dtype)
+    dense_dtype = SAFETENSORS_DTYPES.get(entry.dtype)
     if dense_dtype is None:
-        known = ", ".join(_SAFETENSORS_DTYPES)
+        known = ", ".join(SAFETENSORS_DTYPES)
         raise UnsupportedLayerError(
             f"{weight} has dtype {entry.dtype}; only {known} can be fitted, use --ignore {target.name}"
         )

@@ -6,14 +6,15 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "spmconvert"
 # from the bottom up; a module may import from its own layer's package and from those before it
 LAYERS = [
-    ["version", "errors"],
+    ["version", "errors", "devices"],
     ["operator"],
     ["recipe", "checkpoint", "text"],
-    ["fitting"],
+    ["fitting", "distill"],
     ["surgery"],
     ["plan"],
     ["layerfit"],
     ["conversion"],
+    ["finetuning"],
     ["console"],
     ["cli", "__main__", "__init__"],
 ]

@@ -169,6 +169,16 @@ class OutputDirectory:
         except (SafetensorError, TypeError, KeyError, ValueError):
             raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
 
+    def store_state(self, content: bytes) -> None:
+        """Keep the state of a run that is not made of layers; the one before is replaced."""
+        with _write_errors(self.output):
+            _replace_file(self.partial / "state.bin", content)
+
+    def load_state(self) -> bytes | None:
+        """The state that was last kept, or None."""
+        file = self.partial / "state.bin"
+        return file.read_bytes() if file.exists() else None
+
     def write_weights(
         self,
         tensors: "Sequence[tuple[str, int, Callable[[], torch.Tensor]]]",

@@ -1,0 +1,73 @@
+"""Opening a converted checkpoint: its config, headers and provenance, for the commands that come after the conversion."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from spmconvert.checkpoint.headers import TensorEntry, read_headers
+from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A converted checkpoint.
+
+    Attributes:
+        directory: where it is.
+        config: config.json.
+        layers: layer map by module name.
+        tensors: headers of all tensors.
+        provenance: spm.json.
+    """
+
+    directory: Path
+    config: dict[str, Any]
+    layers: dict[str, LayerSpec]
+    tensors: dict[str, TensorEntry]
+    provenance: dict[str, Any]
+
+
+def open_converted(directory: Path) -> Converted:
+    """Open a converted checkpoint.
+
+    Raises:
+        ModelNotFoundError: when there is no such directory.
+        CheckpointError: when it was not written by a conversion.
+        CorruptCheckpointError: when its files contradict each other.
+    """
+    if not directory.is_dir():
+        raise ModelNotFoundError(f"there is no directory {directory}; give the output of spmconvert convert")
+    config = _read_json(directory / "config.json")
+    quantization = config.get("quantization_config")
+    if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
+        raise CheckpointError(f"{directory} is not a converted checkpoint; convert it first with spmconvert convert")
+    check_format_version(quantization.get("format_version"))
+    layers = {name: LayerSpec.from_json(name, entry) for name, entry in (quantization.get("layers") or {}).items()}
+    return Converted(directory, config, layers, read_headers(directory), _read_json(directory / PROVENANCE_FILE))
+
+
+def only_converted(place: Path) -> Path:
+    """The only converted checkpoint in a directory, for commands that are given none.
+
+    Raises:
+        OptionError: when there is none, or more than one.
+    """
+    found = [path.parent for path in sorted(place.glob(f"*/{PROVENANCE_FILE}")) if not path.parent.name.startswith(".")]
+    if len(found) == 1:
+        return found[0]
+    what = f"has {', '.join(path.name for path in found)}" if found else "has no converted checkpoint"
+    raise OptionError(f"no directory is given and {place} {what}; name the one you mean")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file.parent} has no {file.name}; give the output of spmconvert convert") from None
+    except ValueError:
+        raise CheckpointError(f"{file} is not JSON; convert again") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} is not a JSON object; convert again")
+    return content

@@ -1,0 +1,18 @@
+"""Whether a device that was asked for is there."""
+
+import torch
+
+from spmconvert.errors import BackendError
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that is not there.
+
+    Raises:
+        BackendError: when it cannot be used.
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise BackendError(f"device {device!r} cannot be used here ({first}); use --device cpu") from None
