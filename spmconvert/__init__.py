@@ -18,15 +18,17 @@ from spmconvert.version import __version__
 
 if TYPE_CHECKING:
     from spmconvert.conversion import convert, load
+    from spmconvert.finetuning import finetune
     from spmconvert.operator.linear import SPMLinear
     from spmconvert.surgery.hf import SPMConfig
 
-__all__ = ["SPMConfig", "SPMLinear", "__version__", "convert", "load"]
+__all__ = ["SPMConfig", "SPMLinear", "__version__", "convert", "finetune", "load"]
 
 _HOMES = {
     "SPMConfig": "spmconvert.surgery.hf",
     "SPMLinear": "spmconvert.operator.linear",
     "convert": "spmconvert.conversion",
+    "finetune": "spmconvert.finetuning",
     "load": "spmconvert.conversion",
 }
 _QUANTIZERS = "transformers.quantizers.auto"
