@@ -4,7 +4,6 @@ Options and recipes are checked before torch is imported. Every error is one lin
 """
 
 import os
-import subprocess
 import sys
 import time
 from dataclasses import asdict
@@ -15,6 +14,7 @@ import typer
 
 from spmconvert import console
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError
+from spmconvert.processes import run_in_processes
 from spmconvert.recipe import Recipe, parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.version import __version__
 
@@ -180,7 +180,7 @@ def finetune(
     options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
     if num_processes > 1 and "RANK" not in os.environ:
-        _start_processes(num_processes)
+        raise SystemExit(run_in_processes(sys.argv[1:], num_processes))
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.finetuning import finetune as run
     from spmconvert.finetuning import store_teacher_logits
@@ -220,13 +220,3 @@ def finetune(
         console.data({**asdict(result), "output": str(result.output)})
     elif result is not None:
         console.show_finetuned(result, time.monotonic() - began)
-
-
-def _start_processes(count: int) -> None:
-    """Run this command again in several processes, and end with their exit code."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    # the launcher reports the failure of a process by its own traceback; the process has said what there is to say
-    environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // count)), **os.environ}
-    raise SystemExit(
-        subprocess.run([*launcher, "-m", "spmconvert", *sys.argv[1:]], env=environment, check=False).returncode
-    )

@@ -271,7 +271,9 @@ def _load_student(converted: Converted, config: Any, training: Training, device:
     if training.gradient_checkpointing:
         if not student.supports_gradient_checkpointing:
             raise OptionError(f"{type(student).__name__} has no gradient checkpointing; leave it out")
-        student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # transformers 5.23 calls it activation checkpointing
+        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
         student.train()
     if training.compile:
         student.base_model.forward = torch.compile(student.base_model.forward)

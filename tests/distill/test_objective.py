@@ -110,7 +110,8 @@ def whisper():
     return WhisperForConditionalGeneration(
         WhisperConfig(
             vocab_size=50, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
-            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, max_target_positions=12,
+            decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
+            max_source_positions=10, max_target_positions=12,
             pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None,
             begin_suppress_tokens=None,
         )
