@@ -1,7 +1,7 @@
 """SPMLinear: the layer that takes the place of nn.Linear.
 
-It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference`` and
-``merged``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
+It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference``, ``merged``
+and ``triton_ops``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
 ``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of loading
 something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
 
@@ -21,6 +21,7 @@ from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
 from spmconvert.operator.reference import reference_forward
+from spmconvert.operator.triton_ops import apply_blocks_triton
 
 
 class SPMLinear(nn.Module):
@@ -138,7 +139,8 @@ class SPMLinear(nn.Module):
             y = reference_forward(tokens, self.weight, self.scale_in, self.scale_out, self.geometry)
             y = y if bias is None else y + bias
         else:
-            y = apply_blocks(tokens, self._merged_blocks(x.dtype), bias, self.plan)
+            apply = apply_blocks_triton if backend == "triton" else apply_blocks
+            y = apply(tokens, self._merged_blocks(x.dtype), bias, self.plan)
         if self.low_rank_in is not None and self.low_rank_out is not None:
             y = torch.addmm(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
         return y.view(*x.shape[:-1], self.out_features)
