@@ -7,7 +7,6 @@ something else silently.
 """
 
 import os
-from functools import cache
 from importlib.util import find_spec
 from typing import Literal, get_args
 
@@ -15,7 +14,7 @@ from spmconvert.errors import BackendError, OptionError
 
 Backend = Literal["auto", "reference", "merged", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
+HAS_TRITON = find_spec("triton") is not None
 
 # below this many tokens merging costs more than it saves, where it has to be done for every step: forward and backward of
 # 16 tokens take 2.3 ms by the reference and 3.1 merged at width 768, 64 tokens 3.9 and 3.6 (two CPU cores)
@@ -49,13 +48,8 @@ def _choose(device_type: str, tokens: int | None) -> Backend:
 def _require_triton(device_type: str) -> None:
     if device_type != "cuda" and not interprets_triton():
         raise BackendError(f"backend triton runs on cuda, the input is on {device_type}; use auto, merged or reference")
-    if not _has_triton():
+    if not HAS_TRITON:
         raise BackendError("backend triton needs the package triton; install triton>=3.6, or use auto, merged or reference")
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def interprets_triton() -> bool:
