@@ -1,9 +1,9 @@
 """SPMLinear: the layer that takes the place of nn.Linear.
 
 It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference``, ``merged``
-and ``triton_ops``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
-``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of loading
-something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
+and ``triton_ops``. The stages are one parameter called ``weight`` with three or more dimensions: model code that
+initialises ``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of
+loading something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
 
 Without gradients the merged blocks are cached until a parameter changes. A change is seen by the parameter's version
 counter, storage, dtype and device, that is for in-place operations, optimizer steps, ``load_state_dict`` and ``.to``.

@@ -69,15 +69,15 @@ _LARGEST = {
     ("mix", False, 2): Tile(128, 64, 64, 64, 8, 2),
     ("mix", True, 2): Tile(1024, 16, 32, 64, 8, 2),
     ("mix", False, 4): Tile(32, 32, 32, 32, 4, 2),
-    ("mix", True, 4): Tile(128, 16, 16, 16, 4, 2),
+    ("mix", True, 4): Tile(128, 16, 16, 16, 4, 3),
     ("fused", False, 2): Tile(128, 32, 32, 64, 8, 2),
     ("fused", True, 2): Tile(512, 32, 32, 32, 8, 2),
     ("fused", False, 4): Tile(32, 16, 32, 32, 4, 2),
     ("fused", True, 4): Tile(128, 16, 16, 16, 4, 2),
     ("gradient", False, 2): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", True, 2): Tile(512, 16, 32, 32, 8, 3),
-    ("gradient", False, 4): Tile(32, 32, 32, 32, 4, 2),
-    ("gradient", True, 4): Tile(128, 16, 16, 16, 4, 2),
+    ("gradient", False, 4): Tile(32, 32, 32, 32, 4, 3),
+    ("gradient", True, 4): Tile(128, 16, 16, 16, 4, 3),
 }
 
 

@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from spmconvert.operator import triton_ops
+from spmconvert.operator import launches, triton_ops
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.merged import merge_plan
 from spmconvert.operator.tiles import Pass, Tile
@@ -24,9 +24,9 @@ MULTIPROCESSORS = 132
 def record(shape, tokens, dtype, monkeypatch, block=1):
     """What forward and backward of a layer would launch, without running it."""
     plan = merge_plan(Geometry.create(*shape, block=block))
-    launches = []
-    monkeypatch.setattr(triton_ops, "_multiprocessors", lambda x: MULTIPROCESSORS)
-    monkeypatch.setattr(triton_ops, "launch", lambda *parts: launches.append(parts))
+    recorded = []
+    monkeypatch.setattr(launches, "_multiprocessors", lambda x: MULTIPROCESSORS)
+    monkeypatch.setattr(launches, "launch", lambda *parts: recorded.append(parts))
     x = torch.empty(tokens, shape[0], dtype=dtype)
     bias = torch.empty(shape[1], dtype=dtype)
     blocks = empty_blocks(plan, dtype)
@@ -34,7 +34,7 @@ def record(shape, tokens, dtype, monkeypatch, block=1):
     triton_ops.mix(x, blocks, bias, layout, False)
     y, *hidden = triton_ops.mix(x, blocks, bias, layout, True)
     triton_ops.mix_backward(torch.empty_like(y), x, blocks, hidden, layout, True, True)
-    return launches
+    return recorded
 
 
 def empty_blocks(plan, dtype):
@@ -62,7 +62,7 @@ def compile_launch(launch, capability):
     name, _, arguments, constants, tile = launch
     function = getattr(kernels, name)
     constants = {**constants, **{key: None for key, value in arguments.items() if value is None}}
-    signature = {key: "constexpr" for key in constants}
+    signature = dict.fromkeys(constants, "constexpr")
     aligned = {}
     for key, value in arguments.items():
         if key in constants:
@@ -92,17 +92,19 @@ def resources(compiled, tmp_path):
     return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", report)}
 
 
-def distinct(launches):
+def distinct(recorded):
     """One of each kernel, dtype and set of constants."""
     return list({(name, x["x"].dtype, str(constants), tile): (name, grid, x, constants, tile)
-                 for name, grid, x, constants, tile in launches}.values())  # fmt: skip
+                 for name, grid, x, constants, tile in recorded}.values())  # fmt: skip
 
 
-def check(launches, capability, tmp_path):
-    for launch in distinct(launches):
+def check(recorded, capability, tmp_path):
+    for launch in distinct(recorded):
         compiled = compile_launch(launch, capability)
         used = resources(compiled, tmp_path)
-        told = f"sm_{capability} {launch[0]} {launch[2]['x'].dtype} {launch[3]} {launch[4]}: {used} {compiled.metadata.shared}"
+        told = (
+            f"sm_{capability} {launch[0]} {launch[2]['x'].dtype} {launch[3]} {launch[4]}: {used} {compiled.metadata.shared}"
+        )
         assert used["STACK"] == used["LOCAL"] == 0, told
         assert compiled.metadata.shared <= SHARED_MEMORY[capability], told
         multiplies = "mma" in compiled.asm["ptx"]
@@ -168,8 +170,8 @@ def test_the_recorded_blocks_are_those_of_the_merge(monkeypatch):
 
 
 def test_a_spill_would_be_seen(monkeypatch, tmp_path):
-    launches = record((4096, 4096), 4096, torch.bfloat16, monkeypatch)
-    name, grid, arguments, constants, tile = next(x for x in launches if x[0] == "mix_kernel" and x[3]["PASS"][3] > 1)
+    recorded = record((4096, 4096), 4096, torch.bfloat16, monkeypatch)
+    name, grid, arguments, constants, _ = next(x for x in recorded if x[0] == "mix_kernel" and x[3]["PASS"][3] > 1)
     too_large = Tile(16, 32, 64, 64, 4, 1)
     assert Pass(*constants["PASS"]).columns == 64
     launch = (name, grid, arguments, {**constants, "TILE": too_large.sizes}, too_large)
