@@ -17,7 +17,13 @@ registers while the blocks stream through.
 
 Names shared by all kernels: PASS is (batches, columns, rows, inner, block), TILE is (batches, tokens, rows, columns) of a
 tile, powers of two; SOURCE and TARGET are the features of what is read and written, PRECISION is ``tl.dot``'s for float32.
-UPCAST exists for Triton's interpreter, which computes bfloat16 wrongly: numbers become float32 right after the load.
+The number of tokens is not specialised on, so that a new length never compiles anything. UPCAST exists for Triton's
+interpreter, which computes bfloat16 wrongly: numbers become float32 right after the load.
+
+``merge_kernel`` and ``merge_gradient_kernel`` turn stages into blocks and gradients of blocks into gradients of stages.
+In PyTorch that is some 250 launches a layer and step at width 1024, here one a group each way. A program owns columns of a
+block, in registers; a stage exchanges rows by the exclusive or of bits, as ``tl.sort`` does, which is exact. The backward runs the
+stages again from the start for every stage: k²/2 exchanges in registers instead of k blocks in memory.
 
 This module imports Triton when it is imported; ``triton_ops`` does that at the first launch.
 """
@@ -99,7 +105,7 @@ def _product(
     return sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def mix_kernel(
     x, w, bias, y, tail, tokens, x_stride, y_stride, tail_stride,
     PASS: tl.constexpr, TILE: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -151,7 +157,7 @@ def _mix_rows(
         _store_tokens(sums, y, y_stride, tail, tail_stride, bias, left, batch, row, PASS, TARGET, TILE[1])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def fused_kernel(
     x, w, next_w, hidden, bias, y, tail, tokens, x_stride, y_stride, tail_stride,
     PASS: tl.constexpr, NEXT_PASS: tl.constexpr, TILE: tl.constexpr, NEXT_TILE: tl.constexpr, SOURCE: tl.constexpr,
@@ -208,7 +214,7 @@ def few_tokens_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def block_gradient_kernel(
     grad, x, parts, tokens, grad_stride, x_stride,
     PASS: tl.constexpr, TILE: tl.constexpr, SOURCE: tl.constexpr, TARGET: tl.constexpr, PRECISION: tl.constexpr,
@@ -238,3 +244,105 @@ def block_gradient_kernel(
     b, r, c = batch[:, None, None], row[None, :, None], column[None, None, :]
     place = (tl.program_id(1).to(tl.int64) * BATCHES + b) * (ROWS * COLUMNS) + r * COLUMNS + c
     tl.store(parts + place, sums, mask=(b < BATCHES) & (r < ROWS) & (c < COLUMNS))
+
+
+@triton.jit
+def _coefficients(
+    weight, stage, batch, SIDE: tl.constexpr, STRIDE: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Both numbers of every row of a block in one stage, [SIDE, 1] each; a row without a partner has no second one."""
+    row = tl.arange(0, SIDE)[:, None]
+    place = (batch // INNER * MIDDLE + row) * INNER + batch % INNER + stage * (2 * WIDTH)
+    own = tl.load(weight + place, mask=row < MIDDLE, other=0.0)
+    other = tl.load(weight + WIDTH + place, mask=(row < MIDDLE) & ((row ^ STRIDE) < MIDDLE), other=0.0)
+    return own, other
+
+
+@triton.jit
+def _partner_rows(x, SIDE: tl.constexpr, TILE: tl.constexpr, STRIDE: tl.constexpr):
+    """Row r of x [SIDE, TILE] takes row r ^ STRIDE."""
+    bits = x.to(tl.int32, bitcast=True).reshape(SIDE // (2 * STRIDE), 2, STRIDE, TILE)
+    return (bits ^ tl.xor_sum(bits, axis=1, keep_dims=True)).reshape(SIDE, TILE).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _run_stages(
+    weight, scale_in, batch, column, FIRST: tl.constexpr, COUNT: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr,
+    MIDDLE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Columns [1, TILE] of the product of COUNT stages and, where there is one, the input diagonal: [SIDE, TILE]."""
+    row = tl.arange(0, SIDE)[:, None]
+    x = tl.where((row == column) & (row < MIDDLE), 1.0, 0.0)
+    if scale_in is not None:
+        place = (batch // INNER * MIDDLE + column) * INNER + batch % INNER
+        x *= tl.load(scale_in + place, mask=column < MIDDLE, other=0.0)
+    for k in tl.static_range(COUNT):
+        own, other = _coefficients(weight, FIRST + k, batch, SIDE, 1 << k, MIDDLE, INNER, WIDTH)
+        x = own * x + other * _partner_rows(x, SIDE, TILE, 1 << k)
+    return x
+
+
+@triton.jit
+def merge_kernel(
+    weight, scale_in, scale_out, blocks, FIRST: tl.constexpr, STAGES: tl.constexpr, SIDE: tl.constexpr,
+    TILE: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Merge a group of stages; program (batch, i) owns the i-th TILE columns of a block.
+
+    weight [all stages, 2, WIDTH], scale_in and scale_out [WIDTH] or None -> blocks [batches, MIDDLE, MIDDLE], float32.
+    The group begins at stage FIRST; its k-th stage pairs rows at distance 2**k. SIDE is MIDDLE's next power of two.
+    """
+    batch = tl.program_id(0)
+    row, column = tl.arange(0, SIDE)[:, None], tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    x = _run_stages(weight, scale_in, batch, column, FIRST, STAGES, SIDE, TILE, MIDDLE, INNER, WIDTH)
+    if scale_out is not None:
+        place = (batch // INNER * MIDDLE + row) * INNER + batch % INNER
+        x *= tl.load(scale_out + place, mask=row < MIDDLE, other=0.0)
+    tl.store(blocks + (batch * MIDDLE + row) * MIDDLE + column, x, mask=(row < MIDDLE) & (column < MIDDLE))
+
+
+@triton.jit
+def _stage_gradient(
+    g, weight, scale_in, grad_weight, batch, column, FIRST: tl.constexpr, K: tl.constexpr, SIDE: tl.constexpr,
+    TILE: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Write the gradient of the group's K-th stage; takes the gradient of its output and returns that of its input."""
+    row = tl.arange(0, SIDE)[:, None]
+    before = _run_stages(weight, scale_in, batch, column, FIRST, K, SIDE, TILE, MIDDLE, INNER, WIDTH)
+    own, other = _coefficients(weight, FIRST + K, batch, SIDE, 1 << K, MIDDLE, INNER, WIDTH)
+    target = grad_weight + (FIRST + K) * (2 * WIDTH) + (batch // INNER * MIDDLE + row) * INNER + batch % INNER
+    tl.store(target, tl.sum(g * before, axis=1)[:, None], mask=row < MIDDLE)
+    paired = tl.sum(g * _partner_rows(before, SIDE, TILE, 1 << K), axis=1)[:, None]
+    tl.store(target + WIDTH, tl.where((row ^ (1 << K)) < MIDDLE, paired, 0.0), mask=row < MIDDLE)
+    return own * g + _partner_rows(other * g, SIDE, TILE, 1 << K)
+
+
+@triton.jit
+def merge_gradient_kernel(
+    grad, weight, scale_in, scale_out, grad_weight, grad_in, grad_out, all_stages, FIRST: tl.constexpr,
+    STAGES: tl.constexpr, SIDE: tl.constexpr, TILE: tl.constexpr, MIDDLE: tl.constexpr, INNER: tl.constexpr,
+    WIDTH: tl.constexpr,
+):  # fmt: skip
+    """Gradients of everything that ``merge_kernel`` reads, in parts that are to be added.
+
+    grad [batches, MIDDLE, MIDDLE] -> grad_weight [tiles, all stages, 2, WIDTH] in the group's stages, grad_in and
+    grad_out [tiles, WIDTH]: the part of a tile of columns in every block.
+    """
+    batch = tl.program_id(0)
+    row, column = tl.arange(0, SIDE)[:, None], tl.program_id(1) * TILE + tl.arange(0, TILE)[None, :]
+    place = (batch // INNER * MIDDLE + row) * INNER + batch % INNER
+    grad_weight += tl.program_id(1) * all_stages * (2 * WIDTH)
+    part = tl.program_id(1) * WIDTH + place
+    inside = (row < MIDDLE) & (column < MIDDLE)
+    g = tl.load(grad + (batch * MIDDLE + row) * MIDDLE + column, mask=inside, other=0.0)
+    if scale_out is not None:
+        merged = _run_stages(weight, scale_in, batch, column, FIRST, STAGES, SIDE, TILE, MIDDLE, INNER, WIDTH)
+        tl.store(grad_out + part, tl.sum(g * merged, axis=1)[:, None], mask=row < MIDDLE)
+        g *= tl.load(scale_out + place, mask=row < MIDDLE, other=0.0)
+    for back in tl.static_range(STAGES):
+        g = _stage_gradient(
+            g, weight, scale_in, grad_weight, batch, column, FIRST, STAGES - 1 - back, SIDE, TILE, MIDDLE, INNER, WIDTH
+        )  # fmt: skip
+    if scale_in is not None:
+        tl.store(grad_in + part, tl.sum(tl.where(row == column, g, 0.0), axis=1)[:, None], mask=row < MIDDLE)

@@ -55,7 +55,7 @@ def run_passes(
     kept: list[Tensor] = []
     index = 0
     while index < len(passes) and x.shape[0]:
-        pair = index + 1 < len(passes) and tiles.fuses(passes[index], passes[index + 1], x.shape[0])
+        pair = index + 1 < len(passes) and tiles.fuses(*passes[index : index + 2], x.shape[0], x.element_size())
         last = index + 1 + pair == len(passes)
         width = widths[index + pair]
         out, rest = (y, tail) if last else (x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], 0))
@@ -154,7 +154,7 @@ def launch(kernel: str, grid: tuple[int, ...], arguments: dict[str, Any], consta
     function = getattr(_kernels(), kernel)
     # multiply-adds are fused as they always were; saying so keeps Triton from warning that its default will change
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
-    with torch.cuda.device_of(arguments["x"]):
+    with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
         function[grid](**arguments, **constants, **options)
 
 

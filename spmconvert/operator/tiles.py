@@ -21,6 +21,9 @@ FUSED_WIDTH = 2048
 FUSED_TOKENS = 2048
 # programs for each multiprocessor that the tokens are shared out to
 PROGRAMS = 2
+# columns of a block that one program merges, and the largest block for which its rows stay in registers
+MERGED_COLUMNS = 16
+MERGED_SIDE = 128
 SECTOR_BYTES = 32
 SMALLEST_SIDE = 16
 
@@ -72,8 +75,6 @@ _LARGEST = {
     ("mix", True, 4): Tile(128, 16, 16, 16, 4, 3),
     ("fused", False, 2): Tile(128, 32, 32, 64, 8, 2),
     ("fused", True, 2): Tile(512, 32, 32, 32, 8, 2),
-    ("fused", False, 4): Tile(32, 16, 32, 32, 4, 2),
-    ("fused", True, 4): Tile(128, 16, 16, 16, 4, 2),
     ("gradient", False, 2): Tile(128, 64, 64, 64, 8, 3),
     ("gradient", True, 2): Tile(512, 16, 32, 32, 8, 3),
     ("gradient", False, 4): Tile(32, 32, 32, 32, 4, 3),
@@ -115,14 +116,21 @@ def few_tokens_tile(p: Pass) -> Tile:
     return Tile(1, 1, max(1, min(16, FEW_TOKENS_COLUMNS // columns, power_of_two(p.rows))), columns, 2, 1)
 
 
+def merge_tile(middle: int) -> Tile:
+    """Rows and columns that one program merges of a block, the rows all there are."""
+    side = max(MERGED_COLUMNS, power_of_two(middle))
+    return Tile(1, 1, side, MERGED_COLUMNS, max(1, side // 32), 1)
+
+
 def has_few_tokens(tokens: int, passes: list[Pass]) -> bool:
     """Whether the kernel for few tokens runs every pass."""
     return tokens <= FEW_TOKENS and all(p.columns <= FEW_TOKENS_COLUMNS for p in passes)
 
 
-def fuses(first: Pass, second: Pass, tokens: int) -> bool:
-    """Whether two passes run in one launch."""
-    return tokens >= FUSED_TOKENS and max(first.batches * first.columns, first.batches * first.rows) <= FUSED_WIDTH
+def fuses(first: Pass, second: Pass, tokens: int, itemsize: int) -> bool:
+    """Whether two passes run in one launch; for float32 no pair of tiles was found that never spills."""
+    widest = max(first.batches * first.columns, first.batches * first.rows, second.batches * second.rows)
+    return itemsize == 2 and tokens >= FUSED_TOKENS and widest <= FUSED_WIDTH
 
 
 def count(size: int, tile: int) -> int:

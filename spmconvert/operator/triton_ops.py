@@ -3,7 +3,7 @@
 ``torch.compile`` and ``torch.export`` see two opaque operators with known output shapes, so they neither break nor trace
 the launches. ``mix`` runs all passes of a layer over its tokens; ``mix_backward`` runs the transposed passes for the
 gradient of the input, and sums output gradient times input over the tokens for the gradient of the blocks. From the
-blocks to the stages the gradient goes through ``merged.merge_stages``.
+blocks to the stages the gradient goes through the merge, see ``merge_ops``.
 
 What it gives up: float64 and integers are refused; a second derivative is computed by plain PyTorch operations;
 ``torch.vmap`` is refused, because the tokens are the batch. A dense plan has no passes, and its one matrix product is left

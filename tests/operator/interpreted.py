@@ -9,6 +9,7 @@ from spmconvert.operator import tiles, triton_ops
 from spmconvert.operator.dispatch import interprets_triton
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.merge_ops import merge_stages_triton
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
 from spmconvert.operator.triton_ops import apply_blocks_triton
 from tests.operator.test_merged import by_reference, relative, tensors
@@ -23,18 +24,18 @@ CASES = [
     ((97, 33), 1, torch.float32, ("rotation", 1, None), None),
     ((64, 256), 5, torch.float16, ("general", 1, None), None),  # whole tiles in the blocks, few tokens
     ((256, 64), 3, torch.float32, ("general", 1, None), None),  # whole rows in the blocks, few tokens
-    ((64, 256), 20, torch.float32, ("general", 1, None), 17),
+    ((64, 256), 20, torch.float16, ("general", 1, None), 17),
     ((256, 64), 20, torch.float16, ("general", 1, None), None),
     ((64, 88), 18, torch.float16, ("general", 1, None), None),  # partial tiles
-    ((88, 64), 18, torch.float32, ("rotation", 1, None), 17),  # partial rows
+    ((88, 64), 18, torch.float16, ("rotation", 1, None), 17),  # partial rows
     ((70, 130), 35, torch.float16, ("general", 1, None), 17),  # expand and fold by themselves
     ((130, 70), 35, torch.float32, ("general", 1, None), None),
     ((130, 40), 2, torch.float16, ("general", 1, None), None),  # folded more than twice
     ((40, 130), 19, torch.float32, ("general", 1, None), None),
     ((140, 140), 20, torch.float16, ("general", 2, None), None),
-    ((210, 204), 19, torch.float32, ("general", 3, None), 17),
+    ((210, 204), 19, torch.float16, ("general", 3, None), 17),
     ((96, 96), 20, torch.float32, ("general", 1, 3), None),  # one pass, and not dense
-    ((80, 80), 20, torch.float32, ("general", 1, 11), 17),  # two fused launches, the second pass incomplete
+    ((80, 80), 20, torch.float16, ("general", 1, 11), 17),  # two fused launches, the second pass incomplete
     ((7, 13), 4, torch.float32, ("general", 1, None), None),  # dense
 ]
 
@@ -58,7 +59,8 @@ def run(apply, inputs, geometry, wanted=range(5)):
         y = by_reference(*leaves, geometry)
     else:
         plan = merge_plan(geometry)
-        y = apply(x, [block.to(x.dtype) for block in merge_stages(*parameters, plan)], bias, plan)
+        merge = merge_stages_triton if apply is apply_blocks_triton else merge_stages
+        y = apply(x, [block.to(x.dtype) for block in merge(*parameters, plan)], bias, plan)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.double)
     return [y.detach(), *torch.autograd.grad(y, [leaves[i] for i in wanted], grad.to(inputs[0].dtype).to(y.dtype))]
 
@@ -67,11 +69,11 @@ def check(geometry, tokens, dtype, view=lambda x: x, wanted=range(5)):
     """Errors of output and gradients are within twice those of the merged form in plain PyTorch."""
     low = [p.detach().to(dtype) for p in tensors(geometry, tokens)]
     low[0] = view(low[0])
-    grad_dtype = run(by_reference, [p.double() for p in low], geometry, wanted)
+    target = run(by_reference, [p.double() for p in low], geometry, wanted)
     plain, found = run(apply_blocks, low, geometry, wanted), run(apply_blocks_triton, low, geometry, wanted)
     # the interpreter truncates to bfloat16 instead of rounding, which is one unit in the last place
     slack = 2.0**-8 if dtype == torch.bfloat16 else 1e-7
-    for one, own, exact in zip(found, plain, grad_dtype, strict=True):
+    for one, own, exact in zip(found, plain, target, strict=True):
         assert one.dtype == dtype
         assert relative(one.double(), exact) <= 2 * relative(own.double(), exact) + slack
 
@@ -90,15 +92,15 @@ def test_three_groups(shape, tokens, monkeypatch):
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 18)
     geometry = Geometry.create(*shape)
     assert len(merge_plan(geometry).groups) == 3
-    check(geometry, tokens, torch.float32)
+    check(geometry, tokens, torch.float16)
 
 
 def test_blocks_wider_than_a_tile(monkeypatch):
     smaller = {key: tile._replace(columns=16, rows=16) for key, tile in tiles._LARGEST.items()}
     monkeypatch.setattr(tiles, "_LARGEST", smaller)
-    for fused in (17, 1000):
-        monkeypatch.setattr(tiles, "FUSED_TOKENS", fused)
-        check(Geometry.create(160, 150, block=5), 18, torch.float32)
+    monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
+    for dtype in (torch.float16, torch.float32):
+        check(Geometry.create(160, 150, block=5), 18, dtype)
 
 
 @pytest.mark.parametrize("tokens", [2, 20])

@@ -53,7 +53,7 @@ def empty_blocks(plan, dtype):
 
 
 def compile_launch(launch, capability):
-    """Compile as a launch would: pointers and sizes that are multiples of 16 are known to be."""
+    """Compile as a launch would: pointers and strides that are multiples of 16 are known to be."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
@@ -69,7 +69,7 @@ def compile_launch(launch, capability):
             continue
         tensor = isinstance(value, torch.Tensor)
         signature[key] = POINTERS[value.dtype] if tensor else "i32"
-        if tensor or value % 16 == 0:
+        if tensor or (key != "tokens" and value % 16 == 0):
             aligned[(function.arg_names.index(key),)] = [["tt.divisibility", 16]]
     source = ASTSource(
         function,
