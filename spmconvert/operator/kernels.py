@@ -22,8 +22,8 @@ interpreter, which computes bfloat16 wrongly: numbers become float32 right after
 
 ``merge_kernel`` and ``merge_gradient_kernel`` turn stages into blocks and gradients of blocks into gradients of stages.
 In PyTorch that is some 250 launches a layer and step at width 1024, here one a group each way. A program owns columns of a
-block, in registers; a stage exchanges rows by the exclusive or of bits, as ``tl.sort`` does, which is exact. The backward runs the
-stages again from the start for every stage: k²/2 exchanges in registers instead of k blocks in memory.
+block, in registers; a stage exchanges rows by the exclusive or of bits, as ``tl.sort`` does, which is exact. The backward
+runs the stages again from the start for every stage: k²/2 exchanges in registers instead of k blocks in memory.
 
 This module imports Triton when it is imported; ``triton_ops`` does that at the first launch.
 """

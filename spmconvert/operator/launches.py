@@ -55,7 +55,7 @@ def run_passes(
     kept: list[Tensor] = []
     index = 0
     while index < len(passes) and x.shape[0]:
-        pair = index + 1 < len(passes) and tiles.fuses(*passes[index : index + 2], x.shape[0], x.element_size())
+        pair = tiles.fuses(passes[index : index + 2], x.shape[0], x.element_size())
         last = index + 1 + pair == len(passes)
         width = widths[index + pair]
         out, rest = (y, tail) if last else (x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], 0))

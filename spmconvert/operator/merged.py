@@ -104,7 +104,7 @@ def merge_stages(weight: Tensor, scale_in: Tensor, scale_out: Tensor, plan: Merg
 def merge_groups_apart(
     weight: Tensor, scale_in: Tensor, scale_out: Tensor, geometry: Geometry, groups: Sequence[MergeGroup]
 ) -> list[Tensor]:
-    """Merge every group into square blocks [batches, size, size], the diagonals into the first and the last; differentiable.
+    """Merge every group into square blocks [batches, size, size], diagonals into the first and last; differentiable.
 
     All tensors have the dtype of the blocks.
     """

@@ -69,10 +69,10 @@ class Tile(NamedTuple):
 
 # largest tiles: (kernel, interleaved batches, bytes of a number) -> batches * columns, tokens, rows, columns, warps, stages
 _LARGEST = {
-    ("mix", False, 2): Tile(128, 64, 64, 64, 8, 2),
+    ("mix", False, 2): Tile(64, 64, 64, 64, 8, 2),
     ("mix", True, 2): Tile(1024, 16, 32, 64, 8, 2),
     ("mix", False, 4): Tile(32, 32, 32, 32, 4, 2),
-    ("mix", True, 4): Tile(128, 16, 16, 16, 4, 3),
+    ("mix", True, 4): Tile(128, 16, 16, 16, 4, 1),
     ("fused", False, 2): Tile(128, 32, 32, 64, 8, 2),
     ("fused", True, 2): Tile(512, 32, 32, 32, 8, 2),
     ("gradient", False, 2): Tile(128, 64, 64, 64, 8, 3),
@@ -127,10 +127,10 @@ def has_few_tokens(tokens: int, passes: list[Pass]) -> bool:
     return tokens <= FEW_TOKENS and all(p.columns <= FEW_TOKENS_COLUMNS for p in passes)
 
 
-def fuses(first: Pass, second: Pass, tokens: int, itemsize: int) -> bool:
+def fuses(pair: list[Pass], tokens: int, itemsize: int) -> bool:
     """Whether two passes run in one launch; for float32 no pair of tiles was found that never spills."""
-    widest = max(first.batches * first.columns, first.batches * first.rows, second.batches * second.rows)
-    return itemsize == 2 and tokens >= FUSED_TOKENS and widest <= FUSED_WIDTH
+    widest = max(p.batches * max(p.columns, p.rows) for p in pair)
+    return len(pair) == 2 and itemsize == 2 and tokens >= FUSED_TOKENS and widest <= FUSED_WIDTH
 
 
 def count(size: int, tile: int) -> int:

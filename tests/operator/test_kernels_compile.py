@@ -7,7 +7,7 @@ import subprocess
 import pytest
 import torch
 
-from spmconvert.operator import launches, triton_ops
+from spmconvert.operator import launches, merge_ops, triton_ops
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.merged import merge_plan
 from spmconvert.operator.tiles import Pass, Tile
@@ -23,18 +23,29 @@ MULTIPROCESSORS = 132
 
 def record(shape, tokens, dtype, monkeypatch, block=1):
     """What forward and backward of a layer would launch, without running it."""
-    plan = merge_plan(Geometry.create(*shape, block=block))
+    geometry = Geometry.create(*shape, block=block)
+    plan = merge_plan(geometry)
     recorded = []
     monkeypatch.setattr(launches, "_multiprocessors", lambda x: MULTIPROCESSORS)
-    monkeypatch.setattr(launches, "launch", lambda *parts: recorded.append(parts))
+    for module in (launches, merge_ops):
+        monkeypatch.setattr(module, "launch", lambda *parts: recorded.append(parts))
     x = torch.empty(tokens, shape[0], dtype=dtype)
     bias = torch.empty(shape[1], dtype=dtype)
     blocks = empty_blocks(plan, dtype)
     layout = [*shape, block, *(group.inner for group in plan.groups)]
+    if block == 1 and dtype == torch.float32:
+        record_merge(geometry, plan)
     triton_ops.mix(x, blocks, bias, layout, False)
     y, *hidden = triton_ops.mix(x, blocks, bias, layout, True)
     triton_ops.mix_backward(torch.empty_like(y), x, blocks, hidden, layout, True, True)
     return recorded
+
+
+def record_merge(geometry, plan):
+    weight, scale = torch.empty(geometry.stages, 2, geometry.width), torch.empty(geometry.width)
+    groups = [n for g in plan.groups for n in (g.first_stage, g.stages, g.outer, g.middle, g.inner)]
+    blocks = merge_ops.merge(weight, scale, scale, groups)
+    merge_ops.merge_backward(blocks, weight, scale, scale, groups)
 
 
 def empty_blocks(plan, dtype):
@@ -93,23 +104,25 @@ def resources(compiled, tmp_path):
 
 
 def distinct(recorded):
-    """One of each kernel, dtype and set of constants."""
-    return list({(name, x["x"].dtype, str(constants), tile): (name, grid, x, constants, tile)
-                 for name, grid, x, constants, tile in recorded}.values())  # fmt: skip
+    """One of each kernel, dtype, set of constants and set of arguments that are there."""
+    found = {}
+    for launch in recorded:
+        name, _, arguments, constants, tile = launch
+        types = [value.dtype if isinstance(value, torch.Tensor) else type(value) for value in arguments.values()]
+        found[name, str(types), str(constants), tile] = launch
+    return list(found.values())
 
 
 def check(recorded, capability, tmp_path):
     for launch in distinct(recorded):
+        name, _, arguments, constants, tile = launch
         compiled = compile_launch(launch, capability)
         used = resources(compiled, tmp_path)
-        told = (
-            f"sm_{capability} {launch[0]} {launch[2]['x'].dtype} {launch[3]} {launch[4]}: {used} {compiled.metadata.shared}"
-        )
+        told = f"sm_{capability} {name} {constants} {tile}: {used}, {compiled.metadata.shared} bytes of shared memory"
         assert used["STACK"] == used["LOCAL"] == 0, told
         assert compiled.metadata.shared <= SHARED_MEMORY[capability], told
-        multiplies = "mma" in compiled.asm["ptx"]
-        half = launch[2]["x"].dtype != torch.float32
-        assert multiplies == (half and launch[0] != "few_tokens_kernel"), told
+        multiplies = name in ("mix_kernel", "fused_kernel", "block_gradient_kernel")
+        assert ("mma" in compiled.asm["ptx"]) == (multiplies and arguments["x"].dtype != torch.float32), told
 
 
 QUICK = [
