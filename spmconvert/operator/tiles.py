@@ -71,7 +71,7 @@ class Tile(NamedTuple):
 _LARGEST = {
     ("mix", False, 2): Tile(64, 64, 64, 64, 8, 2),
     ("mix", True, 2): Tile(1024, 16, 32, 64, 8, 2),
-    ("mix", False, 4): Tile(32, 32, 32, 32, 4, 2),
+    ("mix", False, 4): Tile(32, 32, 32, 32, 4, 1),
     ("mix", True, 4): Tile(128, 16, 16, 16, 4, 1),
     ("fused", False, 2): Tile(128, 32, 32, 64, 8, 2),
     ("fused", True, 2): Tile(512, 32, 32, 32, 8, 2),
