@@ -223,22 +223,6 @@ def distil(
     return state
 
 
-def environment(**more: Any) -> dict[str, Any]:
-    """Where and with what figures were made."""
-    from datetime import date
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "CPU")
-    return {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "date": str(date.today()),
-        **more,
-    }
-
-
 def save_json(file: Path | None, content: dict[str, Any]) -> None:
     """Write results where asked to."""
     if file is not None:

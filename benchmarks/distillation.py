@@ -21,7 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import STRUCTURES, dense_layers, distil, environment, left_by_half_rank, replace_layers, save_json
+from benchmarks.common import STRUCTURES, dense_layers, distil, left_by_half_rank, replace_layers, save_json
+from benchmarks.environment import environment
 from spmconvert.conversion import load
 from spmconvert.distill.data import TrainingData, load_training_data
 from spmconvert.distill.objective import Distillation
@@ -39,7 +40,7 @@ def main() -> None:
     bench = prepare(options)
     fairness = torch.tensor([left_by_half_rank(layer) for layer in bench.layers]).median().item()
     result: dict[str, Any] = {
-        "environment": environment(),
+        "environment": environment("cpu", "float32", options.threads),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in ("json", "work")},
         "teacher_loss": bench.loss(bench.teacher),
         "left_by_half_rank": fairness,

@@ -17,7 +17,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import environment, save_json
+from benchmarks.common import save_json
+from benchmarks.environment import environment
 from spmconvert.distill.losses import kl_divergence, over_chunks
 
 FORMS = ("plain", "chunked")
@@ -48,7 +49,10 @@ def main() -> None:
             str(row["vocabulary"]), str(row["tokens"]), *sizes, f"{row['plain/chunked']:.1f}", f"{difference:.1e}"
         )
     Console(width=120).print(table)
-    save_json(options.json, {"environment": environment(features=options.features), "rows": rows})
+    save_json(
+        options.json,
+        {"environment": environment("cpu", "float32", torch.get_num_threads()), "features": options.features, "rows": rows},
+    )
 
 
 def in_own_process(form: str, words: int, options: argparse.Namespace) -> dict[str, float]:

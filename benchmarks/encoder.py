@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import STRUCTURES, dense_layers, distil, environment, replace_layers, save_json
+from benchmarks.common import STRUCTURES, dense_layers, distil, replace_layers, save_json
+from benchmarks.environment import environment
 from spmconvert.conversion import load
 from spmconvert.distill.data import load_training_data
 from spmconvert.fitting.calibration import load_rows
@@ -80,7 +81,7 @@ def main() -> None:
                 )
                 print(results[-1], flush=True)
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("json", "work")}
-    result = {"environment": environment(), "settings": settings, "rows": results}
+    result = {"environment": environment("cpu", "float32", options.threads), "settings": settings, "rows": results}
     show(result)
     save_json(options.json, result)
 

@@ -19,7 +19,8 @@ from rich.table import Table
 from torch.nn.functional import cross_entropy
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import environment, save_json
+from benchmarks.common import save_json
+from benchmarks.environment import environment
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.surgery.swap import replace_module
 from spmconvert.surgery.targets import select_targets
@@ -43,7 +44,8 @@ def main() -> None:
         times = [f"{row['dense']['p50']:.0f}", f"{row['converted']['p50']:.0f}", f"{row['dense/converted']:.2f}"]
         table.add_row(str(row["width"]), str(4 * row["width"]), f"{row['kept']:.1%}", *times)
     console = Console(width=120)
-    about = environment(rows=options.rows, tokens=options.tokens, layers=options.layers, repetitions=options.repetitions)
+    about = environment("cpu", "float32", options.threads)
+    about |= {key: getattr(options, key) for key in ("rows", "tokens", "layers", "repetitions")}
     console.print(" ".join(f"{key}={value}" for key, value in about.items()))
     console.print(table)
     save_json(options.json, {"environment": about, "unit": "ms", "rows": rows})

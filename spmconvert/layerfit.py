@@ -79,14 +79,14 @@ def fit_layer(
     Raises:
         FitError: when weight or statistics are not finite.
     """
-    statistics = _on(weight.device, moments.fitted) if moments else ActivationStatistics.isotropic(weight.shape[1])
-    statistics = _on(weight.device, statistics)
+    statistics = moments.fitted if moments else ActivationStatistics.isotropic(weight.shape[1])
+    statistics = statistics.to(weight.device)
     layer = layer_from_spec(plan.spec, device=weight.device).float()
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
     result = fit_(layer, weight, bias, statistics, iterations=iterations, seed=own_seed)
     layer = layer.to(getattr(torch, plan.stored_dtype))
 
-    measured = _on(weight.device, moments.held_out) if moments else statistics
+    measured = moments.held_out.to(weight.device) if moments else statistics
     dense = (weight, bias)
     stored = (_rounded_matrix(layer), layer.bias)
     baseline, rank = _baseline(plan, weight, bias, statistics)
@@ -134,10 +134,6 @@ def _rounded_matrix(layer: SPMLinear) -> Tensor:
     identity = torch.eye(layer.in_features, device=layer.weight.device)
     wide: Tensor = layer(identity)
     return (wide - layer.bias.float() if layer.bias is not None else wide).t()
-
-
-def _on(device: torch.device, statistics: ActivationStatistics) -> ActivationStatistics:
-    return ActivationStatistics(statistics.rows, statistics.mean.to(device), statistics.scatter.to(device))
 
 
 def statistics_groups(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:

@@ -320,5 +320,5 @@ def fit_linear(
     has_bias = bias is not None or statistics is not None
     layer = layer_class(dense.in_features, dense.out_features, has_bias, device=weight.device, **design)
     moments = statistics or ActivationStatistics.isotropic(dense.in_features)
-    result = fit_(layer, weight, bias, moments, iterations=iterations, seed=seed)
+    result = fit_(layer, weight, bias, moments.to(weight.device), iterations=iterations, seed=seed)
     return layer.to(weight.dtype), result

@@ -55,6 +55,10 @@ class ActivationStatistics:
         """Centred second moment, [in_features, in_features]."""
         return self.scatter / max(self.rows, 1)
 
+    def to(self, device: torch.device | str) -> "ActivationStatistics":
+        """The same statistics on a device."""
+        return ActivationStatistics(self.rows, self.mean.to(device), self.scatter.to(device))
+
     def merge_(self, other: "ActivationStatistics") -> None:
         """Add the rows of other statistics, in place; the same result as seeing all rows at once."""
         total = self.rows + other.rows

@@ -1,16 +1,20 @@
 """Which implementation of the operator runs: one function decides, and a backend that cannot run is an error.
 
-``auto`` takes the fastest implementation that is known to work where the input lives. The others are chosen by name;
-nothing is ever replaced by something else silently.
+``auto`` takes the fastest implementation that was measured to be the fastest where the input lives; ``_choose`` holds
+that choice and nothing else does. On CUDA that is the merged form: the Triton kernels have been compiled and their
+results checked, but never timed, so they run only where they are asked for by name. Nothing is ever replaced by
+something else silently.
 """
 
+import os
+from importlib.util import find_spec
 from typing import Literal, get_args
 
 from spmconvert.errors import BackendError, OptionError
 
 Backend = Literal["auto", "reference", "merged", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-
+HAS_TRITON = find_spec("triton") is not None
 
 # below this many tokens merging costs more than it saves, where it has to be done for every step: forward and backward of
 # 16 tokens take 2.3 ms by the reference and 3.1 merged at width 768, 64 tokens 3.9 and 3.6 (two CPU cores)
@@ -32,9 +36,22 @@ def resolve_backend(requested: Backend, device_type: str, *, tokens: int | None 
     if requested not in BACKENDS:
         raise OptionError(f"backend is {requested!r}; choose one of {', '.join(BACKENDS)}")
     if requested == "triton":
-        raise BackendError(
-            f"backend triton has no kernels for {device_type} in this version; use auto, merged or reference"
-        )
-    if requested != "auto":
-        return requested
+        _require_triton(device_type)
+    return _choose(device_type, tokens) if requested == "auto" else requested
+
+
+def _choose(device_type: str, tokens: int | None) -> Backend:
+    """The implementation that was measured to be the fastest; see ``benchmarks/operator.py``."""
     return "reference" if tokens is not None and tokens < FEW_TOKENS and device_type == "cpu" else "merged"
+
+
+def _require_triton(device_type: str) -> None:
+    if device_type != "cuda" and not interprets_triton():
+        raise BackendError(f"backend triton runs on cuda, the input is on {device_type}; use auto, merged or reference")
+    if not HAS_TRITON:
+        raise BackendError("backend triton needs the package triton; install triton>=3.6, or use auto, merged or reference")
+
+
+def interprets_triton() -> bool:
+    """Whether Triton's interpreter stands in for a GPU, as its own variable says; it runs kernels on any device."""
+    return os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,9 +1,9 @@
 """SPMLinear: the layer that takes the place of nn.Linear.
 
-It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference`` and
-``merged``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
-``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of loading
-something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
+It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference``, ``merged``
+and ``triton_ops``. The stages are one parameter called ``weight`` with three or more dimensions: model code that
+initialises ``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of
+loading something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
 
 Without gradients the merged blocks are cached until a parameter changes. A change is seen by the parameter's version
 counter, storage, dtype and device, that is for in-place operations, optimizer steps, ``load_state_dict`` and ``.to``.
@@ -11,6 +11,7 @@ What it gives up: writes through ``parameter.data`` do not count, so call ``trai
 both drop the cache. Graphs made by ``torch.compile`` merge at every call.
 """
 
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -19,8 +20,10 @@ from torch.nn.functional import linear
 
 from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
+from spmconvert.operator.merge_ops import merge_stages_triton
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
 from spmconvert.operator.reference import reference_forward
+from spmconvert.operator.triton_ops import apply_blocks_triton
 
 
 class SPMLinear(nn.Module):
@@ -138,7 +141,9 @@ class SPMLinear(nn.Module):
             y = reference_forward(tokens, self.weight, self.scale_in, self.scale_out, self.geometry)
             y = y if bias is None else y + bias
         else:
-            y = apply_blocks(tokens, self._merged_blocks(x.dtype), bias, self.plan)
+            by_triton = backend == "triton"
+            blocks = self._merged_blocks(x.dtype, merge_stages_triton if by_triton else merge_stages)
+            y = (apply_blocks_triton if by_triton else apply_blocks)(tokens, blocks, bias, self.plan)
         if self.low_rank_in is not None and self.low_rank_out is not None:
             y = torch.addmm(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
         return y.view(*x.shape[:-1], self.out_features)
@@ -147,16 +152,16 @@ class SPMLinear(nn.Module):
         stages = (self.weight, self.scale_in, self.scale_out)
         return torch.is_grad_enabled() and any(p.requires_grad for p in stages)
 
-    def _merged_blocks(self, dtype: torch.dtype) -> list[Tensor]:
+    def _merged_blocks(self, dtype: torch.dtype, merge: Callable[..., list[Tensor]]) -> list[Tensor]:
         parameters = (self.weight, self.scale_in, self.scale_out)
         # inference tensors have no version counter, so a change to them could not be seen
         if self._trains() or torch.compiler.is_compiling() or self.weight.is_inference():
-            return [block.to(dtype) for block in merge_stages(*parameters, self.plan)]
-        key = (dtype, *((p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
+            return [block.to(dtype) for block in merge(*parameters, self.plan)]
+        key = (dtype, merge, *((p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
         if self._cache is None or self._cache[0] != key:
             # blocks made inside inference mode could not be used outside of it
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = (key, [block.to(dtype) for block in merge_stages(*parameters, self.plan)])
+                self._cache = (key, [block.to(dtype) for block in merge(*parameters, self.plan)])
         return self._cache[1]
 
     def to_dense(self) -> Tensor:

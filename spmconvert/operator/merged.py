@@ -95,23 +95,40 @@ def merge_stages(weight: Tensor, scale_in: Tensor, scale_out: Tensor, plan: Merg
         One tensor [batches, rows, columns] for each group of the plan, float32 or wider; a dense plan
         gives the one matrix [out_features, in_features].
     """
-    geometry = plan.geometry
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, scale_in, scale_out = (p.to(dtype) for p in (weight, scale_in, scale_out))
+    blocks = merge_groups_apart(weight, scale_in, scale_out, plan.geometry, plan.groups)
+    return absorb_features(blocks, plan)
+
+
+def merge_groups_apart(
+    weight: Tensor, scale_in: Tensor, scale_out: Tensor, geometry: Geometry, groups: Sequence[MergeGroup]
+) -> list[Tensor]:
+    """Merge every group into square blocks [batches, size, size], diagonals into the first and last; differentiable.
+
+    All tensors have the dtype of the blocks.
+    """
     grid = (geometry.blocks, geometry.block, 1)
     blocks: list[Tensor] = []
-    for position, group in enumerate(plan.groups):
+    for position, group in enumerate(groups):
         probes = _probes(group, geometry.block, weight)
         if position == 0:
             probes = probes * scale_in.view(grid)
         response = apply_stages(probes, weight, geometry, group.first_stage, group.stages)
-        if position == len(plan.groups) - 1:
+        if position == len(groups) - 1:
             response = response * scale_out.view(grid)
         size = group.middle * geometry.block
         response = response.reshape(group.outer, group.middle, group.inner, geometry.block, size)
         blocks.append(response.transpose(1, 2).reshape(group.outer * group.inner, size, size))
+    return blocks
+
+
+def absorb_features(blocks: list[Tensor], plan: MergePlan) -> list[Tensor]:
+    """Put ``expand`` and ``fold`` into square blocks where the plan says so; the result of ``merge_stages``."""
+    geometry = plan.geometry
     if plan.dense:
         return [_dense_weight(blocks[0][0], geometry)]
+    blocks = list(blocks)
     if plan.input_tiles:
         blocks[0], blocks[1] = _absorb_expand(blocks[0], blocks[1], plan.input_tiles, geometry)
     if plan.output_rows:
