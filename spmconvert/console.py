@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from spmconvert.units import count, duration, size
+
 if TYPE_CHECKING:
     from spmconvert.conversion import Conversion
     from spmconvert.layerfit import LayerRecord
@@ -45,29 +47,6 @@ def silence_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def size(number: float) -> str:
-    """Bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def count(number: float) -> str:
-    """A large number with a decimal suffix."""
-    for suffix in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.0f}{suffix}" if suffix == "" else f"{number:.2f}{suffix}"
-        number /= 1000
-    return f"{number:.2f}T"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or minutes and seconds."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 class ConversionProgress:

@@ -7,6 +7,7 @@ from typing import Any
 
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError
 
 
@@ -27,6 +28,31 @@ class Converted:
     layers: dict[str, LayerSpec]
     tensors: dict[str, TensorEntry]
     provenance: dict[str, Any]
+
+    def checkpoint(self) -> Checkpoint:
+        """The same files as a checkpoint whose tensors can be read."""
+        return Checkpoint(self.directory, str(self.directory), None, self.config, self.tensors)
+
+
+def open_source(converted: Converted, place: str | None) -> Checkpoint:
+    """The dense checkpoint that a conversion started from, checked by its recorded hash.
+
+    Args:
+        converted: the conversion.
+        place: another place of the source; None for the recorded one.
+
+    Raises:
+        ModelNotFoundError: when it is not there any more.
+        CheckpointError: when it is another checkpoint.
+    """
+    recorded = converted.provenance["source"]
+    source = open_checkpoint(place or recorded["name"], revision=None if place else recorded["revision"])
+    if source.sha256() != recorded["sha256"]:
+        raise CheckpointError(
+            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another content hash); "
+            "name the right one with --teacher"
+        )
+    return source
 
 
 def open_converted(directory: Path) -> Converted:

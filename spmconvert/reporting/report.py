@@ -1,0 +1,424 @@
+"""The report on a converted checkpoint: what was replaced, what it saves, what it costs, and whether it was the right choice.
+
+Read top to bottom: ``report`` is the whole of it. Sizes and layer errors come from the checkpoint's own files; quality, time
+and memory are measured anew, dense and converted in the same run. A part whose input is missing is listed with the remedy
+and never estimated.
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spmconvert.checkpoint.converted import Converted, open_converted, open_source
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.conversion import load
+from spmconvert.devices import check_device
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError, SpmconvertError
+from spmconvert.fitting.calibration import CalibrationRows, load_rows
+from spmconvert.reporting import timing
+from spmconvert.reporting.baselines import METHODS, build_baselines
+from spmconvert.reporting.harness import check_harness, run_tasks
+from spmconvert.reporting.measure import compare
+from spmconvert.reporting.rows import EvaluationRows, evaluation_rows, recorded_calibration
+from spmconvert.reporting.schema import (
+    SCHEMA_VERSION,
+    Candidate,
+    Generation,
+    Latency,
+    Layer,
+    Machine,
+    Metric,
+    Model,
+    NotMeasured,
+    Quality,
+    Quantity,
+    RecordedOutput,
+    Report,
+    Task,
+    TimingRow,
+    Training,
+)
+from spmconvert.reporting.sizes import quantities, replaced_layers
+from spmconvert.surgery.architecture import load_config, model_class
+from spmconvert.text import load_tokenizer
+from spmconvert.version import __version__
+
+GENERATIONS = 3
+PROMPT_TOKENS = 24
+CONTINUATION_TOKENS = 40
+RECORDED_TOKENS = 16
+RECORDED_VALUES = 8
+# relative to the largest recorded value; sums in another order on another machine stay far below
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
+
+
+def report(
+    directory: str | Path,
+    *,
+    data: str | Path | None = None,
+    other_data: str | Path | None = None,
+    teacher: str | None = None,
+    calibration: str | Path | None = None,
+    baselines: bool = False,
+    tasks: tuple[str, ...] = (),
+    rows: int = 64,
+    seconds: float = 2.0,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measure a converted checkpoint against its source.
+
+    Args:
+        directory: output of a conversion or of a finetune.
+        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on.
+        other_data: a second text, of another domain.
+        teacher: another place of the source checkpoint; None for the recorded one.
+        calibration: another place of the calibration text, for the baselines; None for the recorded one.
+        baselines: measure whitened SVD and 2:4 beside it.
+        tasks: names of lm-evaluation-harness tasks.
+        rows: most rows of a text that are measured.
+        seconds: about how long one timing may take; 0 times nothing.
+        device: where the models run.
+        progress: told what is being done.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    if rows < 1 or seconds < 0:
+        raise OptionError(f"rows is {rows}, seconds {seconds}; rows must be at least 1 and seconds at least 0")
+    check_device(device)
+    if tasks:
+        check_harness()
+    converted = open_converted(Path(directory))
+    config = load_config(converted.directory)
+    progress("loading")
+    run = _Run(converted, config, device, seconds, progress)
+    run.open_dense(teacher)
+    texts = _texts(run, data, other_data, rows)
+    layers = replaced_layers(converted)
+    amounts = [*quantities(converted, run.source, config, layers), *_memory(run)]
+    quality = _quality(run, texts)
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(device),
+        model=_describe_model(run),
+        layers=layers,
+        layer_errors_on=_layer_errors_on(converted),
+        quantities=tuple(amounts),
+        training=_training(run),
+        quality=quality,
+        generations=_generations(run, texts),
+        timing=_timing(run),
+        candidates=_candidates(run, layers, amounts, texts, quality, calibration) if baselines else (),
+        tasks=_tasks(run, tasks),
+        recorded_output=_record(run),
+        # last: every part above may have added to it
+        not_measured=tuple(run.not_measured),
+    )
+
+
+@dataclass
+class _Run:
+    """What the parts of one report share."""
+
+    converted: Converted
+    config: Any
+    device: str
+    seconds: float
+    progress: Callable[[str], None]
+    source: Checkpoint | None = None
+    dense: Any = None
+    student: Any = None
+    not_measured: list[NotMeasured] = field(default_factory=list)
+
+    def open_dense(self, place: str | None) -> None:
+        """Load both models; without a source that is only the converted one."""
+        self.student = load(self.converted.directory, dtype="auto").to(self.device).eval()
+        try:
+            self.source = open_source(self.converted, place)
+        except (ModelNotFoundError, CheckpointError) as error:
+            if place is not None:
+                raise
+            self.miss("everything that needs the dense model: quality, time, memory", str(error), "name it with --teacher")
+            return
+        dense = model_class(self.config).from_pretrained(self.source.directory, dtype="auto")
+        self.dense = dense.to(self.device).eval()
+
+    def miss(self, what: str, reason: str, remedy: str) -> None:
+        """Note something that was not measured."""
+        self.not_measured.append(NotMeasured(what=what, reason=reason, remedy=remedy))
+
+    @property
+    def reads_tokens(self) -> bool:
+        """Whether the model's input is text."""
+        return bool(self.student.main_input_name == "input_ids")
+
+
+def describe_machine(device: str) -> Machine:
+    """Where the measurements are made."""
+    import transformers
+
+    cuda = device.startswith("cuda")
+    return Machine(
+        device=device,
+        processor=torch.cuda.get_device_name(device) if cuda else _processor(),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count() or 1,
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        system=f"{platform.system()} {platform.machine()}",
+        versions={
+            "python": platform.python_version(),
+            "spmconvert": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _describe_model(run: _Run) -> Model:
+    provenance = run.converted.provenance
+    calibration = provenance["calibration"]
+    if calibration is not None:
+        calibration = {**calibration, "file": Path(provenance["recipe"]["calibration"]["file"]).name}
+    return Model(
+        name=run.converted.directory.resolve().name,
+        architecture=type(run.student).__name__,
+        weights_sha256=run.converted.checkpoint().sha256(),
+        source=provenance["source"]["name"],
+        source_revision=provenance["source"]["revision"],
+        source_sha256=provenance["source"]["sha256"],
+        source_reachable=run.source is not None,
+        dtype=str(run.student.dtype).removeprefix("torch."),
+        converted_with=provenance["spmconvert_version"],
+        recipe=provenance["recipe"],
+        calibration=calibration,
+        finetuned=bool(provenance.get("finetune")),
+    )
+
+
+def _layer_errors_on(converted: Converted) -> str:
+    calibration = converted.provenance["calibration"]
+    if calibration is None:
+        return "relative squared Frobenius error of the weight; the fit used no data"
+    held_out, fitted = calibration["held_out_rows"], calibration["fitted_rows"]
+    return f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
+
+
+def _training(run: _Run) -> tuple[Training, ...]:
+    known = set(Training.model_fields)
+    runs = run.converted.provenance.get("finetune", [])
+    return tuple(Training.model_validate({key: value for key, value in one.items() if key in known}) for one in runs)
+
+
+def _texts(run: _Run, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
+    """The unseen rows of the texts that were given; what is missing is noted."""
+    if data is None:
+        run.miss("quality", "no text is given", "name a text that was neither fitted nor trained on with --data FILE")
+    if run.student.__class__.__name__.endswith("ForQuestionAnswering"):
+        run.miss("quality", "spans of question answering are not compared", "measure the task itself with --tasks")
+        return []
+    found = []
+    for file, domain in ((data, "first"), (other, "other")):
+        if file is None:
+            continue
+        rows = evaluation_rows(run.converted, run.config, Path(file), domain, count=count)  # type: ignore[arg-type]
+        if isinstance(rows, NotMeasured):
+            run.not_measured.append(rows)
+        else:
+            found.append(rows)
+    return found
+
+
+def _quality(run: _Run, texts: list[EvaluationRows]) -> tuple[Quality, ...]:
+    if run.dense is None:
+        return ()
+    found = []
+    for text in texts:
+        run.progress(f"measuring quality on {text.file.name}")
+        found.append(
+            Quality(
+                text=text.file.name,
+                domain=text.domain,
+                sha256=text.sha256,
+                rows_from=text.origin,
+                rows=len(text.rows),
+                tokens=text.tokens,
+                metrics=compare(run.dense, run.student, text),
+            )
+        )
+    return tuple(found)
+
+
+def _generations(run: _Run, texts: list[EvaluationRows]) -> tuple[Generation, ...]:
+    """Greedy continuations of the beginnings of unseen rows, by models that only generate."""
+    if run.dense is None or not texts or not run.dense.can_generate() or run.config.is_encoder_decoder:
+        return ()
+    run.progress("generating samples")
+    tokenizer = load_tokenizer(run.converted.directory)
+    positions = getattr(run.config, "max_position_embeddings", None) or PROMPT_TOKENS + CONTINUATION_TOKENS
+    prompt_tokens = min(PROMPT_TOKENS, positions // 2)
+    new = min(CONTINUATION_TOKENS, positions - prompt_tokens)
+    samples = []
+    for row in texts[0].rows[:GENERATIONS]:
+        ids = row[None, :prompt_tokens].to(run.device)
+        answers = [timing.generate(model, ids, new)[0, ids.shape[1] :] for model in (run.dense, run.student)]
+        prompt, dense, converted = (tokenizer.decode(part) for part in (ids[0], *answers))
+        samples.append(Generation(prompt=prompt, dense=dense, converted=converted, new_tokens=new))
+    return tuple(samples)
+
+
+def _timing(run: _Run) -> tuple[TimingRow, ...]:
+    if run.dense is None:
+        return ()
+    if not run.seconds:
+        run.miss("time", "--seconds is 0", "give --seconds 2 or more")
+        return ()
+    if not run.reads_tokens:
+        run.miss("time", f"the model reads {run.student.main_input_name}, only token inputs are timed", "time it yourself")
+        return ()
+    run.progress("timing dense and converted in turn")
+    return tuple(timing.time_models(run.dense, run.student, run.seconds, run.device))
+
+
+def _memory(run: _Run) -> list[Quantity]:
+    if run.source is None or not run.reads_tokens:
+        return []
+    run.progress("measuring memory in fresh processes")
+    found = timing.peak_memory(run.source.directory, run.converted.directory, run.device)
+    if isinstance(found, NotMeasured):
+        run.not_measured.append(found)
+        return []
+    return [found]
+
+
+def _tasks(run: _Run, names: tuple[str, ...]) -> tuple[Task, ...]:
+    if not names:
+        return ()
+    run.progress(f"running {', '.join(names)}")
+    return run_tasks(run.student, run.dense, load_tokenizer(run.converted.directory), names)
+
+
+def _record(run: _Run) -> RecordedOutput | None:
+    """What the converted model answers to fixed tokens, for a later ``verify``."""
+    if not run.reads_tokens:
+        return None
+    batch = timing.token_batch(run.student, RECORDED_TOKENS)
+    values = recorded_values(run.student, batch["input_ids"][0].tolist())
+    tolerance = TOLERANCE.get(run.student.dtype, max(TOLERANCE.values()))
+    return RecordedOutput(tokens=batch["input_ids"][0].tolist(), values=tuple(values), tolerance=tolerance)
+
+
+def recorded_values(model: Any, tokens: list[int]) -> list[float]:
+    """The first values of the last position's output on one row of tokens.
+
+    Raises:
+        CorruptCheckpointError: when the output is not finite.
+    """
+    ids = torch.tensor([tokens], device=model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    with torch.no_grad():
+        output: torch.Tensor = model(**batch)[0].float()
+    if not output.isfinite().all():
+        raise CorruptCheckpointError(
+            f"the outputs of {model.config._name_or_path} are not finite; run spmconvert verify on it, or convert again"
+        )
+    return output.reshape(-1, output.shape[-1])[-1, :RECORDED_VALUES].tolist()
+
+
+def _candidates(
+    run: _Run,
+    layers: tuple[Layer, ...],
+    amounts: list[Quantity],
+    texts: list[EvaluationRows],
+    quality: tuple[Quality, ...],
+    calibration: str | Path | None,
+) -> tuple[Candidate, ...]:
+    """The untouched model, ours, and the other methods, measured the same way and timed in turn."""
+    if run.dense is None:
+        return ()
+    rows = _calibration_rows(run, calibration)
+    if isinstance(rows, NotMeasured):
+        run.not_measured.append(rows)
+        return ()
+    run.progress("fitting the baselines")
+    others = build_baselines(run.dense, run.converted.layers, rows)
+    models = {"dense": run.dense, "spm": run.student, **{method: model for method, (model, _) in others.items()}}
+    latency = _time_candidates(run, models)
+    whole = next(one for one in amounts if (one.what, one.scope) == ("parameters", "whole model"))
+    replaced = sum(layer.dense_parameters for layer in layers)
+    in_layers = {"dense": replaced, "spm": sum(layer.parameters for layer in layers)}
+    in_layers |= {method: parameters for method, (_, parameters) in others.items()}
+    candidates = []
+    for key, model in models.items():
+        metrics: tuple[Metric, ...] = quality[0].metrics if key == "spm" and quality else ()
+        if texts and key != "spm":
+            run.progress(f"measuring {TITLES[key]} on {texts[0].file.name}")
+            metrics = compare(run.dense, model, texts[0])
+        candidates.append(
+            Candidate(
+                key=key,
+                title=TITLES[key],
+                parameters=whole.dense - replaced + in_layers[key],
+                layer_parameters=in_layers[key],
+                note=_note(key, bool(run.converted.provenance.get("finetune"))),
+                metrics=metrics,
+                latency=latency.get(key),
+                tokens=timing.TYPICAL_TOKENS,
+            )
+        )
+    return tuple(candidates)
+
+
+TITLES = {"dense": "untouched", "spm": "SPM (this checkpoint)", **METHODS}
+
+
+def _note(key: str, finetuned: bool) -> str:
+    notes = {
+        "dense": "what the others are compared with",
+        "spm": "finetuned; the other methods are not" if finetuned else "not finetuned",
+        "svd": "two thin products, not finetuned",
+        "2:4": "stored with 2 bits of position a weight; timed as a dense product; not finetuned",
+    }
+    return notes[key]
+
+
+def _time_candidates(run: _Run, models: dict[str, Any]) -> dict[str, Latency]:
+    if not run.seconds or not run.reads_tokens:
+        return {}
+    run.progress("timing the methods in turn")
+    batch = timing.token_batch(run.dense, timing.TYPICAL_TOKENS)
+    calls = {key: timing.forward_call(model, batch) for key, model in models.items()}
+    return timing.interleaved(calls, 2 * run.seconds, run.device)
+
+
+def _calibration_rows(run: _Run, place: str | Path | None) -> CalibrationRows | None | NotMeasured:
+    """The rows that the conversion fitted, None where it used none, or why they cannot be had."""
+    recorded = run.converted.provenance["calibration"]
+    if recorded is None:
+        return None
+    file = Path(place or run.converted.provenance["recipe"]["calibration"]["file"])
+    try:
+        rows = load_rows(run.converted.directory, run.config, *recorded_calibration(run.converted, file))
+        reason = "" if rows.file_sha256 == recorded["file_sha256"] else f"{file} is not the calibration text (other hash)"
+    except SpmconvertError as error:
+        reason = str(error)
+    if reason:
+        remedy = "name the calibration text with --calib"
+        return NotMeasured(what="baselines", reason=f"they need the same calibration rows: {reason}", remedy=remedy)
+    return rows

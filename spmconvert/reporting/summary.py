@@ -1,0 +1,159 @@
+"""The report in a few figures and sentences, the same in the terminal, on the page and in the model card.
+
+The figures say what a reader asks first: how much smaller, how much faster, how much worse, and whether another method would
+have been better. Each names what it was measured on; none of them is rounded in our favour.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spmconvert.reporting.schema import Candidate, Layer, Metric, Report, TimingRow
+from spmconvert.units import count, measured, milliseconds, size
+
+Tone = Literal["good", "bad", "plain"]
+HEADLINE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One figure of the headline.
+
+    Attributes:
+        label: what it is.
+        value: the figure.
+        detail: on what it was measured.
+        tone: whether it speaks for or against the conversion.
+    """
+
+    label: str
+    value: str
+    detail: str
+    tone: Tone
+
+
+def key_figures(report: Report) -> list[KeyFigure]:
+    """Size, speed, quality, and the comparison with the simpler method."""
+    return [_size_figure(report), _speed_figure(report), _quality_figure(report), _baseline_figure(report)]
+
+
+def findings(report: Report) -> list[str]:
+    """What the numbers say, in sentences; losses as plainly as gains."""
+    said = [break_even_sentence(report)] if report.timing else []
+    slower = [row for row in report.timing if row.verdict == "slower"]
+    if slower:
+        sizes = ", ".join(describe_call(row) for row in slower)
+        said.append(f"The converted model is slower than the dense one for {sizes}.")
+    said.append(_layer_sentence(report.layers))
+    said += _candidate_sentences(report.candidates)
+    if report.training:
+        first, last = report.training[0], report.training[-1]
+        said.append(
+            f"Finetuning lowered the held-out {last.objective} loss a token from {first.start_loss:.4g} to {last.best_loss:.4g}."
+        )
+    else:
+        said.append("The checkpoint has not been finetuned.")
+    said += [f"Not measured: {one.what}. {one.reason[:1].upper()}{one.reason[1:]}." for one in report.not_measured]
+    return said
+
+
+def break_even_sentence(report: Report) -> str:
+    """Where the forward pass begins to be faster."""
+    from spmconvert.reporting.timing import break_even
+
+    return f"Forward pass on {report.machine.device}: {break_even(report.timing)}."
+
+
+def describe_call(row: TimingRow) -> str:
+    """The size of a timed call in words."""
+    return f"{row.tokens} tokens" if row.what == "forward" else f"generating {row.tokens} tokens"
+
+
+def describe_error(metric: Metric) -> str:
+    """A metric's standard error and samples in words."""
+    spread = "" if metric.standard_error is None else f"± {metric.standard_error:.2g}, "
+    return f"{spread}{metric.samples:,} {metric.sample}"
+
+
+def _size_figure(report: Report) -> KeyFigure:
+    whole = report.quantity("parameters", "whole model")
+    layers = report.quantity("parameters", "replaced layers")
+    disk = report.quantity("bytes on disk", "whole model")
+    assert whole and layers and disk
+    change = whole.converted / whole.dense - 1
+    return KeyFigure(
+        "parameters",
+        f"{change:+.0%}".replace("-", "−"),
+        f"{count(whole.dense)} to {count(whole.converted)}; {size(disk.dense)} to {size(disk.converted)} on disk; "
+        f"replaced layers keep {layers.converted / layers.dense:.1%}",
+        "good" if change < 0 else "bad",
+    )
+
+
+def _speed_figure(report: Report) -> KeyFigure:
+    row = next((row for row in report.timing if row.what == "forward" and row.tokens == HEADLINE_TOKENS), None)
+    if row is None:
+        return KeyFigure("speed", "not measured", "see below", "plain")
+    times = f"{milliseconds(row.dense.p50)} to {milliseconds(row.converted.p50)} ms for {row.tokens} tokens"
+    tone: Tone = "plain"
+    if row.verdict != "no clear difference":
+        tone = "good" if row.verdict == "faster" else "bad"
+    return KeyFigure("speed", f"{row.ratio:.2f}×", f"{times}, {row.verdict}; {report.machine.device}, median", tone)
+
+
+def _quality_figure(report: Report) -> KeyFigure:
+    if not report.quality:
+        return KeyFigure("quality", "not measured", "see below for what is missing", "plain")
+    text = report.quality[0]
+    metric = next((one for one in text.metrics if one.key == "perplexity"), text.metrics[0])
+    value = measured(metric.converted, metric.unit)
+    value = value if metric.dense is None else f"{measured(metric.dense, metric.unit)} → {value}"
+    return KeyFigure("quality", value, f"{metric.title}, on {text.text} ({describe_error(metric)})", "plain")
+
+
+def _baseline_figure(report: Report) -> KeyFigure:
+    by_key = {candidate.key: candidate for candidate in report.candidates}
+    if by_key and by_key["spm"].metrics:
+        own, other = by_key["spm"].metrics[0], by_key["svd"].metrics[0]
+        wins = _is_better(own, other)
+        values = f"{measured(own.converted, own.unit)} against {measured(other.converted, other.unit)}"
+        return KeyFigure(
+            "against SVD of equal size",
+            "better" if wins else "worse",
+            f"{values}: {own.title}, on {report.quality[0].text}",
+            "good" if wins else "bad",
+        )
+    won = sum(layer.error < layer.baseline_error for layer in report.layers)
+    return KeyFigure(
+        "against SVD of equal size",
+        f"{won} of {len(report.layers)}",
+        "layers where SPM has the lower held-out error, before any finetuning",
+        "good" if 2 * won > len(report.layers) else "bad",
+    )
+
+
+def _layer_sentence(layers: tuple[Layer, ...]) -> str:
+    won = sum(layer.error < layer.baseline_error for layer in layers)
+    return (
+        f"Layer by layer, before any finetuning, SPM has a lower error than whitened SVD of equal size on {won} of "
+        f"{len(layers)} layers."
+    )
+
+
+def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
+    own = next((one for one in candidates if one.key == "spm"), None)
+    if own is None or not own.metrics:
+        return []
+    said = []
+    for other in candidates:
+        if other.key in ("spm", "dense"):
+            continue
+        better = "better" if _is_better(own.metrics[0], other.metrics[0]) else "worse"
+        smaller = f"{own.parameters / other.parameters:.2f} times its parameters"
+        said.append(
+            f"In the whole model SPM is {better} than {other.title} by {own.metrics[0].title}, with {smaller} ({own.note})."
+        )
+    return said
+
+
+def _is_better(own: Metric, other: Metric) -> bool:
+    return own.converted > other.converted if own.higher_is_better else own.converted < other.converted
