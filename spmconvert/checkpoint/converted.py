@@ -8,7 +8,7 @@ from typing import Any
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,21 @@ class Converted:
     def checkpoint(self) -> Checkpoint:
         """The same files as a checkpoint whose tensors can be read."""
         return Checkpoint(self.directory, str(self.directory), None, self.config, self.tensors)
+
+    def stored_prefix(self, layer: str) -> str:
+        """Name of a layer in the checkpoint, which may lack or have the base model's prefix.
+
+        Raises:
+            CorruptCheckpointError: when the checkpoint has no tensors of the layer.
+        """
+        suffix = ".scale_in"
+        prefixes = [name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)]
+        for prefix in prefixes:
+            if prefix == layer or prefix.endswith(f".{layer}") or layer.endswith(f".{prefix}"):
+                return prefix
+        raise CorruptCheckpointError(
+            f"{self.directory} has no tensors of layer {layer}, which is in its layer map; download it again or convert again"
+        )
 
 
 def open_source(converted: Converted, place: str | None) -> Checkpoint:

@@ -99,7 +99,7 @@ def _compare_classes(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metr
         divergence.add(_kl(target_logits, own_logits), mask)
         agreement.add((target_logits.argmax(-1) == own_logits.argmax(-1)).float(), mask)
     return (
-        _metric("agreement", "same class as the dense model", "share", agreement, "decisions", higher=True),
+        _metric("agreement", "same class", "share", agreement, "decisions", higher=True),
         _metric("kl", "KL divergence a decision", "nats", divergence, "decisions", higher=False),
     )
 
@@ -115,8 +115,8 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
         embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], torch.ones(len(mask), 1))
         pooled.append(pair)
     metrics = [
-        _metric("embedding", "cosine of text embeddings with the dense model's", "", embeddings, "texts", higher=True),
-        _metric("states", "cosine of token states with the dense model's", "", states, "tokens", higher=True),
+        _metric("embedding", "cosine of text embeddings", "", embeddings, "texts", higher=True),
+        _metric("states", "cosine of token states", "", states, "tokens", higher=True),
     ]
     if len(rows.rows) >= 3:
         metrics.insert(0, _similarity_ranking(*(torch.cat(part) for part in zip(*pooled, strict=True))))
@@ -132,7 +132,7 @@ def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
         ranks.append((unit @ unit.t())[upper[0], upper[1]].argsort().argsort().double())
     return Metric(
         key="similarity",
-        title="rank correlation of text similarities with the dense model's (Spearman)",
+        title="ranking of text similarities (Spearman)",
         unit="",
         dense=None,
         converted=float(torch.corrcoef(torch.stack(ranks))[0, 1]),

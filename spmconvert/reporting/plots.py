@@ -18,13 +18,13 @@ from spmconvert.reporting.schema import Candidate, Layer, Report, TimingRow
 _CSS = {
     "#010101": "var(--text)",
     "#010102": "var(--line)",
-    "#010103": "var(--muted)",
+    "#010103": "var(--page)",
     "#010111": "var(--series-1)",
     "#010112": "var(--series-2)",
     "#010113": "var(--series-3)",
     "#010114": "var(--series-4)",
 }
-TEXT, LINE, MUTED, FIRST, SECOND, THIRD, FOURTH = _CSS
+TEXT, LINE, PAGE, FIRST, SECOND, THIRD, FOURTH = _CSS
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -55,15 +55,16 @@ def plots(report: Report, prefix: str) -> dict[str, str]:
         report: what to draw.
         prefix: makes the ids of the drawings unique on a page.
     """
-    drawn = {"layers": layer_map(report.layers)}
-    if report.timing:
-        drawn["timing"] = timing_plot(report.timing)
-    if report.training:
-        drawn["training"] = training_plot(report)
-    scored = [candidate for candidate in report.candidates if candidate.metrics]
-    if scored:
-        drawn["pareto"] = pareto_plot(scored)
-    return {name: _svg(figure, f"{prefix}-{name}") for name, figure in drawn.items()}
+    with mpl.rc_context(_STYLE):
+        drawn = {"layers": layer_map(report.layers)}
+        if report.timing:
+            drawn["timing"] = timing_plot(report.timing)
+        if report.training:
+            drawn["training"] = training_plot(report)
+        scored = [candidate for candidate in report.candidates if candidate.metrics]
+        if scored:
+            drawn["pareto"] = pareto_plot(scored)
+        return {name: _svg(figure, f"{prefix}-{name}") for name, figure in drawn.items()}
 
 
 def timing_plot(rows: Sequence[TimingRow]) -> Figure:
@@ -149,7 +150,7 @@ def layer_map(layers: Sequence[Layer]) -> Figure:
 
 def _heat(axes: Any, grid: list[list[float]], highest: float, form: str | None) -> None:
     # cells as paths: an image would be a bitmap inside the page
-    axes.pcolormesh(grid, vmin=0, vmax=highest or 1, cmap="YlOrBr", edgecolors="white", linewidth=0.5)
+    axes.pcolormesh(grid, vmin=0, vmax=highest or 1, cmap="YlOrBr", edgecolors=PAGE, linewidth=1)
     axes.invert_yaxis()
     axes.grid(visible=False)
     axes.tick_params(length=0)
@@ -173,20 +174,21 @@ def _kind(layer: Layer) -> str:
 
 
 def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     return figure, list(axes.flat)
 
 
 def _svg(figure: Figure, name: str) -> str:
     """The drawing as an svg element with CSS colours, ids of its own, and no fixed size."""
     buffer = io.StringIO()
-    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}):
+    with mpl.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    # metadata says nothing here, and a style element would reach the whole page
+    text = re.sub(r"<(metadata|style)\b.*?</\1>", "", text, flags=re.DOTALL)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: inherit", text)
     text = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r'\1 aria-hidden="true" focusable="false"', text, count=1)
     # ids like figure_1 repeat from drawing to drawing

@@ -19,12 +19,13 @@ from spmconvert.checkpoint.converted import Converted, open_converted, open_sour
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.conversion import load
 from spmconvert.devices import check_device
-from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError, SpmconvertError
+from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError, SpmconvertError
 from spmconvert.fitting.calibration import CalibrationRows, load_rows
 from spmconvert.reporting import timing
 from spmconvert.reporting.baselines import METHODS, build_baselines
 from spmconvert.reporting.harness import check_harness, run_tasks
 from spmconvert.reporting.measure import compare
+from spmconvert.reporting.outputs import record_output
 from spmconvert.reporting.rows import EvaluationRows, evaluation_rows, recorded_calibration
 from spmconvert.reporting.schema import (
     SCHEMA_VERSION,
@@ -38,7 +39,6 @@ from spmconvert.reporting.schema import (
     NotMeasured,
     Quality,
     Quantity,
-    RecordedOutput,
     Report,
     Task,
     TimingRow,
@@ -52,10 +52,6 @@ from spmconvert.version import __version__
 GENERATIONS = 3
 PROMPT_TOKENS = 24
 CONTINUATION_TOKENS = 40
-RECORDED_TOKENS = 16
-RECORDED_VALUES = 8
-# relative to the largest recorded value; sums in another order on another machine stay far below
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
 
 
 def report(
@@ -98,6 +94,7 @@ def report(
     converted = open_converted(Path(directory))
     config = load_config(converted.directory)
     progress("loading")
+    machine = describe_machine(device)
     run = _Run(converted, config, device, seconds, progress)
     run.open_dense(teacher)
     texts = _texts(run, data, other_data, rows)
@@ -107,7 +104,7 @@ def report(
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
-        machine=describe_machine(device),
+        machine=machine,
         model=_describe_model(run),
         layers=layers,
         layer_errors_on=_layer_errors_on(converted),
@@ -118,7 +115,7 @@ def report(
         timing=_timing(run),
         candidates=_candidates(run, layers, amounts, texts, quality, calibration) if baselines else (),
         tasks=_tasks(run, tasks),
-        recorded_output=_record(run),
+        recorded_output=record_output(run.student) if run.reads_tokens else None,
         # last: every part above may have added to it
         not_measured=tuple(run.not_measured),
     )
@@ -310,35 +307,6 @@ def _tasks(run: _Run, names: tuple[str, ...]) -> tuple[Task, ...]:
         return ()
     run.progress(f"running {', '.join(names)}")
     return run_tasks(run.student, run.dense, load_tokenizer(run.converted.directory), names)
-
-
-def _record(run: _Run) -> RecordedOutput | None:
-    """What the converted model answers to fixed tokens, for a later ``verify``."""
-    if not run.reads_tokens:
-        return None
-    batch = timing.token_batch(run.student, RECORDED_TOKENS)
-    values = recorded_values(run.student, batch["input_ids"][0].tolist())
-    tolerance = TOLERANCE.get(run.student.dtype, max(TOLERANCE.values()))
-    return RecordedOutput(tokens=batch["input_ids"][0].tolist(), values=tuple(values), tolerance=tolerance)
-
-
-def recorded_values(model: Any, tokens: list[int]) -> list[float]:
-    """The first values of the last position's output on one row of tokens.
-
-    Raises:
-        CorruptCheckpointError: when the output is not finite.
-    """
-    ids = torch.tensor([tokens], device=model.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        batch["decoder_input_ids"] = ids
-    with torch.no_grad():
-        output: torch.Tensor = model(**batch)[0].float()
-    if not output.isfinite().all():
-        raise CorruptCheckpointError(
-            f"the outputs of {model.config._name_or_path} are not finite; run spmconvert verify on it, or convert again"
-        )
-    return output.reshape(-1, output.shape[-1])[-1, :RECORDED_VALUES].tolist()
 
 
 def _candidates(

@@ -38,7 +38,9 @@ def key_figures(report: Report) -> list[KeyFigure]:
 
 def findings(report: Report) -> list[str]:
     """What the numbers say, in sentences; losses as plainly as gains."""
-    said = [break_even_sentence(report)] if report.timing else []
+    said = []
+    if report.timing:
+        said.append(f"Forward pass on {report.machine.device}: {break_even(report.timing)}.")
     slower = [row for row in report.timing if row.verdict == "slower"]
     if slower:
         sizes = ", ".join(describe_call(row) for row in slower)
@@ -56,16 +58,25 @@ def findings(report: Report) -> list[str]:
     return said
 
 
-def break_even_sentence(report: Report) -> str:
-    """Where the forward pass begins to be faster."""
-    from spmconvert.reporting.timing import break_even
-
-    return f"Forward pass on {report.machine.device}: {break_even(report.timing)}."
+def break_even(rows: tuple[TimingRow, ...]) -> str:
+    """From how many tokens on the converted model is faster, in words; only clear differences count as faster."""
+    forward = [row for row in rows if row.what == "forward"]
+    faster = [row.verdict == "faster" for row in forward]
+    if not any(faster):
+        return f"not faster at any measured size up to {forward[-1].tokens} tokens"
+    if all(faster):
+        return f"faster at every measured size, from {forward[0].tokens} token on"
+    if not faster[-1]:
+        sizes = ", ".join(str(row.tokens) for row, won in zip(forward, faster, strict=True) if won)
+        return f"faster only at {sizes} tokens, not at {forward[-1].tokens}"
+    last = max(index for index, won in enumerate(faster) if not won)
+    return f"break-even between {forward[last].tokens} and {forward[last + 1].tokens} tokens"
 
 
 def describe_call(row: TimingRow) -> str:
     """The size of a timed call in words."""
-    return f"{row.tokens} tokens" if row.what == "forward" else f"generating {row.tokens} tokens"
+    tokens = f"{row.tokens} token{'s' if row.tokens != 1 else ''}"
+    return tokens if row.what == "forward" else f"generating {tokens}"
 
 
 def describe_error(metric: Metric) -> str:
@@ -107,7 +118,7 @@ def _quality_figure(report: Report) -> KeyFigure:
     metric = next((one for one in text.metrics if one.key == "perplexity"), text.metrics[0])
     value = measured(metric.converted, metric.unit)
     value = value if metric.dense is None else f"{measured(metric.dense, metric.unit)} → {value}"
-    return KeyFigure("quality", value, f"{metric.title}, on {text.text} ({describe_error(metric)})", "plain")
+    return KeyFigure("quality", value, f"{metric.title} against the dense model, on {text.text} ({describe_error(metric)})", "plain")
 
 
 def _baseline_figure(report: Report) -> KeyFigure:

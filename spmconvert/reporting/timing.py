@@ -115,21 +115,6 @@ def _time_generation(dense: Any, converted: Any, seconds: float, device: str) ->
     return TimingRow(what="generate", tokens=NEW_TOKENS, shape=shape, **latency)
 
 
-def break_even(rows: tuple[TimingRow, ...]) -> str:
-    """From how many tokens on the converted model is faster, in words; only clear differences count as faster."""
-    forward = [row for row in rows if row.what == "forward"]
-    faster = [row.verdict == "faster" for row in forward]
-    if not any(faster):
-        return f"not faster at any measured size up to {forward[-1].tokens} tokens"
-    if all(faster):
-        return f"faster at every measured size, from {forward[0].tokens} token on"
-    if not faster[-1]:
-        sizes = ", ".join(str(row.tokens) for row, won in zip(forward, faster, strict=True) if won)
-        return f"faster only at {sizes} tokens, not at {forward[-1].tokens}"
-    last = max(index for index, won in enumerate(faster) if not won)
-    return f"break-even between {forward[last].tokens} and {forward[last + 1].tokens} tokens"
-
-
 def peak_memory(dense: Path, converted: Path, device: str) -> Quantity | NotMeasured:
     """Peak memory of loading a model and running one pass, each in a fresh process."""
     try:
