@@ -9,7 +9,7 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -18,6 +18,7 @@ from spmconvert.units import count, duration, size
 
 if TYPE_CHECKING:
     from spmconvert.conversion import Conversion
+    from spmconvert.exporting import Export
     from spmconvert.layerfit import LayerRecord
     from spmconvert.plan import ConversionPlan
     from spmconvert.recipe import Recipe
@@ -180,3 +181,41 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
         f"with about {size(plan.predicted_memory(calibrated=calibrated))} of memory beside the program",
         soft_wrap=True,
     )
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result that another module has laid out."""
+    _out.print(renderable)
+
+
+class Steps:
+    """A live line that names what is being done; called with the next step."""
+
+    def __init__(self) -> None:
+        self._status = _err.status("starting")
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing."""
+        self._status.stop()
+
+    def __call__(self, step: str) -> None:
+        """Name the step that begins."""
+        self._status.update(step)
+
+
+def show_export(result: "Export") -> None:
+    """What was exported, and how well it matches."""
+    compared = "not compared, the model reads no tokens"
+    if result.difference is not None:
+        compared = f"differ by {result.difference:.2g} of the largest at most, {result.tolerance:g} is allowed"
+    _out.print(f"{result.layers} layers are dense again, {size(result.bytes)}; outputs {compared}", soft_wrap=True)
+    if result.added_biases:
+        _out.print(
+            f"turned on in config.json: {', '.join(result.added_biases)}, for biases of the conversion", soft_wrap=True
+        )
+    _out.print(f"wrote {result.output}, which loads without spmconvert", soft_wrap=True)

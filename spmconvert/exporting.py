@@ -1,11 +1,12 @@
 """A plain dense checkpoint from a converted one, for any runtime: every SPM layer becomes the matrix it multiplies by.
 
-The result loads without spmconvert and is as large as the source was. It computes what the converted model computes, within
-``TOLERANCE``; that is checked on a row of tokens before the output appears.
+The result loads without spmconvert and is as large as the source was. It computes what the converted model computes,
+within ``TOLERANCE``; that is checked on a row of tokens before the output appears.
 
-A layer fitted with calibration data has a bias even where the architecture has none. Some architectures have a switch for it
-(``mlp_bias``, ``attention_bias``): it is turned on, and layers that the switch reaches and the conversion did not get biases
-of zero. Where there is no switch the export is refused, because dropping the bias would change the model.
+A layer fitted with calibration data has a bias even where the architecture has none. Some architectures have a switch
+for it (``mlp_bias``, ``attention_bias``): it is turned on, and layers that the switch reaches and the conversion did
+not get biases of zero. Where there is no switch the export is refused, because dropping the bias would change the
+model.
 """
 
 import gc
@@ -29,7 +30,7 @@ from spmconvert.errors import FitError, OptionError, UnsupportedLayerError
 from spmconvert.plan import DTYPE_BYTES
 from spmconvert.reporting.outputs import first_output
 from spmconvert.reporting.timing import token_batch
-from spmconvert.surgery.architecture import load_config, model_class, skeleton
+from spmconvert.surgery.architecture import load_config, skeleton
 from spmconvert.surgery.swap import layer_from_spec
 from spmconvert.version import __version__
 
@@ -60,9 +61,7 @@ class Export:
     tolerance: float
 
 
-def export(
-    directory: str | Path, output: str | Path | None = None, *, form: str = "dense", force: bool = False
-) -> Export:
+def export(directory: str | Path, output: str | Path | None = None, *, form: str = "dense", force: bool = False) -> Export:
     """Write a dense checkpoint.
 
     Args:
@@ -96,8 +95,8 @@ def export(
         difference, tolerance = _difference(converted, target.final)
         if difference is not None and not difference <= tolerance:
             raise FitError(
-                f"the dense model differs from {converted.directory} by {difference:.2g} of its largest output, {tolerance:g} is "
-                "allowed; run spmconvert verify on it"
+                f"the dense model differs from {converted.directory} by {difference:.2g} of its largest output, "
+                f"{tolerance:g} is allowed; run spmconvert verify on it"
             )
         target.commit()
     return Export(destination, len(converted.layers), size, switches, difference, tolerance)
@@ -109,7 +108,7 @@ def _dense_config(converted: Converted) -> tuple[dict[str, Any], tuple[str, ...]
     missing = set(_layers_without_bias(converted, ()))
     if not missing:
         return config, ()
-    chosen = []
+    chosen: list[str] = []
     for switch in sorted(key for key, value in load_config(converted.directory).to_dict().items() if value is False):
         if not switch.endswith("bias"):
             continue
@@ -119,8 +118,9 @@ def _dense_config(converted: Converted) -> tuple[dict[str, Any], tuple[str, ...]
             missing = left
     if missing:
         raise UnsupportedLayerError(
-            f"{len(missing)} layers, for example {min(missing)}, got a bias from calibration that {config['architectures'][0]} "
-            "has no place for; use the converted checkpoint itself, or convert with --calib none to export it"
+            f"{len(missing)} layers, for example {min(missing)}, got a bias from calibration that "
+            f"{config['architectures'][0]} has no place for; use the converted checkpoint itself, or "
+            "convert with --calib none to export it"
         )
     return {**config, **dict.fromkeys(chosen, True)}, tuple(chosen)
 
@@ -199,9 +199,7 @@ def _difference(converted: Converted, dense: Path) -> tuple[float | None, float]
     """Largest difference of the outputs of both models on a row of tokens, relative to the largest, and its limit."""
     outputs = []
     for directory in (converted.directory, dense):
-        config = load_config(directory)
-        model = load(directory, dtype="auto") if not outputs else model_class(config).from_pretrained(directory, dtype="auto")
-        model.eval()
+        model = load(directory, dtype="auto").eval()
         limit = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
         if model.main_input_name != "input_ids":
             return None, limit
@@ -215,6 +213,6 @@ def _difference(converted: Converted, dense: Path) -> tuple[float | None, float]
 def _card(converted: Converted) -> str:
     name = converted.directory.resolve().name
     return (
-        f"# {name}, dense\n\nWritten by spmconvert {__version__} from the converted checkpoint `{name}`: every SPM layer as the "
-        "dense matrix it multiplies by. It computes what that checkpoint computes and loads without spmconvert.\n"
+        f"# {name}, dense\n\nWritten by spmconvert {__version__} from the converted checkpoint `{name}`: every SPM layer\n"
+        "as the dense matrix it multiplies by. It computes what that checkpoint computes and loads without spmconvert.\n"
     )

@@ -58,17 +58,16 @@ def verify(directory: str | Path, *, teacher: str | None = None) -> list[Check]:
         return [Check("files", "FAILED", str(error))]
     count = len(converted.tensors)
     checks = [Check("files", "ok", f"config, layer map, provenance and headers of {count} tensors agree")]
-    steps: tuple[tuple[str, Callable[[], Check]], ...] = (
-        ("hashes", lambda: _hashes(converted)),
-        ("shapes", lambda: _shapes(converted)),
-        ("finite values", lambda: _finite(converted)),
-        ("untouched tensors", lambda: _untouched(converted, teacher)),
-        ("fresh process", lambda: _loads(converted)),
-        ("recorded outputs", lambda: _recorded(converted)),
+    steps: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
+        ("hashes", lambda: [_hashes(converted)]),
+        ("shapes", lambda: [_shapes(converted)]),
+        ("finite values", lambda: [_finite(converted)]),
+        ("untouched tensors", lambda: [_untouched(converted, teacher)]),
+        ("fresh process", lambda: _runs(converted)),
     )
     for name, step in steps:
         try:
-            checks.append(step())
+            checks += step()
         except SpmconvertError as error:
             checks.append(Check(name, "FAILED", str(error)))
     return checks
@@ -127,30 +126,30 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
     changed = [key for key in before if not _same_bytes(before[key], after[key])]
     trained = [run.get("trained", "spm") for run in converted.provenance.get("finetune", [])]
     if changed and set(trained) - {"spm"}:
-        detail = f"{len(before) - len(changed)} of {len(before)} are those of the source; a finetune trained {', '.join(trained)}"
-        return Check(name, "ok", detail)
+        same = len(before) - len(changed)
+        return Check(
+            name, "ok", f"{same} of {len(before)} are those of the source; a finetune trained {', '.join(trained)}"
+        )
     if changed:
         return Check(name, "FAILED", f"{len(changed)} of {len(before)} differ from the source, for example {changed[0]}")
     return Check(name, "ok", f"{len(before)} tensors are byte for byte those of the source")
 
 
-def _loads(converted: Converted) -> Check:
+def _runs(converted: Converted) -> list[Check]:
+    """Load the checkpoint in a fresh process, and compare its answer with the recorded one."""
     report = _report(converted)
-    tokens = None if report is None or report.recorded_output is None else list(report.recorded_output.tokens)
+    record = None if report is None else report.recorded_output
+    tokens = None if record is None else list(record.tokens)
     found = run_fresh("spmconvert.verification:loaded", str(converted.directory), tokens)
-    return Check("fresh process", "ok", f"loads as {found['architecture']} with {found['layers']} SPM layers")
-
-
-def _recorded(converted: Converted) -> Check:
-    name, report = "recorded outputs", _report(converted)
-    if report is None or report.recorded_output is None:
-        return Check(name, "skipped", "no report has recorded outputs of these weights; run spmconvert report first")
-    record = report.recorded_output
-    values = run_fresh("spmconvert.verification:loaded", str(converted.directory), list(record.tokens))["values"]
+    loads = Check("fresh process", "ok", f"loads as {found['architecture']} with {found['layers']} SPM layers")
+    if record is None:
+        remedy = "no report has recorded outputs of these weights; run spmconvert report first"
+        return [loads, Check("recorded outputs", "skipped", remedy)]
     largest = max(abs(value) for value in record.values)
-    difference = max(abs(a - b) for a, b in zip(values, record.values, strict=True)) / (largest or 1)
+    difference = max(abs(a - b) for a, b in zip(found["values"], record.values, strict=True)) / (largest or 1)
     outcome: Outcome = "ok" if difference <= record.tolerance else "FAILED"
-    return Check(name, outcome, f"largest difference {difference:.2g} of the largest value, tolerance {record.tolerance:g}")
+    detail = f"largest difference {difference:.2g} of the largest value, tolerance {record.tolerance:g}"
+    return [loads, Check("recorded outputs", outcome, detail)]
 
 
 def loaded(directory: str, tokens: list[int] | None) -> dict[str, object]:

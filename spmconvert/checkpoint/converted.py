@@ -45,7 +45,7 @@ class Converted:
             if prefix == layer or prefix.endswith(f".{layer}") or layer.endswith(f".{prefix}"):
                 return prefix
         raise CorruptCheckpointError(
-            f"{self.directory} has no tensors of layer {layer}, which is in its layer map; download it again or convert again"
+            f"{self.directory} has no tensors of layer {layer}, which its layer map names; download it or convert it again"
         )
 
 
@@ -64,7 +64,7 @@ def open_source(converted: Converted, place: str | None) -> Checkpoint:
     source = open_checkpoint(place or recorded["name"], revision=None if place else recorded["revision"])
     if source.sha256() != recorded["sha256"]:
         raise CheckpointError(
-            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another content hash); "
+            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another hash); "
             "name the right one with --teacher"
         )
     return source

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
-from spmconvert.checkpoint.manifest import CHECKSUM_FILE
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -245,11 +245,14 @@ class OutputDirectory:
 
 
 def write_checksums(directory: Path) -> None:
-    """Note the hash of every file but the model card, which may be edited, in the form that sha256sum -c reads."""
+    """Note the hashes of the files that decide what the model computes, in the form that sha256sum -c reads.
+
+    The model card may be edited, and the provenance holds times, so that equal runs would differ.
+    """
     lines = []
     for path in sorted(path for path in directory.rglob("*") if path.is_file()):
         name = path.relative_to(directory).as_posix()
-        if name not in ("README.md", CHECKSUM_FILE):
+        if name not in ("README.md", PROVENANCE_FILE, CHECKSUM_FILE):
             with path.open("rb") as stream:
                 lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
     (directory / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")

@@ -71,9 +71,7 @@ class SparseLinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-def build_baselines(
-    dense: Any, specs: Mapping[str, LayerSpec], rows: CalibrationRows | None
-) -> dict[str, tuple[Any, int]]:
+def build_baselines(dense: Any, specs: Mapping[str, LayerSpec], rows: CalibrationRows | None) -> dict[str, tuple[Any, int]]:
     """Make the models of the other methods.
 
     Args:

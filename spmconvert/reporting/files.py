@@ -1,7 +1,8 @@
 """Where a report goes: report.json and report.html, and the section of the model card.
 
-Without an output directory the files go into the checkpoint itself and its model card is refreshed. With one, the checkpoint
-is not touched and the section is written beside the others as report.md. A comparison of several never touches them.
+Without an output directory the files go into the checkpoint itself and its model card is refreshed. With one, the
+checkpoint is not touched and the section is written beside the others as report.md. A comparison of several never
+touches them.
 """
 
 import json

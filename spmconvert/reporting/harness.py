@@ -50,8 +50,8 @@ def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> dict[tuple[
 
     try:
         answer = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names))
-    except (KeyError, ValueError, OSError) as error:
-        raise OptionError(f"the tasks {', '.join(names)} cannot be run ({error}); see lm_eval --tasks list") from None
+    except (KeyError, ValueError, OSError) as refused:
+        raise OptionError(f"the tasks {', '.join(names)} cannot be run ({refused}); see lm_eval --tasks list") from None
     found = {}
     for task, values in answer["results"].items():
         for key, value in values.items():

@@ -1,7 +1,8 @@
 """The report as one HTML file: no script, no font, no picture from anywhere else.
 
-The template holds structure and style, this module what it needs to know. Every plot has the table of its numbers beside it,
-and says nothing to a screen reader that the table does not. Colours follow the reader's light or dark setting.
+The template holds structure and style, this module what it needs to know. Every plot has the table of its numbers
+beside it, and says nothing to a screen reader that the table does not. Colours follow the reader's light or dark
+setting.
 """
 
 import json
@@ -46,7 +47,7 @@ def amount(quantity: Quantity, number: int) -> str:
 
 def _part(report: Report, prefix: str) -> dict[str, Any]:
     # the drawings are ours and escape their own text
-    drawn = {name: Markup(svg) for name, svg in plots(report, prefix).items()}  # noqa: S704
+    drawn = {name: Markup(svg) for name, svg in plots(report, prefix).items()}
     return {
         "id": prefix,
         "report": report,

@@ -14,7 +14,9 @@ END = "<!-- spmconvert report: end -->"
 def section(report: Report) -> str:
     """The section, markers included."""
     machine = report.machine
-    where = f"{machine.processor} ({machine.device}, {machine.threads} threads), {report.model.dtype}, {report.created[:10]}"
+    where = (
+        f"{machine.processor} ({machine.device}, {machine.threads} threads), {report.model.dtype}, {report.created[:10]}"
+    )
     lines = [BEGIN, "", "## Measured", "", f"Weights `{report.model.weights_sha256[:16]}`, on {where}.", ""]
     lines += [f"- {finding}" for finding in findings(report)]
     lines += ["", "| amount | scope | dense | converted | left |", "|---|---|---|---|---|"]
@@ -33,11 +35,11 @@ def section(report: Report) -> str:
         lines += ["| call | dense | converted | dense / converted | verdict | samples |", "|---|---|---|---|---|---|"]
         for row in report.timing:
             times = [
-                " / ".join(milliseconds(value) for value in (one.p20, one.p50, one.p80)) for one in (row.dense, row.converted)
+                " / ".join(milliseconds(value) for value in (one.p20, one.p50, one.p80))
+                for one in (row.dense, row.converted)
             ]
-            lines.append(
-                f"| {describe_call(row)} | {times[0]} | {times[1]} | {row.ratio:.2f} | {row.verdict} | {row.dense.samples} |"
-            )
+            outcome = f"{row.ratio:.2f} | {row.verdict} | {row.dense.samples}"
+            lines.append(f"| {describe_call(row)} | {times[0]} | {times[1]} | {outcome} |")
     return "\n".join([*lines, "", END])
 
 

@@ -2,8 +2,8 @@
 
 What is compared follows from the architecture: distributions over words (KL a token in nats, top-1 agreement, and
 perplexity where the model is causal), classes (agreement and KL a row), or the representations of an encoder (cosine of
-states and of mean-pooled embeddings, and whether pairs of texts are as similar as before). Everything is computed in float32
-from the outputs of the models as they are loaded; standard errors are over rows.
+states and of mean-pooled embeddings, and whether pairs of texts are as similar as before). Everything is computed in
+float32 from the outputs of the models as they are loaded; standard errors are over rows.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,7 +1,8 @@
 """The report's plots, as SVG that takes its colours from the page.
 
-matplotlib draws with stand-in colours, which become CSS variables afterwards, so one drawing is readable on a light and on a
-dark page. Heat maps keep their own colours, chosen so that the numbers in them are readable on both. Text stays text.
+matplotlib draws with stand-in colours, which become CSS variables afterwards, so one drawing is readable on a light and
+on a dark page. Heat maps keep their own colours, chosen so that the numbers in them are readable on both. Text stays
+text.
 """
 
 import io
@@ -25,7 +26,7 @@ _CSS = {
     "#010114": "var(--series-4)",
 }
 TEXT, LINE, PAGE, FIRST, SECOND, THIRD, FOURTH = _CSS
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,

@@ -1,8 +1,8 @@
-"""The report on a converted checkpoint: what was replaced, what it saves, what it costs, and whether it was the right choice.
+"""The report on a converted checkpoint: what it saves, what it costs, and whether it was the right choice.
 
-Read top to bottom: ``report`` is the whole of it. Sizes and layer errors come from the checkpoint's own files; quality, time
-and memory are measured anew, dense and converted in the same run. A part whose input is missing is listed with the remedy
-and never estimated.
+Read top to bottom: ``report`` is the whole of it. Sizes and layer errors come from the checkpoint's own files; quality,
+time and memory are measured anew, dense and converted in the same run. A part whose input is missing is listed with the
+remedy and never estimated.
 """
 
 import os
@@ -79,7 +79,7 @@ def report(
         baselines: measure whitened SVD and 2:4 beside it.
         tasks: names of lm-evaluation-harness tasks.
         rows: most rows of a text that are measured.
-        seconds: about how long one timing may take; 0 times nothing.
+        seconds: about how long one timing may take; 0 measures neither time nor memory.
         device: where the models run.
         progress: told what is being done.
 
@@ -282,7 +282,7 @@ def _timing(run: _Run) -> tuple[TimingRow, ...]:
     if run.dense is None:
         return ()
     if not run.seconds:
-        run.miss("time", "--seconds is 0", "give --seconds 2 or more")
+        run.miss("time and memory", "--seconds is 0", "give --seconds 2 or more")
         return ()
     if not run.reads_tokens:
         run.miss("time", f"the model reads {run.student.main_input_name}, only token inputs are timed", "time it yourself")
@@ -292,7 +292,7 @@ def _timing(run: _Run) -> tuple[TimingRow, ...]:
 
 
 def _memory(run: _Run) -> list[Quantity]:
-    if run.source is None or not run.reads_tokens:
+    if run.source is None or not run.reads_tokens or not run.seconds:
         return []
     run.progress("measuring memory in fresh processes")
     found = timing.peak_memory(run.source.directory, run.converted.directory, run.device)
@@ -375,7 +375,7 @@ def _time_candidates(run: _Run, models: dict[str, Any]) -> dict[str, Latency]:
     return timing.interleaved(calls, 2 * run.seconds, run.device)
 
 
-def _calibration_rows(run: _Run, place: str | Path | None) -> CalibrationRows | None | NotMeasured:
+def _calibration_rows(run: _Run, place: str | Path | None) -> CalibrationRows | NotMeasured | None:
     """The rows that the conversion fitted, None where it used none, or why they cannot be had."""
     recorded = run.converted.provenance["calibration"]
     if recorded is None:

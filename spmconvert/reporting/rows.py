@@ -84,7 +84,9 @@ def evaluation_rows(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     chosen = [rows[index] for index in sorted(order[:count])]
-    return EvaluationRows(file, domain, digest, chosen, padding, f"{len(chosen)} of {len(rows)} rows, drawn with seed {SEED}")
+    return EvaluationRows(
+        file, domain, digest, chosen, padding, f"{len(chosen)} of {len(rows)} rows, drawn with seed {SEED}"
+    )
 
 
 def recorded_calibration(converted: Converted, file: Path) -> tuple[Calibration, int]:

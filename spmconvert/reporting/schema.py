@@ -335,9 +335,9 @@ class Report(_Part):
     recorded_output: RecordedOutput | None
     not_measured: tuple[NotMeasured, ...]
 
-    def quantity(self, what: str, scope: str) -> Quantity | None:
-        """An amount by name and scope, or None where it was not measured."""
-        return next((one for one in self.quantities if (one.what, one.scope) == (what, scope)), None)
+    def quantity(self, what: str, scope: str) -> Quantity:
+        """An amount by name and scope."""
+        return next(one for one in self.quantities if (one.what, one.scope) == (what, scope))
 
 
 def read_report(file: Path) -> Report:
@@ -350,7 +350,9 @@ def read_report(file: Path) -> Report:
         content = json.loads(file.read_text(encoding="utf-8"))
         found = content.get("schema_version") if isinstance(content, dict) else None
         if found != SCHEMA_VERSION:
-            raise CheckpointError(f"{file} has schema_version {found!r}, this spmconvert reads {SCHEMA_VERSION}; report again")
+            raise CheckpointError(
+                f"{file} has schema_version {found!r}, this spmconvert reads {SCHEMA_VERSION}; report again"
+            )
         return Report.model_validate(content)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"]))

@@ -1,8 +1,8 @@
 """Parameters, bytes and FLOPs, before and after, from headers and integers; no weight is read.
 
 FLOPs are those of linear layers for one token, two for a multiply and an add. Attention scores are not counted, because
-they depend on the length of the text and no conversion changes them. Every linear layer counts once, so a mixture of experts
-is counted as if all of its experts ran.
+they depend on the length of the text and no conversion changes them. Every linear layer counts once, so a mixture of
+experts is counted as if all of its experts ran.
 """
 
 import math
@@ -72,7 +72,10 @@ def quantities(
 def _bytes_on_disk(converted: Converted, source: Checkpoint | None) -> Quantity:
     after = _file_bytes(converted.tensors)
     if source is None:
-        before, note = converted.provenance["bytes"]["before"], "dense: tensors as the conversion recorded them, no files found"
+        before, note = (
+            converted.provenance["bytes"]["before"],
+            "dense: tensors as the conversion recorded them, no files found",
+        )
     else:
         before, note = _file_bytes(source.tensors), "weight files"
     return Quantity(what="bytes on disk", unit="B", scope="whole model", dense=before, converted=after, note=note)

@@ -1,7 +1,7 @@
 """The report in a few figures and sentences, the same in the terminal, on the page and in the model card.
 
-The figures say what a reader asks first: how much smaller, how much faster, how much worse, and whether another method would
-have been better. Each names what it was measured on; none of them is rounded in our favour.
+The figures say what a reader asks first: how much smaller, how much faster, how much worse, and whether another method
+would have been better. Each names what it was measured on; none of them is rounded in our favour.
 """
 
 from dataclasses import dataclass
@@ -41,6 +41,12 @@ def findings(report: Report) -> list[str]:
     said = []
     if report.timing:
         said.append(f"Forward pass on {report.machine.device}: {break_even(report.timing)}.")
+    machine = report.machine
+    if report.timing and machine.load is not None and machine.load > machine.cores:
+        said.append(
+            f"The machine was busy (load {machine.load} on {machine.cores} cores): times are disturbed, though for both "
+            "models alike."
+        )
     slower = [row for row in report.timing if row.verdict == "slower"]
     if slower:
         sizes = ", ".join(describe_call(row) for row in slower)
@@ -50,7 +56,8 @@ def findings(report: Report) -> list[str]:
     if report.training:
         first, last = report.training[0], report.training[-1]
         said.append(
-            f"Finetuning lowered the held-out {last.objective} loss a token from {first.start_loss:.4g} to {last.best_loss:.4g}."
+            f"Finetuning lowered the held-out {last.objective} loss a token from {first.start_loss:.4g} "
+            f"to {last.best_loss:.4g}."
         )
     else:
         said.append("The checkpoint has not been finetuned.")
@@ -89,7 +96,6 @@ def _size_figure(report: Report) -> KeyFigure:
     whole = report.quantity("parameters", "whole model")
     layers = report.quantity("parameters", "replaced layers")
     disk = report.quantity("bytes on disk", "whole model")
-    assert whole and layers and disk
     change = whole.converted / whole.dense - 1
     return KeyFigure(
         "parameters",
@@ -118,7 +124,9 @@ def _quality_figure(report: Report) -> KeyFigure:
     metric = next((one for one in text.metrics if one.key == "perplexity"), text.metrics[0])
     value = measured(metric.converted, metric.unit)
     value = value if metric.dense is None else f"{measured(metric.dense, metric.unit)} → {value}"
-    return KeyFigure("quality", value, f"{metric.title} against the dense model, on {text.text} ({describe_error(metric)})", "plain")
+    return KeyFigure(
+        "quality", value, f"{metric.title} against the dense model, on {text.text} ({describe_error(metric)})", "plain"
+    )
 
 
 def _baseline_figure(report: Report) -> KeyFigure:

@@ -74,7 +74,7 @@ def unfinished_view(run: Unfinished) -> RenderableType:
         )
     state = Text(f"{run.output} is not finished: {run.progress}.")
     remedy = Text("Continue with the command that made it and --resume; a report needs the finished checkpoint.")
-    return Group(state, remedy, *(["", table] if run.layers else []))
+    return Group(state, remedy, "", table) if run.layers else Group(state, remedy)
 
 
 def _figures(report: Report) -> Table:
