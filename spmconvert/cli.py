@@ -164,7 +164,9 @@ def report(
     if unfinished is not None:
         from spmconvert.reporting.terminal import unfinished_view
 
-        return console.data(asdict(unfinished)) if as_json else console.show(unfinished_view(unfinished))
+        if as_json:
+            return console.data({**asdict(unfinished), "output": str(unfinished.output)})
+        return console.show(unfinished_view(unfinished))
     from spmconvert.reporting.files import write_comparison, write_report
     from spmconvert.reporting.report import report as run
     from spmconvert.reporting.terminal import comparison_view, report_view

@@ -20,6 +20,7 @@ from spmconvert.reporting.schema import Metric
 from spmconvert.text import padded_batch, reads_packed
 
 BATCH_ROWS = 4
+BOOTSTRAP_DRAWS = 200
 
 
 @dataclass
@@ -124,22 +125,37 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
 
 
 def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
-    """Spearman correlation of the similarities of all pairs of texts [rows, features], as each model sees them."""
-    upper = torch.triu_indices(len(dense), len(dense), offset=1)
-    ranks = []
-    for embeddings in (dense, own):
-        unit = normalize(embeddings, dim=-1)
-        ranks.append((unit @ unit.t())[upper[0], upper[1]].argsort().argsort().double())
+    """Spearman correlation of the similarities of all pairs of texts [rows, features], as each model sees them.
+
+    The standard error is a bootstrap over texts: pairs that share a text are not independent.
+    """
+    similarities = [unit @ unit.t() for unit in (normalize(dense, dim=-1), normalize(own, dim=-1))]
+    first, second = torch.triu_indices(len(dense), len(dense), offset=1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        texts = torch.randint(0, len(dense), (len(dense),), generator=generator)
+        left, right = texts[first], texts[second]
+        # a text drawn twice would be compared with itself
+        kept = left != right
+        if kept.sum() > 1:
+            drawn.append(_spearman(*(matrix[left[kept], right[kept]] for matrix in similarities)))
     return Metric(
         key="similarity",
         title="ranking of text similarities (Spearman)",
         unit="",
         dense=None,
-        converted=float(torch.corrcoef(torch.stack(ranks))[0, 1]),
+        converted=_spearman(*(matrix[first, second] for matrix in similarities)),
         higher_is_better=True,
-        samples=upper.shape[1],
-        sample="pairs of texts",
+        samples=len(dense),
+        sample="texts, in pairs",
+        standard_error=float(torch.tensor(drawn).std()),
     )
+
+
+def _spearman(one: Tensor, other: Tensor) -> float:
+    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1])
 
 
 def _kl(target: Tensor, own: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ text.
 
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -28,6 +28,8 @@ _CSS = {
 TEXT, LINE, PAGE, FIRST, SECOND, THIRD, FOURTH = _CSS
 _STYLE: Any = {
     "svg.fonttype": "none",
+    # names are names, also with a dollar in them
+    "text.parse_math": False,
     "font.family": "sans-serif",
     "font.size": 10,
     "text.color": TEXT,
@@ -47,6 +49,8 @@ _STYLE: Any = {
 }
 # more rows than this leave no room for numbers in a heat map
 MOST_LABELLED_ROWS = 40
+MOST_LABELS = 20
+LONGEST_LABEL = 36
 
 
 def plots(report: Report, prefix: str) -> dict[str, str]:
@@ -132,7 +136,9 @@ def layer_map(layers: Sequence[Layer]) -> Figure:
         ("error", lambda layer: layer.error, "{:.2f}"),
         ("SVD error", lambda layer: layer.baseline_error, "{:.2f}"),
     )
-    figure, axes = _figure(5.4, 1.6 + 0.26 * min(len(blocks), 60), columns=3)
+    labels = [kind if len(kind) <= LONGEST_LABEL else f"…{kind[1 - LONGEST_LABEL :]}" for kind in kinds]
+    room_for_labels = 0.08 * max(map(len, labels))
+    figure, axes = _figure(5.4, 0.8 + room_for_labels + 0.26 * min(len(blocks), 60), columns=3)
     top = max(max(layer.error, layer.baseline_error) for layer in layers)
     for part, (title, value, form) in zip(axes, panels, strict=True):
         grid = [[float("nan")] * len(kinds) for _ in blocks]
@@ -141,12 +147,17 @@ def layer_map(layers: Sequence[Layer]) -> Figure:
         highest = 1.0 if title == "parameters kept" else top
         _heat(part, grid, highest, form if len(blocks) <= MOST_LABELLED_ROWS else None)
         part.set_title(title, fontsize=10)
-        part.set_xticks([index + 0.5 for index in range(len(kinds))], kinds, rotation=90, fontsize=8)
+        _thin_ticks(part.set_xticks, labels, rotation=90, fontsize=8)
         part.set_yticks([])
-    step = max(1, len(blocks) // 20)
-    axes[0].set_yticks([index + 0.5 for index in range(0, len(blocks), step)], [str(b) for b in blocks[::step]])
+    _thin_ticks(axes[0].set_yticks, [str(block) for block in blocks])
     axes[0].set_ylabel("block")
     return figure
+
+
+def _thin_ticks(set_ticks: Callable[..., Any], labels: Sequence[str], **style: Any) -> None:
+    """Label cells in their middle, and only so many that the labels do not touch."""
+    step = -(-len(labels) // MOST_LABELS)
+    set_ticks([index + 0.5 for index in range(0, len(labels), step)], labels[::step], **style)
 
 
 def _heat(axes: Any, grid: list[list[float]], highest: float, form: str | None) -> None:

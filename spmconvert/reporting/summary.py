@@ -133,13 +133,13 @@ def _baseline_figure(report: Report) -> KeyFigure:
     by_key = {candidate.key: candidate for candidate in report.candidates}
     if by_key and by_key["spm"].metrics:
         own, other = by_key["spm"].metrics[0], by_key["svd"].metrics[0]
-        wins = _is_better(own, other)
+        outcome = _outcome(own, other)
         values = f"{measured(own.converted, own.unit)} against {measured(other.converted, other.unit)}"
         return KeyFigure(
             "against SVD of equal size",
-            "better" if wins else "worse",
+            outcome,
             f"{values}: {own.title}, on {report.quality[0].text}",
-            "good" if wins else "bad",
+            {"better": "good", "worse": "bad"}.get(outcome, "plain"),  # type: ignore[arg-type]
         )
     won = sum(layer.error < layer.baseline_error for layer in report.layers)
     return KeyFigure(
@@ -166,13 +166,21 @@ def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
     for other in candidates:
         if other.key in ("spm", "dense"):
             continue
-        better = "better" if _is_better(own.metrics[0], other.metrics[0]) else "worse"
-        smaller = f"{own.parameters / other.parameters:.2f} times its parameters"
+        outcome = _outcome(own.metrics[0], other.metrics[0])
+        values = f"{measured(own.metrics[0].converted, own.metrics[0].unit)} against "
+        values += measured(other.metrics[0].converted, other.metrics[0].unit)
         said.append(
-            f"In the whole model SPM is {better} than {other.title} by {own.metrics[0].title}, with {smaller} ({own.note})."
+            f"Whole model, SPM compared with {other.title}: {outcome} by {own.metrics[0].title} ({values}), with "
+            f"{own.parameters / other.parameters:.2f} times its parameters; SPM is {own.note}."
         )
     return said
 
 
-def _is_better(own: Metric, other: Metric) -> bool:
-    return own.converted > other.converted if own.higher_is_better else own.converted < other.converted
+def _outcome(own: Metric, other: Metric) -> str:
+    """``better``, ``worse``, or ``level`` where the difference is within two standard errors."""
+    gain = own.converted - other.converted if own.higher_is_better else other.converted - own.converted
+    if own.standard_error is not None and other.standard_error is not None:
+        noise = 2 * (own.standard_error**2 + other.standard_error**2) ** 0.5
+        if abs(gain) <= noise:
+            return "level"
+    return "better" if gain > 0 else "worse"
