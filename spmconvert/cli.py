@@ -246,3 +246,24 @@ def export(
         console.data({**asdict(result), "output": str(result.output)})
     else:
         console.show_export(result)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for texts, checkpoints and report.")] = Path(
+        "spm-demo"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of the finetune; default fits in five minutes.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoints of an earlier demo.")] = False,
+) -> None:
+    """Convert, finetune and report on a real sentence encoder, without network; the extra demo has the model."""
+    from spmconvert.demonstration import demo as run
+    from spmconvert.reporting.schema import read_report
+    from spmconvert.reporting.terminal import report_view
+
+    console.silence_libraries()
+    page = run(output, force=force, step=console.note, **_given(steps=steps))
+    console.show(report_view(read_report(page.with_suffix(".json"))))
+    console.show(f"open {page} in a browser")

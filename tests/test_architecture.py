@@ -16,7 +16,7 @@ LAYERS = [
     ["conversion"],
     ["finetuning"],
     ["reporting"],
-    ["verification", "exporting"],
+    ["verification", "exporting", "demonstration"],
     ["console"],
     ["cli", "__main__", "__init__"],
 ]

@@ -1,4 +1,4 @@
-"""report, verify and export as a user meets them: on a converted, an unfinished, a damaged and a dense model, and on none."""
+"""report, verify and export as a user meets them: on a converted, unfinished, damaged or dense model, and on none."""
 
 import json
 import shutil
