@@ -9,12 +9,15 @@ from spmconvert import cli, demonstration, errors
 from spmconvert.reporting.schema import read_report
 
 
-def test_texts_are_the_same_every_time_and_share_no_paragraph(tmp_path):
-    files = demonstration.write_texts(tmp_path / "a")
-    again = demonstration.write_texts(tmp_path / "b")
-    assert list(files) == ["calibration", "evaluation", "training", "code"]
-    contents = {name: file.read_text().splitlines() for name, file in files.items()}
-    assert contents == {name: file.read_text().splitlines() for name, file in again.items()}
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory):
+    """The texts of the demo, written once."""
+    return demonstration.write_texts(tmp_path_factory.mktemp("texts"))
+
+
+def test_texts_share_no_paragraph(texts):
+    assert list(texts) == ["calibration", "evaluation", "training", "code"]
+    contents = {name: file.read_text().splitlines() for name, file in texts.items()}
     for one, other in (("calibration", "evaluation"), ("calibration", "training"), ("training", "evaluation")):
         assert not set(contents[one]) & set(contents[other])
     assert min(map(len, contents.values())) > 200
@@ -39,7 +42,11 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
 @pytest.mark.skipif(
     importlib.util.find_spec(demonstration.MODEL_PACKAGE) is None, reason="the extra demo with its model is not installed"
 )
-def test_demo_ends_with_a_report_of_unseen_text(tmp_path, monkeypatch):
+def test_demo_ends_with_a_report_of_unseen_text(texts, tmp_path, monkeypatch):
+    for file in texts.values():
+        # a few documents of each
+        file.write_text("\n".join(file.read_text().splitlines()[:24]))
+    monkeypatch.setattr(demonstration, "write_texts", lambda _: texts)
     changes = {"layers": "0", "fit.iterations": 2, "calibration.rows": 16, "calibration.tokens": 32}
     monkeypatch.setattr(demonstration, "CONVERSION", changes)
     monkeypatch.setattr(demonstration, "SECONDS", 0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ValidationError
 
 from spmconvert.checkpoint.converted import Converted, open_converted, open_source
 from spmconvert.checkpoint.reader import Checkpoint
@@ -43,6 +44,7 @@ from spmconvert.reporting.schema import (
     Task,
     TimingRow,
     Training,
+    TrainingPoint,
 )
 from spmconvert.reporting.sizes import quantities, replaced_layers
 from spmconvert.surgery.architecture import load_config, model_class
@@ -216,9 +218,24 @@ def _layer_errors_on(converted: Converted) -> str:
 
 
 def _training(run: _Run) -> tuple[Training, ...]:
-    known = set(Training.model_fields)
-    runs = run.converted.provenance.get("finetune", [])
-    return tuple(Training.model_validate({key: value for key, value in one.items() if key in known}) for one in runs)
+    """The finetunes as they were recorded; a record holds more than the report shows."""
+    recorded = run.converted.provenance.get("finetune", [])
+    try:
+        return tuple(
+            Training.model_validate(
+                {**_shown(one, Training), "history": [_shown(point, TrainingPoint) for point in one["history"]]}
+            )
+            for one in recorded
+        )
+    except (ValidationError, KeyError) as error:
+        raise CheckpointError(
+            f"{run.converted.directory} has a finetune in its provenance that is not understood ({error!r:.80}); "
+            "finetune again with this version"
+        ) from None
+
+
+def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key in part.model_fields}
 
 
 def _texts(run: _Run, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:

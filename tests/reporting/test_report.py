@@ -32,7 +32,7 @@ def with_finetune(directory, digest):
         "seed": 0,
         "stopped": "",
         "history": [
-            {"step": 0, "tokens": 0, "held_out_loss": 2.0},
+            {"step": 0, "tokens": 0, "held_out_loss": 2.0, "held_out_tokens": 70},
             {"step": 4, "tokens": 512, "held_out_loss": 1.5, "perplexity": 4.5},
         ],
         "spmconvert_version": "0.1.0",
@@ -163,6 +163,11 @@ def test_a_text_that_was_trained_on_has_no_quality(converted, other_text, tmp_pa
     assert any("a finetune of this model used the text" in one.reason for one in found.not_measured)
     assert found.model.finetuned
     assert [point.held_out_loss for point in found.training[0].history] == [2.0, 1.5]
+    content = json.loads((tuned / "spm.json").read_text())
+    del content["finetune"][0]["best_loss"]
+    (tuned / "spm.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="finetune in its provenance"):
+        report(tuned, seconds=0)
 
 
 def test_encoders_and_classifiers_have_their_own_measures(checkpoints, other_text, text, tmp_path):
