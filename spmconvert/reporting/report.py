@@ -98,6 +98,7 @@ def report(
     progress("loading")
     machine = describe_machine(device)
     run = _Run(converted, config, device, seconds, progress)
+    training = _training(run)
     run.open_dense(teacher)
     texts = _texts(run, data, other_data, rows)
     layers = replaced_layers(converted)
@@ -111,7 +112,7 @@ def report(
         layers=layers,
         layer_errors_on=_layer_errors_on(converted),
         quantities=tuple(amounts),
-        training=_training(run),
+        training=training,
         quality=quality,
         generations=_generations(run, texts),
         timing=_timing(run),

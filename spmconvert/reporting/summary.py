@@ -7,7 +7,7 @@ would have been better. Each names what it was measured on; none of them is roun
 from dataclasses import dataclass
 from typing import Literal
 
-from spmconvert.reporting.schema import Candidate, Layer, Metric, Report, TimingRow
+from spmconvert.reporting.schema import Candidate, Layer, Metric, Report, TimingRow, Training
 from spmconvert.units import count, measured, milliseconds, size
 
 Tone = Literal["good", "bad", "plain"]
@@ -53,14 +53,7 @@ def findings(report: Report) -> list[str]:
         said.append(f"The converted model is slower than the dense one for {sizes}.")
     said.append(_layer_sentence(report.layers))
     said += _candidate_sentences(report.candidates)
-    if report.training:
-        first, last = report.training[0], report.training[-1]
-        said.append(
-            f"Finetuning lowered the held-out {last.objective} loss a token from {first.start_loss:.4g} "
-            f"to {last.best_loss:.4g}."
-        )
-    else:
-        said.append("The checkpoint has not been finetuned.")
+    said.append(_training_sentence(report.training))
     said += [f"Not measured: {one.what}. {one.reason[:1].upper()}{one.reason[1:]}." for one in report.not_measured]
     return said
 
@@ -148,6 +141,17 @@ def _baseline_figure(report: Report) -> KeyFigure:
         "layers where SPM has the lower held-out error, before any finetuning",
         "good" if 2 * won > len(report.layers) else "bad",
     )
+
+
+def _training_sentence(training: tuple[Training, ...]) -> str:
+    if not training:
+        return "The checkpoint has not been finetuned."
+    start, best = training[0].start_loss, training[-1].best_loss
+    steps = sum(run.steps for run in training)
+    if best < start:
+        loss = f"the held-out {training[-1].objective} loss a token from {start:.4g} to {best:.4g}"
+        return f"Finetuning for {steps} steps lowered {loss}."
+    return f"Finetuning for {steps} steps did not lower the held-out loss of {start:.4g} a token; its start was kept."
 
 
 def _layer_sentence(layers: tuple[Layer, ...]) -> str:
