@@ -3,6 +3,8 @@
 Options and recipes are checked before torch is imported. Every error is one line with its own exit code, see ``errors``.
 """
 
+import os
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +14,8 @@ import typer
 
 from spmconvert import console
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
-from spmconvert.recipe import Recipe, parse_assignment, recipe_from_keywords
+from spmconvert.processes import run_in_processes
+from spmconvert.recipe import Recipe, parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.version import __version__
 
 app = typer.Typer(
@@ -108,7 +111,7 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> 
                 "output_bytes": plan.output_bytes,
                 "predicted_seconds": plan.predicted_seconds(recipe),
                 "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
-                "recipe": recipe.model_dump(mode="json"),
+                "recipe": recipe.model_dump(mode="json", exclude={"finetune"}),
             }
         )
     else:
@@ -134,6 +137,89 @@ def _convert(
         console.data({**asdict(conversion), "output": str(conversion.output), "measured_on": conversion.measured_on})
     else:
         console.show_conversion(conversion, began)
+
+
+@app.command()
+def finetune(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Converted checkpoint; default the only one in the working directory.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text (.txt, .jsonl, .parquet, datasets:ID[:CONFIG[:SPLIT]]) or processor tensors (.safetensors)."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-ft.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The dense source, where it is not where it was.")] = None,
+    teacher_device: Annotated[str | None, typer.Option(help="Device of the teacher; default the student's.")] = None,
+    store_logits: Annotated[
+        Path | None, typer.Option(help="Only write the teacher's likeliest words there, for --teacher-logits.")
+    ] = None,
+    teacher_logits: Annotated[Path | None, typer.Option(help="Stored words that take the teacher's place.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the SPM layers.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    train: Annotated[str | None, typer.Option(help="spm layers only, with all norms and biases, or all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split and of the order of rows.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe with a table finetune.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of that table, repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="Device of the student.")] = "cpu",
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Split the model over the processes (FSDP2).")] = False,
+    tracker: Annotated[str | None, typer.Option(help="tensorboard, wandb, trackio, ...")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace DIRECTORY by the result.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Distil a converted checkpoint against the dense one it came from."""
+    if data is None:
+        raise OptionError("no training data is given; name a text with --data")
+    options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
+    training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
+    if num_processes > 1 and "RANK" not in os.environ:
+        raise SystemExit(run_in_processes(sys.argv[1:], num_processes))
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.finetuning import finetune as run
+    from spmconvert.finetuning import store_teacher_logits
+
+    chosen = directory or only_converted(Path.cwd())
+    console.silence_libraries()
+    began = time.monotonic()
+    try:
+        if store_logits is not None:
+            with console.StepProgress("storing logits") as progress:
+                store_teacher_logits(
+                    chosen, store_logits, data=data, recipe=training, teacher=teacher, device=device, report=progress.update
+                )
+            console.note(f"next: the same command with --teacher-logits {store_logits} in place of --store-logits")
+            return
+        with console.TrainingProgress(training.steps) as watch:
+            result = run(
+                chosen,
+                output,
+                data=data,
+                recipe=training,
+                teacher=teacher,
+                teacher_logits=teacher_logits,
+                teacher_device=teacher_device,
+                device=device,
+                shard=shard,
+                tracker=tracker,
+                in_place=in_place,
+                force=force,
+                resume=resume,
+                report=watch.show,
+            )
+    except KeyboardInterrupt:
+        console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    if result is not None and as_json:
+        console.data({**asdict(result), "output": str(result.output)})
+    elif result is not None:
+        console.show_finetuned(result, time.monotonic() - began)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from spmconvert.units import count, duration, size
 if TYPE_CHECKING:
     from spmconvert.conversion import Conversion
     from spmconvert.exporting import Export
+    from spmconvert.finetuning import Finetuned
     from spmconvert.layerfit import LayerRecord
     from spmconvert.plan import ConversionPlan
     from spmconvert.recipe import Recipe
@@ -181,6 +182,97 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
         f"with about {size(plan.predicted_memory(calibrated=calibrated))} of memory beside the program",
         soft_wrap=True,
     )
+
+
+class StepProgress:
+    """A live line with a bar for work of a known number of steps."""
+
+    def __init__(self, description: str) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(elapsed_when_finished=True),
+            console=_err,
+            transient=True,
+        )
+        self._task = self._progress.add_task(description, total=None)
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing."""
+        self._progress.stop()
+
+    def update(self, done: int, total: int, description: str | None = None) -> None:
+        """Move the bar."""
+        self._progress.update(self._task, completed=done, total=total, description=description)
+
+
+class TrainingProgress(StepProgress):
+    """One live line of a training run: step, loss and its parts, rate, speed, memory, held-out loss, remaining time."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__("measuring")
+        self._steps, self._held_out = steps, ""
+
+    def show(self, record: dict[str, Any]) -> None:
+        """Take a record of the run."""
+        if "layer" in record:
+            gained = f"error {record['before']:.3f} -> {record['after']:.3f}"
+            self.update(record["matched"], record["of"], f"matched {record['layer']} ({gained})")
+            return
+        if "held_out_loss" in record:
+            self._held_out = f"held out {record['held_out_loss']:.4g}"
+            if "perplexity" in record:
+                self._held_out += f", perplexity {record['perplexity']:.4g}"
+            if "teacher_perplexity" in record:
+                self._held_out += f" (teacher {record['teacher_perplexity']:.4g})"
+            self.update(record["step"], self._steps, self._held_out)
+            return
+        shown = ("step", "rate", "tokens_per_second")
+        parts = " ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in shown)
+        speed = f"rate x{record['rate']:.2f}, {count(record['tokens_per_second'])} tokens/s, {size(_peak_memory())}"
+        self.update(record["step"], self._steps, f"{parts} | {speed} | {self._held_out}")
+
+
+def _peak_memory() -> float:
+    """Most memory so far in bytes: of the GPU where one is used, of the process otherwise."""
+    import resource
+
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return float(torch.cuda.max_memory_allocated())
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return float(kilobytes if sys.platform == "darwin" else 1024 * kilobytes)
+
+
+_COMPARED = {
+    "logits": "KL to the source's words",
+    "classes": "KL to the source's classes",
+    "hidden": "distance of hidden states",
+}
+
+
+def show_finetuned(result: "Finetuned", seconds: float) -> None:
+    """What a finetune reached, and the next command."""
+    first, last = result.history[0], min(result.history, key=lambda record: record["held_out_loss"])
+    _out.print(
+        f"{_COMPARED[result.objective]}, held out: {result.start_loss:.4g} -> {result.best_loss:.4g} "
+        f"after {result.steps} steps, {count(result.tokens)} tokens, {duration(seconds)}",
+        soft_wrap=True,
+    )
+    if "perplexity" in last:
+        teacher = f"; source {first['teacher_perplexity']:.4g}" if "teacher_perplexity" in first else ""
+        _out.print(f"perplexity, held out: {first['perplexity']:.4g} -> {last['perplexity']:.4g}{teacher}", soft_wrap=True)
+    if result.stopped:
+        _out.print(f"stopped early: {result.stopped}; the best state before it was kept", soft_wrap=True)
+    _out.print(f"written to {result.output}; load it:", soft_wrap=True)
+    _out.print(f"  import spmconvert; model = spmconvert.load({str(result.output)!r})", soft_wrap=True)
 
 
 def show(renderable: RenderableType) -> None:

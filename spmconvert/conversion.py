@@ -219,7 +219,12 @@ def _calibration_rows(source: Checkpoint, config: Any, recipe: Recipe) -> Calibr
 def _fingerprint(source: Checkpoint, recipe: Recipe) -> str:
     """Everything that decides about the bytes of the output."""
     text = "" if recipe.calibration.file is None else hashlib.sha256(recipe.calibration.file.read_bytes()).hexdigest()
-    parts = (source.sha256(), recipe.model_dump_json(exclude={"calibration": {"file"}}), text, __version__)
+    parts = (
+        source.sha256(),
+        recipe.model_dump_json(exclude={"calibration": {"file"}, "finetune": True}),
+        text,
+        __version__,
+    )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
@@ -330,7 +335,7 @@ def _provenance(run: _Run, conversion: Conversion) -> dict[str, Any]:
         "spmconvert_version": __version__,
         "torch_version": torch.__version__,
         "source": {"name": run.source.name, "revision": run.source.revision, "sha256": run.source.sha256()},
-        "recipe": run.recipe.model_dump(mode="json"),
+        "recipe": run.recipe.model_dump(mode="json", exclude={"finetune"}),
         "calibration": calibration,
         "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
         "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},

@@ -1,23 +1,25 @@
 """Recovering quality: a converted checkpoint is distilled against the dense one it came from.
 
-Read top to bottom: ``finetune`` is the whole of it. The teacher is the recorded source, checked by its hash; the student is
-trained in float32 and written in the dtypes it came in, every tensor that was not trained byte for byte. The converted model
-is never changed in place: the result appears beside it by one rename, and until then the run lives in the working directory
-of the output, from where it can be resumed.
+Read top to bottom: ``finetune`` is the whole of it. The teacher is the recorded source, checked by its hash; the student
+is trained in float32 and written in the dtypes it came in, every tensor that was not trained byte for byte. The result
+appears by one rename, also in place of the input, and until then the run lives in the working directory of the output, from
+where it can be resumed. With several processes all of them train and the first one writes.
 """
 
 import io
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from spmconvert.checkpoint.card import finetuned_card
 from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
@@ -25,16 +27,19 @@ from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.conversion import load
 from spmconvert.devices import check_device
-from spmconvert.distill.data import TrainingText, load_training_text
-from spmconvert.distill.loop import Schedule, State, train
-from spmconvert.distill.losses import Distillation, objective_for
+from spmconvert.distill.data import TrainingData, load_training_data
+from spmconvert.distill.distributed import make_accelerator, prepare_student, share_bytes
+from spmconvert.distill.guide import Guide
+from spmconvert.distill.loop import Run, held_out_losses, match_layers, train
+from spmconvert.distill.objective import Distillation, objective_for
+from spmconvert.distill.runlog import RunLog
+from spmconvert.distill.state import State, restore, whole
+from spmconvert.distill.stored import StoredLogits, store_logits
 from spmconvert.errors import CheckpointError, FitError, OptionError
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.recipe import Training, training_from_keywords
 from spmconvert.surgery.architecture import load_config, model_class
 from spmconvert.version import __version__
-
-Trained = Literal["spm", "norms", "all"]
-TRAINED: tuple[Trained, ...] = ("spm", "norms", "all")
 
 
 @dataclass(frozen=True)
@@ -44,10 +49,10 @@ class Finetuned:
     Attributes:
         output: the finetuned checkpoint.
         steps: optimizer steps that were run.
-        tokens: tokens trained on.
+        tokens: tokens trained on; rows for classifiers, images and sound.
         start_loss: held-out loss a token before.
-        best_loss: lowest held-out loss a token, of the state that was kept.
-        objective: what the loss compares.
+        best_loss: held-out loss a token of what was written.
+        objective: what the loss compares: ``logits``, ``classes`` or ``hidden`` states.
         history: all measurements on held-out rows.
         stopped: why the run ended early, or an empty string.
     """
@@ -67,137 +72,182 @@ def finetune(
     output: str | Path | None = None,
     *,
     data: str | Path,
+    recipe: Training | str | Path | None = None,
     teacher: str | None = None,
-    steps: int = 500,
-    learning_rate: float = 3e-3,
-    other_learning_rate: float = 1e-4,
-    batch_size: int = 16,
-    accumulation: int = 1,
-    block_size: int = 128,
-    trained: Trained = "spm",
-    temperature: float = 1.0,
-    held_out: float = 0.05,
-    evaluate_every: int = 50,
-    save_every: int = 100,
-    seed: int = 0,
+    teacher_logits: str | Path | None = None,
+    teacher_device: str | None = None,
     device: str = "cpu",
+    shard: bool = False,
+    tracker: str | None = None,
+    in_place: bool = False,
     force: bool = False,
     resume: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
-) -> Finetuned:
+    **changes: Any,
+) -> Finetuned | None:
     """Distil a converted checkpoint against its source.
 
     Args:
         directory: output of a conversion.
-        output: directory to write; None for the same name with ``-ft``.
-        data: text file, .txt or .jsonl.
+        output: directory to write; None for the same name with ``-ft``. A log of the run is written beside it.
+        data: .txt, .jsonl or .parquet file, ``datasets:ID``, or a .safetensors file of a processor's tensors.
+        recipe: numbers of the run, or the path of a recipe file with a table ``finetune``; None for the defaults.
         teacher: another place of the source checkpoint; None for the recorded one.
-        steps: optimizer steps.
-        learning_rate: of the SPM layers.
-        other_learning_rate: of everything else that is trained.
-        batch_size: rows a step.
-        accumulation: parts a step's rows are cut into.
-        block_size: tokens a row.
-        trained: ``spm`` layers only, with all ``norms`` and biases, or ``all``.
-        temperature: of the teacher's and student's distributions.
-        held_out: share of the documents that only measure.
-        evaluate_every: steps between measurements.
-        save_every: steps between checkpoints.
-        seed: seed of the split and of the order of rows.
-        device: where student and teacher are.
+        teacher_logits: directory of stored logits that take the teacher's place.
+        teacher_device: where the teacher is; None for the student's device.
+        device: where the student is.
+        shard: split parameters, gradients and optimizer over the processes (FSDP2), instead of a copy in each (DDP).
+        tracker: experiment tracker that accelerate knows: tensorboard, wandb, trackio, ...
+        in_place: replace the converted checkpoint; it stays as it was until the result is complete.
         force: replace an output that exists.
         resume: continue an interrupted run of the same settings.
-        report: told about every step and measurement.
+        report: told about every step and measurement, in the first process.
+        **changes: keys of ``Training``.
+
+    Returns:
+        What was reached; None in all processes but the first.
 
     Raises:
         SpmconvertError: see ``spmconvert.errors`` for the kinds.
     """
-    settings = {
-        key: value for key, value in locals().items() if key not in ("force", "resume", "report", "output", "device")
-    }
-    _check_numbers(settings)
+    training = _resolve_training(recipe, changes)
+    check_device(device)
+    converted = open_converted(Path(directory))
+    source = _open_teacher(converted, teacher)
+    destination = _destination(converted, output, in_place=in_place)
+    config = load_config(converted.directory)
+    rows = load_training_data(str(data), converted.directory, config, training)
+    accelerator = make_accelerator(training, device, shard=shard, tracker=tracker, place=destination)
+    stored = None if teacher_logits is None else StoredLogits(Path(teacher_logits), source.sha256())
+    size = sum(entry.nbytes for entry in converted.tensors.values())
+    with ExitStack() as stack:
+        target = None
+        if accelerator.is_main_process:
+            fingerprint = _fingerprint(converted, source, rows, training)
+            # the state holds parameters, their best, their average and two moments, in float32, at most
+            target = stack.enter_context(
+                OutputDirectory(
+                    destination, fingerprint=fingerprint, force=force or in_place, resume=resume, needed_bytes=6 * size
+                )
+            )
+        kept = share_bytes(accelerator, None if target is None else target.load_state())
+        snapshot = None if kept is None else torch.load(io.BytesIO(kept), weights_only=True)
+        student = _load_student(converted, config, training, accelerator.device)
+        dense = None
+        if stored is None:
+            dense = model_class(config).from_pretrained(source.directory, dtype=torch.float32)
+            dense = dense.to(teacher_device or accelerator.device).eval().requires_grad_(False)
+        trained = choose_trained(student, training)
+        stored_names = {name: _stored_name(name, converted) for name in trained}
+        log = stack.enter_context(RunLog(destination, accelerator, training, snapshot, report))
+        distillation = Distillation(student, dense, objective_for(config), training, converted_layers(student), stored)
+        run = Run(
+            distillation=distillation,
+            data=rows,
+            training=training,
+            accelerator=accelerator,
+            called=student,
+            trained=trained,
+            structured=frozenset(structured_parameters(student)),
+            save=partial(_save, target),
+            report=log.write,
+            guide=_guide(distillation),
+        )
+        _run_stages(run, snapshot, shard=shard)
+        best = {name: whole(value) for name, value in run.state.best.items()}
+        result = _result(run, destination, best, converted, stored_names)
+        if target is not None:
+            written = {stored_names[name]: value for name, value in best.items()}
+            _write(converted, written, target, _provenance(converted, rows, run, result))
+        accelerator.wait_for_everyone()
+    return result if accelerator.is_main_process else None
+
+
+def store_teacher_logits(
+    directory: str | Path,
+    destination: str | Path,
+    *,
+    data: str | Path,
+    words: int = 64,
+    recipe: Training | str | Path | None = None,
+    teacher: str | None = None,
+    device: str = "cpu",
+    report: Callable[[int, int], None] = lambda *_: None,
+    **changes: Any,
+) -> None:
+    """Write the teacher's likeliest words for all rows of a text, so that ``finetune`` needs no teacher.
+
+    Args:
+        directory: output of a conversion.
+        destination: directory to write; it must not exist.
+        data: as for ``finetune``.
+        words: words a token.
+        recipe: as for ``finetune``; row length, held-out share, seed and column matter.
+        teacher: as for ``finetune``.
+        device: where the teacher is.
+        report: told how many rows of how many are done.
+        **changes: keys of ``Training``.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    training = _resolve_training(recipe, changes)
     check_device(device)
     converted = open_converted(Path(directory))
     source = _open_teacher(converted, teacher)
     config = load_config(converted.directory)
-    text = load_training_text(Path(data), converted.directory, config, tokens=block_size, held_out=held_out, seed=seed)
-    destination = Path(output) if output is not None else converted.directory.with_name(f"{converted.directory.name}-ft")
-    fingerprint = _fingerprint(converted, source, text, settings)
-    size = sum(entry.nbytes for entry in converted.tensors.values())
-    # two states of the optimizer and the best parameters, in float32, at most
-    with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=4 * size) as target:
-        student = load(converted.directory, dtype=torch.float32).to(device).eval()
-        dense = model_class(config).from_pretrained(source.directory, dtype=torch.float32).to(device).eval()
-        dense.requires_grad_(False)
-        chosen = choose_trained(student, trained)
-        schedule = Schedule(
-            steps=steps,
-            batch_size=batch_size,
-            accumulation=accumulation,
-            learning_rate=learning_rate,
-            other_learning_rate=other_learning_rate,
-            weight_decay=0.01,
-            warm_up=0.05,
-            clip=1.0,
-            evaluate_every=evaluate_every,
-            save_every=save_every,
-            evaluation_rows=256,
-            seed=seed,
+    if objective_for(config) != "logits":
+        raise OptionError(
+            f"{config.architectures[0]} has no logits over words to store; distil it with the teacher in memory"
         )
-        distillation = Distillation(student, dense, objective_for(config), temperature)
-        state = _train(distillation, text, schedule, chosen, target, device, report)
-        if not state.best_loss < float("inf"):
-            raise FitError("the converted model has no finite loss on the held-out rows; convert it again")
-        result = Finetuned(
-            output=destination,
-            steps=state.step,
-            tokens=state.tokens,
-            start_loss=state.history[0]["held_out_loss"],
-            best_loss=state.best_loss,
-            objective=distillation.objective,
-            history=state.history,
-            stopped=state.stopped,
-        )
-        _write(converted, state, target, _provenance(converted, text, settings, result))
-    return result
+    rows = load_training_data(str(data), converted.directory, config, training)
+    dense = model_class(config).from_pretrained(source.directory, dtype="auto").to(device).eval()
+    store_logits(Path(destination), dense, rows, teacher_sha256=source.sha256(), count=words, report=report)
 
 
-def choose_trained(student: nn.Module, trained: Trained) -> dict[str, nn.Parameter]:
-    """Freeze everything but what is trained; returns the trained parameters by name.
-
-    Raises:
-        OptionError: when the choice is unknown.
-    """
-    if trained not in TRAINED:
-        raise OptionError(f"train is {trained!r}; choose one of {', '.join(TRAINED)}")
-    inside = {
-        f"{name}.{part}"
-        for name, module in student.named_modules()
-        if isinstance(module, SPMLinear)
-        for part, _ in module.named_parameters()
-    }
+def choose_trained(student: nn.Module, training: Training) -> dict[str, nn.Parameter]:
+    """Freeze everything but what is trained; returns the trained parameters by name."""
+    inside = structured_parameters(student)
     chosen = {}
     for name, parameter in student.named_parameters():
-        wanted = trained == "all" or name in inside or (trained == "norms" and parameter.ndim == 1)
+        small = training.train == "norms" and parameter.ndim == 1
+        wanted = training.train == "all" or name in inside or small
         parameter.requires_grad_(wanted)
         if wanted:
             chosen[name] = parameter
     return chosen
 
 
-def _check_numbers(settings: dict[str, Any]) -> None:
-    for key in ("steps", "batch_size", "accumulation", "block_size", "evaluate_every", "save_every"):
-        if settings[key] < 1:
-            raise OptionError(f"{key} is {settings[key]}; it must be at least 1")
-    for key in ("learning_rate", "temperature"):
-        if not settings[key] > 0:
-            raise OptionError(f"{key} is {settings[key]}; it must be above 0")
-    if not 0 < settings["held_out"] < 1:
-        raise OptionError(f"held_out is {settings['held_out']}; it must be between 0 and 1")
-    if settings["accumulation"] > settings["batch_size"]:
-        raise OptionError(
-            f"accumulation is {settings['accumulation']}, batch_size {settings['batch_size']}; a part needs a row"
-        )
+def converted_layers(student: nn.Module) -> tuple[str, ...]:
+    """Names of the SPM layers of a model, in its order."""
+    return tuple(name for name, module in student.named_modules() if isinstance(module, SPMLinear))
+
+
+def structured_parameters(student: nn.Module) -> set[str]:
+    """Names of all parameters of SPM layers."""
+    return {
+        f"{name}.{part}" for name in converted_layers(student) for part, _ in student.get_submodule(name).named_parameters()
+    }
+
+
+def _resolve_training(recipe: Training | str | Path | None, changes: dict[str, Any]) -> Training:
+    if isinstance(recipe, Training):
+        if changes:
+            raise OptionError(f"a Training and {', '.join(changes)} are both given; change the Training instead")
+        return recipe
+    return training_from_keywords(changes, None if recipe is None else Path(recipe))
+
+
+def _destination(converted: Converted, output: str | Path | None, *, in_place: bool) -> Path:
+    if in_place and output is not None:
+        raise OptionError(f"an output {output} and replacing the input in place are both asked for; choose one")
+    if in_place:
+        return converted.directory
+    directory = converted.directory.resolve()
+    destination = Path(output) if output is not None else directory.with_name(f"{directory.name}-ft")
+    if destination.resolve() == directory:
+        raise OptionError(f"the output {destination} is the input; choose another with -o, or ask for --in-place")
+    return destination
 
 
 def _open_teacher(converted: Converted, teacher: str | None) -> Checkpoint:
@@ -206,72 +256,104 @@ def _open_teacher(converted: Converted, teacher: str | None) -> Checkpoint:
     source = open_checkpoint(teacher or recorded["name"], revision=None if teacher else recorded["revision"])
     if source.sha256() != recorded["sha256"]:
         raise CheckpointError(
-            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another content hash); "
-            "name the right one with --teacher"
+            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another content "
+            "hash); name the right one with --teacher"
         )
     return source
 
 
-def _fingerprint(converted: Converted, source: Checkpoint, text: TrainingText, settings: dict[str, Any]) -> str:
-    weights = [str((name, entry.shape, entry.dtype)) for name, entry in converted.tensors.items()]
-    parts = [source.sha256(), text.file_sha256, json.dumps(converted.provenance), *weights, __version__]
-    numbers = {key: value for key, value in settings.items() if key not in ("directory", "data", "teacher")}
-    return sha256("\n".join([*parts, json.dumps(numbers)]).encode()).hexdigest()
+def _load_student(converted: Converted, config: Any, training: Training, device: torch.device) -> Any:
+    # dropout is off as in the teacher, also in the mode that recomputing activations needs
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    student = load(converted.directory, config=config, dtype=torch.float32).to(device).eval()
+    if training.gradient_checkpointing:
+        if not student.supports_gradient_checkpointing:
+            raise OptionError(f"{type(student).__name__} has no gradient checkpointing; leave it out")
+        # transformers 5.23 calls it activation checkpointing
+        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        student.train()
+    if training.compile:
+        student.base_model.forward = torch.compile(student.base_model.forward)
+    return student
 
 
-def _train(
-    distillation: Distillation,
-    text: TrainingText,
-    schedule: Schedule,
-    trained: dict[str, nn.Parameter],
-    target: OutputDirectory,
-    device: str,
-    report: Callable[[dict[str, Any]], None],
-) -> State:
-    from accelerate import Accelerator
+def _guide(distillation: Distillation) -> Guide | None:
+    steps = round(distillation.training.guided * distillation.training.steps)
+    if not steps:
+        return None
+    student, teacher = distillation.student, distillation.teacher
+    if teacher is None or teacher.device != student.device:
+        raise OptionError("guided steps need the teacher on the student's device; set guided = 0 or move the teacher")
+    return Guide(student, teacher, distillation.layers, steps)
 
-    accelerator = Accelerator(cpu=device == "cpu")
-    kept = target.load_state()
-    restored = None if kept is None else torch.load(io.BytesIO(kept), weights_only=True)
 
-    def save(snapshot: dict[str, Any]) -> None:
+def _run_stages(run: Run, snapshot: dict[str, Any] | None, *, shard: bool) -> State:
+    """Layer by layer, then end to end, going on from a snapshot of either."""
+    if snapshot is not None and snapshot["moments"] is None:
+        restore(snapshot, run.state, run.trained, None)
+        snapshot = None
+    if run.training.layerwise and snapshot is None:
+        match_layers(run, run.distillation.layers)
+    run.called, parameters = prepare_student(run.accelerator, run.distillation.student, shard=shard)
+    run.trained = {name: parameters[name] for name in run.trained}
+    return train(run, snapshot)
+
+
+def _save(target: OutputDirectory | None, snapshot: dict[str, Any]) -> None:
+    if target is not None:
         buffer = io.BytesIO()
         torch.save(snapshot, buffer)
         target.store_state(buffer.getvalue())
 
-    return train(distillation, text, schedule, accelerator, trained=trained, restored=restored, save=save, report=report)
+
+def _result(
+    run: Run, destination: Path, best: dict[str, Tensor], converted: Converted, stored_names: dict[str, str]
+) -> Finetuned:
+    """Measures the best parameters once more, rounded to the dtypes they are written in."""
+    state = run.state
+    if not best:
+        raise FitError("the converted model has no finite loss on the held-out rows; convert it again")
+    for name, value in best.items():
+        best[name] = value.to(getattr(torch, SAFETENSORS_DTYPES[converted.tensors[stored_names[name]].dtype]))
+    restore({"state": {}, "parameters": best, "moments": None}, state, run.trained, None)
+    return Finetuned(
+        output=destination,
+        steps=state.step,
+        tokens=state.tokens,
+        start_loss=state.history[0]["held_out_loss"],
+        best_loss=held_out_losses(run)["held_out_loss"],
+        objective=run.distillation.objective,
+        history=state.history,
+        stopped=state.stopped,
+    )
 
 
-def _write(converted: Converted, state: State, target: OutputDirectory, provenance: dict[str, Any]) -> None:
-    source = Checkpoint(converted.directory, str(converted.directory), None, converted.config, converted.tensors)
-    prefixes = {name: _stored_name(name, converted) for name in state.best}
-    by_stored = {stored: name for name, stored in prefixes.items()}
+def _fingerprint(converted: Converted, source: Checkpoint, data: TrainingData, training: Training) -> str:
+    weights = [str((name, entry.shape, entry.dtype)) for name, entry in converted.tensors.items()]
+    provenance = json.dumps(converted.provenance)
+    parts = [source.sha256(), data.sha256, provenance, *weights, training.model_dump_json(), __version__]
+    return sha256("\n".join(parts).encode()).hexdigest()
 
-    def read(stored: str) -> Tensor:
-        if stored not in by_stored:
-            return source.read(stored)
-        dtype = getattr(torch, SAFETENSORS_DTYPES[converted.tensors[stored].dtype])
-        return state.best[by_stored[stored]].to("cpu", dtype)
+
+def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirectory, provenance: dict[str, Any]) -> None:
+    directory = converted.directory
+    source = Checkpoint(directory, str(directory), None, converted.config, converted.tensors)
+
+    def read(name: str) -> Tensor:
+        return best[name] if name in best else source.read(name)
 
     target.write_weights([(name, entry.nbytes, partial(read, name)) for name, entry in converted.tensors.items()])
-    target.add_text("config.json", (converted.directory / "config.json").read_text(encoding="utf-8"))
+    target.add_text("config.json", (directory / "config.json").read_text(encoding="utf-8"))
     target.add_text(PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
-    card = (converted.directory / "README.md").read_text(encoding="utf-8")
-    target.add_text("README.md", card.replace(UNTUNED, _tuned(provenance["finetune"][-1])))
+    card = directory / "README.md"
+    if card.exists():
+        target.add_text("README.md", finetuned_card(card.read_text(encoding="utf-8"), provenance["finetune"][-1]))
     for file in source.companion_files():
-        target.add_file(str(file.relative_to(converted.directory)), file)
+        target.add_file(str(file.relative_to(directory)), file)
     target.commit()
-
-
-# the sentence of the model card that a finetune replaces
-UNTUNED = "The model has not been finetuned after the conversion."
-
-
-def _tuned(run: dict[str, Any]) -> str:
-    return (
-        f"It was then distilled against its source for {run['steps']} steps, {run['tokens']:,} tokens; held-out loss a token "
-        f"{run['start_loss']:.4g} before, {run['best_loss']:.4g} after. The errors below are from before."
-    )
 
 
 def _stored_name(name: str, converted: Converted) -> str:
@@ -280,18 +362,31 @@ def _stored_name(name: str, converted: Converted) -> str:
         return name
     candidates = [stored for stored in converted.tensors if stored.endswith(f".{name}") or name.endswith(f".{stored}")]
     if len(candidates) != 1:
-        raise CheckpointError(f"parameter {name} is not a tensor of {converted.directory}; train fewer parameters")
+        raise CheckpointError(
+            f"parameter {name} is not a tensor of {converted.directory} (merged or renamed when the model loads); "
+            "train fewer parameters"
+        )
     return candidates[0]
 
 
-def _provenance(converted: Converted, text: TrainingText, settings: dict[str, Any], result: Finetuned) -> dict[str, Any]:
-    run = {
-        **{key: str(value) if isinstance(value, Path) else value for key, value in settings.items() if key != "directory"},
-        "data_sha256": text.file_sha256,
-        "training_rows": len(text.training),
-        "held_out_rows": len(text.held_out),
+def _provenance(converted: Converted, data: TrainingData, run: Run, result: Finetuned) -> dict[str, Any]:
+    entry = {
+        "recipe": run.training.model_dump(mode="json"),
+        "data_sha256": data.sha256,
+        "seed": run.training.seed,
+        "training_rows": len(data.training),
+        "held_out_rows": min(len(data.held_out), run.training.evaluation_rows),
+        "processes": run.accelerator.num_processes,
+        "device": str(run.accelerator.device.type),
         "spmconvert_version": __version__,
         "torch_version": torch.__version__,
-        **{key: value for key, value in asdict(result).items() if key != "output"},
+        "objective": result.objective,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "start_loss": result.start_loss,
+        "best_loss": result.best_loss,
+        "history": result.history,
+        "curve": [float(f"{loss:.5g}") for loss in run.state.curve],
+        "stopped": result.stopped,
     }
-    return {**converted.provenance, "finetune": [*converted.provenance.get("finetune", []), run]}
+    return {**converted.provenance, "finetune": [*converted.provenance.get("finetune", []), entry]}

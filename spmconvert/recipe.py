@@ -77,8 +77,74 @@ class Fit(_Table):
     iterations: Annotated[int, Field(ge=0)] = 200
 
 
+class Training(_Table):
+    """How a converted model is distilled against its source.
+
+    Attributes:
+        steps: optimizer steps of the end-to-end stage.
+        layerwise: steps by which every converted layer is first matched to its dense original, one after the other.
+        guided: share of ``steps`` in which the dense layers' outputs are mixed in, by a factor that falls to zero.
+        train: ``spm`` layers only, with all ``norms`` and biases, or ``all``.
+        learning_rate: of the SPM layers, at its peak.
+        other_learning_rate: of everything else that is trained.
+        weight_decay: of dense matrices that are trained; SPM layers, norms and biases have none.
+        batch_size: rows a step, over all processes.
+        accumulation: parts that a step's rows are cut into, one forward and backward pass each.
+        block_size: longest row, in tokens.
+        warm_up: share of the steps in which the learning rate rises; after it follows a cosine to zero.
+        clip: largest norm of the gradient.
+        temperature: that both distributions are taken at.
+        cross_entropy: weight of the cross-entropy with the text's own tokens.
+        hidden_states: weight of matching all hidden states.
+        layer_outputs: weight of matching the outputs of the converted layers.
+        ema: decay of an average of the trained parameters that is measured and kept in their place; 0 for none.
+        precision: of the products; parameters stay in float32.
+        gradient_checkpointing: compute activations again in the backward pass.
+        compile: compile the student by torch.compile.
+        held_out: share of the documents that only measure.
+        evaluation_rows: most held-out rows a measurement uses.
+        evaluate_every: steps between measurements.
+        save_every: steps between checkpoints.
+        seed: seed of the split, of the order of rows and of masks.
+        column: name of the text in .jsonl, .parquet and datasets.
+    """
+
+    steps: Annotated[int, Field(ge=1)] = 500
+    layerwise: Annotated[int, Field(ge=0)] = 0
+    guided: Annotated[float, Field(ge=0, le=1)] = 0.0
+    train: Literal["spm", "norms", "all"] = "spm"
+    learning_rate: Annotated[float, Field(gt=0)] = 3e-3
+    other_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    accumulation: Annotated[int, Field(ge=1)] = 1
+    block_size: Annotated[int, Field(ge=2)] = 128
+    warm_up: Annotated[float, Field(ge=0, le=1)] = 0.05
+    clip: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    cross_entropy: Annotated[float, Field(ge=0)] = 0.0
+    hidden_states: Annotated[float, Field(ge=0)] = 0.0
+    layer_outputs: Annotated[float, Field(ge=0)] = 0.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    evaluation_rows: Annotated[int, Field(ge=1)] = 256
+    evaluate_every: Annotated[int, Field(ge=1)] = 50
+    save_every: Annotated[int, Field(ge=1)] = 100
+    seed: Annotated[int, Field(ge=0)] = 0
+    column: str = "text"
+
+    @model_validator(mode="after")
+    def _parts_have_rows(self) -> "Training":
+        if self.accumulation > self.batch_size:
+            raise ValueError(f"accumulation {self.accumulation} is above batch_size {self.batch_size}; a part needs a row")
+        return self
+
+
 class Recipe(_Table):
-    """One complete conversion."""
+    """One complete run: the conversion, and in the table ``finetune`` the distillation after it."""
 
     targets: tuple[str, ...] = ("mlp",)
     ignore: tuple[str, ...] = ()
@@ -90,6 +156,7 @@ class Recipe(_Table):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     fit: Fit = Fit()
+    finetune: Training = Training()
 
 
 def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
@@ -134,6 +201,15 @@ def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> 
         if isinstance(changes.get(key), str):
             changes[key] = [pattern.strip() for pattern in changes[key].split(",") if pattern.strip()]
     return load_recipe(path, changes)
+
+
+def training_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> Training:
+    """The table ``finetune`` of an optional recipe file, with single keys of it replaced.
+
+    Raises:
+        RecipeError: when a key is unknown or a value outside its range.
+    """
+    return load_recipe(path, {f"finetune.{key}": value for key, value in keywords.items()}).finetune
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -192,6 +268,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "overrides": Override,
         "calibration": Calibration,
         "fit": Fit,
+        "finetune": Training,
     }
     if location:
         model = tables.get(str(location[0]), Recipe)

@@ -124,7 +124,7 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
         odd = sorted(set(before) ^ set(after))
         return Check(name, "FAILED", f"{len(odd)} tensors are on one side only, for example {odd[0]}")
     changed = [key for key in before if not _same_bytes(before[key], after[key])]
-    trained = [run.get("trained", "spm") for run in converted.provenance.get("finetune", [])]
+    trained = [run.get("recipe", {}).get("train", "spm") for run in converted.provenance.get("finetune", [])]
     if changed and set(trained) - {"spm"}:
         same = len(before) - len(changed)
         return Check(

@@ -289,7 +289,7 @@ def test_cuda_where_there_is_none(run, checkpoints, tmp_path):
 
 def test_ctrl_c_says_how_to_resume(checkpoints, text, tmp_path):
     command = [sys.executable, "-m", "spmconvert", "convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", text]
-    settings = ["--set", "calibration.rows=16", "--set", "fit.iterations=400"]
+    settings = ["--set", "calibration.rows=16", "--set", "fit.iterations=4000"]
     process = subprocess.Popen([*map(str, command), *settings], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob(".o.partial/layers/*.safetensors")):

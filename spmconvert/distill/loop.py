@@ -2,161 +2,206 @@
 
 What decides about the next step is in the parameters, the optimizer and the step number, so a checkpoint is those three,
 and a resumed run ends with the same bytes on a CPU. Dropout is off, as it is in the teacher. The state with the
-lowest held-out loss is what is kept; a loss that is not finite, or that rises above the start for good, ends the run there.
+lowest held-out loss is what is kept; a loss that is not finite, or that stays above the start, ends the run there.
+Losses are divided by the tokens of the whole step, over all parts and processes, so that neither changes the result.
 """
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from torch.distributed.tensor import DTensor
 
-from spmconvert.distill.data import TrainingText, batch_indices
-from spmconvert.distill.losses import Distillation
-from spmconvert.operator.linear import SPMLinear
-from spmconvert.text import padded_batch
+from spmconvert.distill.data import TrainingData, batch_indices
+from spmconvert.distill.guide import Guide
+from spmconvert.distill.layerwise import match_layer
+from spmconvert.distill.objective import Distillation, Loss
+from spmconvert.distill.state import State, restore, snapshot
+from spmconvert.recipe import Training
 
-# held-out loss above this multiple of the first one counts as diverged
+# a held-out loss above this multiple of the first one ends a run at once, two measurements in a row above the first one too
 DIVERGED = 2.0
 
 
-@dataclass(frozen=True)
-class Schedule:
-    """Numbers of a training run.
-
-    Attributes:
-        steps: optimizer steps.
-        batch_size: rows a step, over all processes.
-        accumulation: parts a step's rows are cut into, one forward and backward each.
-        learning_rate: of the SPM layers, at its peak.
-        other_learning_rate: of everything else that is trained.
-        weight_decay: of dense weights; SPM layers have none.
-        warm_up: share of the steps in which the rate rises.
-        clip: largest norm of the gradient.
-        evaluate_every: steps between measurements on held-out rows.
-        save_every: steps between checkpoints.
-        evaluation_rows: most held-out rows a measurement uses.
-        seed: seed of the order of rows.
-    """
-
-    steps: int
-    batch_size: int
-    accumulation: int
-    learning_rate: float
-    other_learning_rate: float
-    weight_decay: float
-    warm_up: float
-    clip: float
-    evaluate_every: int
-    save_every: int
-    evaluation_rows: int
-    seed: int
-
-    def rate(self, step: int) -> float:
-        """Factor of the learning rates: linear warm-up, then a cosine to zero."""
-        rising = max(1, round(self.warm_up * self.steps))
-        if step < rising:
-            return (step + 1) / rising
-        return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, self.steps - rising)))
-
-
 @dataclass
-class State:
-    """Where a run stands; what a checkpoint holds.
+class Run:
+    """One training run.
 
     Attributes:
-        step: steps done.
-        tokens: tokens trained on.
-        history: one record a measurement.
-        best_loss: lowest held-out loss.
-        best: trained parameters at that point.
-        stopped: why the run ended early, or an empty string.
+        distillation: student, teacher and objective.
+        data: rows to train and to measure on.
+        training: numbers of the run.
+        accelerator: an ``accelerate.Accelerator``.
+        called: what a training step calls: the student, or its distributed wrapper.
+        trained: the parameters that change, by name.
+        structured: names of those that belong to structured layers, which have their own learning rate.
+        save: keeps a snapshot; called on all processes.
+        report: told about every step, measurement and matched layer.
+        guide: mixes the dense layers in, or None.
+        state: where the run stands.
     """
 
-    step: int = 0
-    tokens: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
-    best_loss: float = math.inf
-    best: dict[str, Tensor] = field(default_factory=dict)
-    stopped: str = ""
+    distillation: Distillation
+    data: TrainingData
+    training: Training
+    accelerator: Any
+    called: Any
+    trained: dict[str, nn.Parameter]
+    structured: frozenset[str]
+    save: Callable[[dict[str, Any]], None]
+    report: Callable[[dict[str, Any]], None]
+    guide: Guide | None = None
+    state: State = field(default_factory=State)
 
 
-def train(
-    distillation: Distillation,
-    text: TrainingText,
-    schedule: Schedule,
-    accelerator: Any,
-    *,
-    trained: dict[str, nn.Parameter],
-    restored: dict[str, Any] | None,
-    save: Callable[[dict[str, Any]], None],
-    report: Callable[[dict[str, Any]], None],
-) -> State:
-    """Distil until the steps are done.
+def train(run: Run, kept: dict[str, Any] | None = None) -> State:
+    """Distil end to end until the steps are done.
 
     Args:
-        distillation: student, teacher and objective.
-        text: rows to train and to measure on.
-        schedule: numbers of the run.
-        accelerator: an ``accelerate.Accelerator``.
-        trained: the parameters that change, by name.
-        restored: what ``save`` was last given, to go on from there.
-        save: keeps a checkpoint.
-        report: told about every step and measurement.
+        run: what to train, and with what.
+        kept: a snapshot of this stage to go on from, or None.
     """
-    student = accelerator.prepare(distillation.student)
-    optimizer = accelerator.prepare(torch.optim.AdamW(_groups(distillation.student, trained, schedule)))
+    training, state, accelerator, data = run.training, run.state, run.accelerator, run.data
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(run.trained, run.structured, training)))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    state = State()
-    if restored is not None:
-        _restore(restored, state, trained, optimizer)
-    else:
-        _measure(distillation, text, schedule, state, trained, report)
-    while state.step < schedule.steps and not state.stopped:
+    if kept is not None:
+        restore(kept, state, run.trained, optimizer.optimizer)
+    if not state.history:
+        measure(run)
+    while state.step < training.steps and not state.stopped:
         began = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * schedule.rate(state.step)
-        rows = batch_indices(len(text.training), schedule.batch_size, state.step, schedule.seed)
-        own = rows[accelerator.process_index :: accelerator.num_processes]
-        loss_sum, count = 0.0, 0
-        for part in _parts(own, schedule.accumulation):
-            batch = padded_batch([text.training[i] for i in part], text.padding, distillation.student)
-            loss, tokens = distillation.loss(batch, student if accelerator.num_processes > 1 else None)
-            # rows have equal lengths or nearly so; the mean over parts is the mean over tokens
-            accelerator.backward(loss / tokens * len(part) / len(own))
-            loss_sum, count = loss_sum + loss.item(), count + tokens
-        norm = accelerator.clip_grad_norm_(trained.values(), schedule.clip)
-        if not math.isfinite(loss_sum) or not math.isfinite(float(norm)):
+            group["lr"] = peak * rate(state.step, training)
+        if run.guide is not None:
+            run.guide.set_step(state.step)
+        rows = batch_indices(len(data.training), training.batch_size, state.step, training.seed)
+        total = _positions(run, rows)
+        parts = list(_parts(rows[accelerator.process_index :: accelerator.num_processes], training.accumulation))
+        found: list[Loss] = []
+        for index, part in enumerate(parts):
+            batch = data.training.batch(part, run.distillation.student, state.step + 1)
+            with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(run.called), accelerator.autocast():
+                loss = run.distillation.loss(batch, run.called)
+                share = _positions(run, part) / total
+                # gradients are averaged over processes, so each counts its own share as many times as there are processes
+                accelerator.backward(loss.total / loss.positions * share * accelerator.num_processes)
+            found.append(loss)
+        norm = _clip(run)
+        if not math.isfinite(norm) and training.precision != "fp16":
             state.stopped = f"the loss or its gradient was not finite at step {state.step + 1}"
             break
         optimizer.step()
         optimizer.zero_grad()
         state.step += 1
-        state.tokens += count * accelerator.num_processes
-        speed = count * accelerator.num_processes / (time.perf_counter() - began)
-        report({"step": state.step, "loss": loss_sum / count, "rate": schedule.rate(state.step - 1), "tokens/s": speed})
-        if state.step % schedule.evaluate_every == 0 or state.step == schedule.steps:
-            _measure(distillation, text, schedule, state, trained, report)
-        if state.step % schedule.save_every == 0 and state.step < schedule.steps and accelerator.is_main_process:
-            save(_snapshot(state, trained, optimizer))
+        state.update_average(run.trained, training.ema)
+        sums = _sums(run, found)
+        state.tokens += round(sums["positions"])
+        state.curve.append(sums["loss"] / sums["positions"])
+        run.report(_step_record(state, sums, rate(state.step - 1, training), time.perf_counter() - began))
+        if state.step % training.evaluate_every == 0 or state.step == training.steps:
+            measure(run)
+        if state.step % training.save_every == 0 and state.step < training.steps and not state.stopped:
+            run.save(snapshot(state, run.trained, optimizer.optimizer))
     return state
 
 
-def _groups(student: nn.Module, trained: dict[str, nn.Parameter], schedule: Schedule) -> list[dict[str, Any]]:
-    """SPM layers at their own rate and without decay; dense matrices decay, biases and norms do not."""
-    spm = {id(p) for module in student.modules() if isinstance(module, SPMLinear) for p in module.parameters()}
-    structured = [p for p in trained.values() if id(p) in spm]
-    matrices = [p for p in trained.values() if id(p) not in spm and p.ndim > 1]
-    vectors = [p for p in trained.values() if id(p) not in spm and p.ndim <= 1]
-    groups = [
-        {"params": structured, "lr": schedule.learning_rate, "weight_decay": 0.0},
-        {"params": matrices, "lr": schedule.other_learning_rate, "weight_decay": schedule.weight_decay},
-        {"params": vectors, "lr": schedule.other_learning_rate, "weight_decay": 0.0},
+def match_layers(run: Run, names: Sequence[str]) -> None:
+    """The stage before: match converted layers to their dense originals, one after the other; skips those done already."""
+    if not run.state.history:
+        measure(run)
+    for name in names[run.state.matched :]:
+        before, after = match_layer(
+            run.distillation.student,
+            run.distillation.teacher,
+            name,
+            run.data.training,
+            steps=run.training.layerwise,
+            learning_rate=run.training.learning_rate,
+            seed=run.training.seed,
+        )
+        run.state.matched += 1
+        run.report({"layer": name, "matched": run.state.matched, "of": len(names), "before": before, "after": after})
+        if run.state.matched == len(names):
+            measure(run)
+        run.save(snapshot(run.state, run.trained, None))
+
+
+def rate(step: int, training: Training) -> float:
+    """Factor of the learning rates: linear warm-up, then a cosine to zero."""
+    rising = max(1, round(training.warm_up * training.steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, training.steps - rising)))
+
+
+def parameter_groups(
+    trained: dict[str, nn.Parameter], structured: frozenset[str], training: Training
+) -> list[dict[str, Any]]:
+    """Structured layers at their own rate and without decay; dense matrices decay, biases and norms do not."""
+    others = [(name, parameter) for name, parameter in trained.items() if name not in structured]
+    chosen = [
+        ([p for name, p in trained.items() if name in structured], training.learning_rate, 0.0),
+        ([p for _, p in others if p.ndim > 1], training.other_learning_rate, training.weight_decay),
+        ([p for _, p in others if p.ndim <= 1], training.other_learning_rate, 0.0),
     ]
-    return [group for group in groups if group["params"]]
+    return [{"params": ps, "lr": peak, "weight_decay": decay} for ps, peak, decay in chosen if ps]
+
+
+@torch.no_grad()
+def measure(run: Run) -> None:
+    """Held-out loss, and perplexity where there is one; keeps the best state and notices divergence."""
+    state = run.state
+    with state.averaged(run.trained):
+        record = {"step": state.step, "tokens": state.tokens, **held_out_losses(run)}
+        state.history.append(record)
+        state.offer(record["held_out_loss"], run.trained)
+    run.report(record)
+    first, loss_now = state.history[0]["held_out_loss"], record["held_out_loss"]
+    above = [entry["held_out_loss"] > first for entry in state.history[-2:]]
+    if not loss_now < DIVERGED * first or (len(state.history) > 2 and all(above)):
+        state.stopped = f"the held-out loss rose from {first:.4g} to {loss_now:.4g} at step {state.step}"
+
+
+@torch.no_grad()
+def held_out_losses(run: Run) -> dict[str, float]:
+    """Held-out loss a position, and the perplexities of student and teacher where there are words."""
+    training, held_out, student = run.training, run.data.held_out, run.distillation.student
+    # drops merged blocks: sharded parameters change without a trace that the cache could see
+    student.train(student.training)
+    if run.guide is not None:
+        run.guide.alpha = 0.0
+    size = max(1, training.batch_size // training.accumulation // run.accelerator.num_processes)
+    found = []
+    for part, counts in _shares(min(len(held_out), training.evaluation_rows), size, run.accelerator):
+        with run.accelerator.autocast():
+            loss = run.distillation.loss(held_out.batch(part, student, 0), measure=True)
+        found.append(loss if counts else Loss(loss.total * 0, 0, {name: value * 0 for name, value in loss.parts.items()}))
+    sums = _sums(run, found)
+    losses = {"held_out_loss": sums["loss"] / sums["positions"]}
+    for key, name in (("cross_entropy", "perplexity"), ("teacher_cross_entropy", "teacher_perplexity")):
+        if sums.get("words") and key in sums:
+            losses[name] = math.exp(min(sums[key] / sums["words"], 700))
+    return losses
+
+
+def _shares(count: int, size: int, accelerator: Any) -> Iterator[tuple[list[int], bool]]:
+    """Parts of the rows for this process and whether they count; sharded models need as many calls in every process."""
+    step = size * accelerator.num_processes
+    for first in range(0, count, step):
+        own = list(range(first, min(first + step, count)))[accelerator.process_index :: accelerator.num_processes]
+        yield own or [first], bool(own)
+
+
+def _positions(run: Run, rows: Sequence[int]) -> int:
+    """What the rows weigh: their tokens, or their number where a row is one position."""
+    if run.distillation.objective == "classes":
+        return len(rows)
+    return sum(run.data.training.size(index) for index in rows)
 
 
 def _parts(rows: list[int], count: int) -> Iterator[list[int]]:
@@ -165,41 +210,29 @@ def _parts(rows: list[int], count: int) -> Iterator[list[int]]:
         yield rows[first : first + size]
 
 
-@torch.no_grad()
-def _measure(
-    distillation: Distillation,
-    text: TrainingText,
-    schedule: Schedule,
-    state: State,
-    trained: dict[str, nn.Parameter],
-    report: Callable[[dict[str, Any]], None],
-) -> None:
-    """Held-out loss a token; keeps the best state and notices divergence."""
-    total, count = 0.0, 0
-    size = max(1, schedule.batch_size // schedule.accumulation)
-    rows = range(min(len(text.held_out), schedule.evaluation_rows))
-    for first in range(0, len(rows), size):
-        batch = padded_batch([text.held_out[i] for i in rows[first : first + size]], text.padding, distillation.student)
-        loss, tokens = distillation.loss(batch)
-        total, count = total + loss.item(), count + tokens
-    record = {"step": state.step, "tokens": state.tokens, "held_out_loss": total / count, "held_out_tokens": count}
-    state.history.append(record)
-    report(record)
-    if record["held_out_loss"] < state.best_loss:
-        state.best_loss = record["held_out_loss"]
-        state.best = {name: p.detach().clone() for name, p in trained.items()}
-    if not record["held_out_loss"] < DIVERGED * state.history[0]["held_out_loss"]:
-        state.stopped = f"the held-out loss rose to {record['held_out_loss']:.4g} at step {state.step}"
+def _clip(run: Run) -> float:
+    """Clip the gradient; its norm before."""
+    if any(isinstance(parameter, DTensor) for parameter in run.trained.values()):
+        norm = nn.utils.clip_grad_norm_(run.trained.values(), run.training.clip)
+        return float(norm.full_tensor()) if isinstance(norm, DTensor) else float(norm)
+    return float(run.accelerator.clip_grad_norm_(run.trained.values(), run.training.clip))
 
 
-def _snapshot(state: State, trained: dict[str, nn.Parameter], optimizer: Any) -> dict[str, Any]:
-    parameters = {name: p.detach() for name, p in trained.items()}
-    return {"state": vars(state), "parameters": parameters, "optimizer": optimizer.state_dict()}
+def _sums(run: Run, losses: Sequence[Loss]) -> dict[str, float]:
+    """Sums over parts and processes: the loss, its positions and its unweighted parts."""
+    names = list(losses[0].parts)
+    rows = [[loss.total.detach().float(), *(loss.parts[name].float() for name in names)] for loss in losses]
+    own = torch.stack([torch.stack(row) for row in rows]).sum(0)
+    count = own.new_tensor([float(sum(loss.positions for loss in losses))])
+    together = run.accelerator.reduce(torch.cat([own, count]), reduction="sum").tolist()
+    return dict(zip(["loss", *names, "positions"], together, strict=True))
 
 
-def _restore(restored: dict[str, Any], state: State, trained: dict[str, nn.Parameter], optimizer: Any) -> None:
-    vars(state).update(restored["state"])
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            parameter.copy_(restored["parameters"][name])
-    optimizer.load_state_dict(restored["optimizer"])
+def _step_record(state: State, sums: dict[str, float], factor: float, seconds: float) -> dict[str, Any]:
+    parts = {
+        name: value / (sums["words"] if name == "cross_entropy" else sums["positions"])
+        for name, value in sums.items()
+        if name not in ("loss", "positions", "words")
+    }
+    speed = sums["positions"] / seconds
+    return {"step": state.step, "loss": state.curve[-1], **parts, "rate": factor, "tokens_per_second": speed}

@@ -9,10 +9,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from spmconvert.checkpoint.card import with_report
 from spmconvert.checkpoint.manifest import REPORT_FILES
 from spmconvert.errors import NotWritableError
 from spmconvert.reporting.html import render
-from spmconvert.reporting.markdown import refreshed, section
+from spmconvert.reporting.markdown import section
 from spmconvert.reporting.schema import Report
 
 JSON_NAME, HTML_NAME = REPORT_FILES
@@ -34,7 +35,7 @@ def write_report(report: Report, directory: Path, output: Path | None) -> Path:
     contents = {JSON_NAME: report.model_dump_json(indent=2) + "\n", HTML_NAME: render([report])}
     if output is None:
         card = directory / "README.md"
-        contents[card.name] = refreshed(card.read_text(encoding="utf-8") if card.exists() else "", report)
+        contents[card.name] = with_report(card.read_text(encoding="utf-8") if card.exists() else "", section(report))
     else:
         contents["report.md"] = section(report) + "\n"
     return _write(place, contents)

@@ -1,23 +1,17 @@
-"""The report in the model card: one section between two marker comments, replaced whenever a report is made.
-
-Everything outside of the markers is left alone, so a card can be edited by hand.
-"""
+"""The report as a section of the model card, in Markdown; ``checkpoint.card`` puts it in its place."""
 
 from spmconvert.reporting.schema import Report
 from spmconvert.reporting.summary import describe_call, describe_error, findings
 from spmconvert.units import count, measured, milliseconds, size
 
-BEGIN = "<!-- spmconvert report: begin -->"
-END = "<!-- spmconvert report: end -->"
-
 
 def section(report: Report) -> str:
-    """The section, markers included."""
+    """The section, without its markers."""
     machine = report.machine
     where = (
         f"{machine.processor} ({machine.device}, {machine.threads} threads), {report.model.dtype}, {report.created[:10]}"
     )
-    lines = [BEGIN, "", "## Measured", "", f"Weights `{report.model.weights_sha256[:16]}`, on {where}.", ""]
+    lines = ["## Measured", "", f"Weights `{report.model.weights_sha256[:16]}`, on {where}.", ""]
     lines += [f"- {finding}" for finding in findings(report)]
     lines += ["", "| amount | scope | dense | converted | left |", "|---|---|---|---|---|"]
     for quantity in report.quantities:
@@ -40,13 +34,4 @@ def section(report: Report) -> str:
             ]
             outcome = f"{row.ratio:.2f} | {row.verdict} | {row.dense.samples}"
             lines.append(f"| {describe_call(row)} | {times[0]} | {times[1]} | {outcome} |")
-    return "\n".join([*lines, "", END])
-
-
-def refreshed(card: str, report: Report) -> str:
-    """A model card with this report's section in the place of an older one, or at the end."""
-    before, begin, rest = card.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if begin and end:
-        return f"{before}{section(report)}{after}"
-    return f"{card.rstrip()}\n\n{section(report)}\n"
+    return "\n".join(lines)

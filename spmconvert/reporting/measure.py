@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, normalize
 
-from spmconvert.distill.losses import objective_for
+from spmconvert.distill.objective import objective_for
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Metric
 from spmconvert.text import padded_batch, reads_packed

@@ -73,7 +73,9 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.format_version = format_version
         self.spmconvert_version = spmconvert_version
         self.layers = layers
-        self.request = None if layers is not None else recipe_from_keywords(recipe).model_dump(mode="json")
+        self.request = (
+            None if layers is not None else recipe_from_keywords(recipe).model_dump(mode="json", exclude={"finetune"})
+        )
         self.specs()
 
     def specs(self) -> dict[str, LayerSpec]:

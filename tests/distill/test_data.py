@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from spmconvert.distill.data import batch_indices, load_training_text
+from spmconvert.distill.data import MASKED_SHARE, batch_indices, load_training_data
 from spmconvert.errors import CalibrationError
+from spmconvert.recipe import Training
 from spmconvert.surgery.architecture import load_config
 
 
@@ -15,9 +17,8 @@ def cache(tmp_path, monkeypatch):
 
 
 def load(directory, file, **changes):
-    return load_training_text(
-        file, directory, load_config(directory), **{"tokens": 32, "held_out": 0.1, "seed": 0, **changes}
-    )
+    training = Training(**{"block_size": 32, "held_out": 0.1, **changes})
+    return load_training_data(str(file), directory, load_config(directory), training)
 
 
 def test_packed_rows_are_full_and_documents_are_on_one_side(checkpoints, text):
@@ -65,3 +66,71 @@ def test_texts_that_are_too_short(checkpoints, tmp_path, content, message):
     file.write_text(content)
     with pytest.raises(CalibrationError, match=message):
         load(checkpoints["gpt2"], file)
+
+
+def test_masks_follow_from_seed_and_step(checkpoints, text, tmp_path):
+    import shutil
+
+    from transformers import AutoTokenizer, BertForMaskedLM
+
+    from tests.conftest import bert_config
+
+    directory = tmp_path / "mlm"
+    shutil.copytree(checkpoints["bert"], directory)
+    model = BertForMaskedLM(bert_config())
+    model.save_pretrained(directory)
+    with pytest.raises(CalibrationError, match="no mask token"):
+        load(directory, text)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.mask_token = "~"
+    tokenizer.save_pretrained(directory)
+    rows = load(directory, text).training
+    first, again, later = (rows.batch(range(8), model, step) for step in (1, 1, 2))
+    assert torch.equal(first["input_ids"], again["input_ids"])
+    assert not torch.equal(first["input_ids"], later["input_ids"])
+    masked = first["input_ids"] == rows.masking.token
+    assert MASKED_SHARE / 2 < masked.sum() / first["attention_mask"].sum() < 2 * MASKED_SHARE
+    assert torch.equal(masked, first["labels"] != -100)
+    restored = first["input_ids"].where(~masked, first["labels"])
+    assert restored[0, : rows.size(0)].tolist() == rows[0].tolist()
+
+
+def test_column_parquet_and_datasets(checkpoints, text, tmp_path):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    lines = text.read_text().splitlines()
+    expected = load(checkpoints["gpt2"], text).training[0]
+    for column in ("text", "body"):
+        parquet.write_table(pa.table({column: lines, "n": list(range(len(lines)))}), tmp_path / f"{column}.parquet")
+    assert torch.equal(load(checkpoints["gpt2"], tmp_path / "text.parquet").training[0], expected)
+    assert torch.equal(load(checkpoints["gpt2"], tmp_path / "body.parquet", column="body").training[0], expected)
+    with pytest.raises(CalibrationError, match="no column 'text'; it has body, n"):
+        load(checkpoints["gpt2"], tmp_path / "body.parquet")
+    (tmp_path / "set").mkdir()
+    (tmp_path / "text.parquet").rename(tmp_path / "set" / "train.parquet")
+    found = load(checkpoints["gpt2"], f"datasets:{tmp_path / 'set'}")
+    assert torch.equal(found.training[0], expected)
+    with pytest.raises(CalibrationError, match="cannot be loaded"):
+        load(checkpoints["gpt2"], f"datasets:{tmp_path / 'none'}")
+    (tmp_path / "broken.parquet").write_text("no parquet")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        load(checkpoints["gpt2"], tmp_path / "broken.parquet")
+
+
+def test_processor_tensors(checkpoints, tmp_path):
+    file = tmp_path / "t.safetensors"
+    save_file({"pixel_values": torch.arange(40.0).view(10, 2, 2)}, file)
+    found = load(checkpoints["bert"], file, held_out=0.2)
+    assert (len(found.training), len(found.held_out)) == (8, 2)
+    model = type("Model", (), {"device": torch.device("cpu")})()
+    batch = found.held_out.batch([1], model, 0)["pixel_values"]
+    assert batch.shape == (1, 2, 2)
+    item = found.held_out.chosen[1]
+    assert batch.flatten().tolist() == [4 * item, 4 * item + 1, 4 * item + 2, 4 * item + 3]
+    save_file({"a": torch.zeros(3), "b": torch.zeros(4)}, file)
+    with pytest.raises(CalibrationError, match="same number"):
+        load(checkpoints["bert"], file)
+    file.write_bytes(b"no tensors")
+    with pytest.raises(CalibrationError, match="cannot be read"):
+        load(checkpoints["bert"], file)

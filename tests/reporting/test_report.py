@@ -6,12 +6,13 @@ import shutil
 
 import pytest
 
+from spmconvert.checkpoint import card as cards
 from spmconvert.checkpoint.converted import open_converted
 from spmconvert.conversion import convert, load
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, NotWritableError, OptionError
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.recipe import Recipe
-from spmconvert.reporting import files, markdown
+from spmconvert.reporting import files
 from spmconvert.reporting.report import report
 from spmconvert.reporting.rows import evaluation_rows
 from spmconvert.reporting.schema import NotMeasured, read_report
@@ -222,7 +223,7 @@ def test_files_go_into_the_checkpoint_and_refresh_its_card(quick_report, convert
     assert page == place / "report.html"
     once = (place / "README.md").read_text()
     assert once.startswith(before.rstrip())
-    assert once.count(markdown.BEGIN) == once.count(markdown.END) == 1
+    assert once.count(cards.REPORT_BEGIN) == once.count(cards.REPORT_END) == 1
     edited = once + "\nA line of mine.\n"
     (place / "README.md").write_text(edited)
     later = quick_report.model_copy(update={"created": "2030-01-02T00:00:00+00:00"})
@@ -230,6 +231,11 @@ def test_files_go_into_the_checkpoint_and_refresh_its_card(quick_report, convert
     again = (place / "README.md").read_text()
     assert again == edited.replace(quick_report.created[:10], "2030-01-02")
     assert read_report(place / "report.json") == later
+    run = {"steps": 4, "tokens": 512, "start_loss": 2.0, "best_loss": 1.5}
+    tuned = cards.finetuned_card(again, run)
+    assert "## Measured" not in tuned
+    assert cards.REPORT_BEGIN not in tuned
+    assert "A line of mine." in tuned
 
 
 def test_with_an_output_the_checkpoint_is_not_touched(quick_report, converted, tmp_path):

@@ -1,0 +1,95 @@
+"""Processes and devices of a training run, through accelerate; sharding through PyTorch's own FSDP2.
+
+Accelerate starts the processes' communication, moves nothing by itself and wraps the student for data parallelism.
+Sharding calls ``fully_shard`` directly: accelerate offers FSDP2 on accelerators only, and so it is tested on CPUs too.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from spmconvert.errors import BackendError, OptionError
+from spmconvert.recipe import Training
+
+_PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def make_accelerator(training: Training, device: str, *, shard: bool, tracker: str | None, place: Path) -> Any:
+    """The accelerator of a run.
+
+    Args:
+        training: precision and batch size.
+        device: of the student; with several processes each takes the one of its rank.
+        shard: whether parameters are to be sharded.
+        tracker: name of an experiment tracker, or None.
+        place: output of the run; trackers that write files write beside it.
+
+    Raises:
+        OptionError: when the numbers do not fit the processes, or the tracker is not installed.
+        BackendError: when the precision is not to be had on the device.
+    """
+    import torch
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    if training.precision == "fp16" and (device == "cpu" or shard):
+        where = "on a CPU" if device == "cpu" else "with sharded parameters"
+        raise BackendError(f"precision fp16 cannot train {where}; use bf16 or fp32")
+    known = sorted(str(name.value) for name in get_available_trackers())
+    if tracker is not None and tracker not in known:
+        raise OptionError(f"tracker {tracker!r} is not installed; installed are: {', '.join(known) or 'none'}")
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    # an earlier run in this process may have had another precision, and there is no public way to choose again
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        cpu=device == "cpu",
+        mixed_precision=_PRECISIONS[training.precision],
+        log_with=tracker,
+        project_dir=f"{place}-runs" if tracker else None,
+    )
+    processes = accelerator.num_processes
+    if training.batch_size < processes * training.accumulation:
+        raise OptionError(
+            f"batch_size is {training.batch_size}, {processes} processes with accumulation {training.accumulation} "
+            f"need at least {processes * training.accumulation}"
+        )
+    if shard and processes == 1:
+        raise OptionError("sharding needs several processes; use --num-processes, or leave --shard out")
+    return accelerator
+
+
+def share_bytes(accelerator: Any, content: bytes | None) -> bytes | None:
+    """What the first process has, for all of them."""
+    from accelerate.utils import broadcast_object_list
+
+    if accelerator.num_processes == 1:
+        return content
+    box = [content]
+    broadcast_object_list(box)
+    return box[0]
+
+
+def prepare_student(accelerator: Any, student: Any, *, shard: bool) -> tuple[Any, dict[str, nn.Parameter]]:
+    """Wrap or shard the student.
+
+    Returns:
+        What training steps call, and the student's parameters by their own names.
+    """
+    if shard:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+        whole = set(getattr(student, "_no_split_modules", None) or ())
+        for module in student.modules():
+            if type(module).__name__ in whole:
+                fully_shard(module, mesh=mesh)
+        # the output head is used after the model's own forward pass, so the root keeps its parameters until the backward
+        fully_shard(student, mesh=mesh, reshard_after_forward=False)
+        called = student
+    else:
+        called = accelerator.prepare(student) if accelerator.num_processes > 1 else student
+    return called, dict(student.named_parameters())

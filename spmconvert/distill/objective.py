@@ -1,0 +1,296 @@
+"""What a student is asked to match: the teacher's distribution over words, its classes, or its hidden states.
+
+The objective follows from the architecture: KL on logits for causal, masked and encoder-decoder models and for classifiers,
+hidden states for encoders without a head. Words are compared in chunks of tokens from the hidden states on. That needs a
+head which is a plain linear layer on the last hidden state; whether the model is of that kind is checked against its own
+logits, and where it is not (soft caps, scaled logits, heads with layers of their own) chunks start from full logits.
+Hidden states of all layers and the outputs of the converted layers can be matched beside any of these.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy, mse_loss
+
+from spmconvert.distill.losses import hidden_state_loss, kl_divergence, over_chunks, relative_square, sparse_kl_divergence
+from spmconvert.distill.stored import StoredLogits
+from spmconvert.errors import OptionError
+from spmconvert.recipe import Training
+
+Objective = Literal["logits", "classes", "hidden"]
+_PROBE_TOKENS = 8
+
+
+def objective_for(config: Any) -> Objective:
+    """What is matched for an architecture."""
+    name = (getattr(config, "architectures", None) or [""])[0]
+    if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")):
+        return "logits"
+    return "classes" if "Classification" in name or name.endswith("ForQuestionAnswering") else "hidden"
+
+
+@dataclass
+class Loss:
+    """A loss over some positions: tokens, rows of a classifier, or patches.
+
+    Attributes:
+        total: what is trained, summed over the positions.
+        positions: how many.
+        parts: sums of the unweighted parts; ``cross_entropy`` and ``teacher_cross_entropy`` over ``words`` labelled tokens.
+    """
+
+    total: Tensor
+    positions: int
+    parts: dict[str, Tensor]
+
+
+@dataclass
+class Distillation:
+    """The loss of a student against its teacher on a batch.
+
+    Attributes:
+        student: the converted model.
+        teacher: the dense model, in eval and without gradients; None where its logits are stored.
+        objective: what is matched.
+        training: weights of the parts and temperature.
+        layers: converted layers, by the same name in both models.
+        stored: the teacher's stored logits, in place of the teacher.
+        plain_head: whether logits are a plain head on the hidden states; None until the first batch has been seen.
+
+    Raises:
+        OptionError: when stored logits are to do what only a teacher can.
+    """
+
+    student: Any
+    teacher: Any | None
+    objective: Objective
+    training: Training
+    layers: tuple[str, ...] = ()
+    stored: StoredLogits | None = None
+    plain_head: bool | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what stored logits cannot do."""
+        if self.stored is None:
+            return
+        training = self.training
+        needed = [key for key in ("hidden_states", "layer_outputs", "guided", "layerwise") if getattr(training, key)]
+        needed += ["temperature other than 1"] if training.temperature != 1 else []
+        needed += [f"objective {self.objective}"] if self.objective != "logits" else []
+        if needed:
+            raise OptionError(
+                f"stored logits do not replace the teacher for {', '.join(needed)}; leave --teacher-logits out"
+            )
+
+    def loss(self, batch: dict[str, Any], model: Any | None = None, *, measure: bool = False) -> Loss:
+        """The loss on a batch.
+
+        Args:
+            batch: keyword arguments of the models; ``labels`` are kept from them.
+            model: what to call in place of the student, a distributed wrapper of it for example.
+            measure: add the cross-entropies to the parts.
+        """
+        labels = batch.get("labels")
+        batch = {key: value for key, value in batch.items() if key != "labels"}
+        if self.objective == "logits" and self.plain_head is None:
+            self.plain_head = has_plain_head(self.student, batch)
+        with ExitStack() as stack:
+            own_outputs = stack.enter_context(_recorded(self.student, self._watched))
+            target_outputs = stack.enter_context(_recorded(self.teacher, self._watched))
+            own = self._run(model if model is not None else self.student, self.student, batch)
+            target = None if self.teacher is None else self._run_teacher(batch)
+        if self.objective == "logits":
+            loss = self._words(own, target, batch, labels, measure=measure)
+        elif self.objective == "classes":
+            loss = self._classes(own, target, batch)
+        else:
+            states, wanted = _real(own[0], batch), _real(_required(target)[0], batch)
+            loss = _single("hidden", hidden_state_loss(states, wanted.to(states.device)), len(states))
+        if self.training.hidden_states:
+            pairs = zip(_all_states(own[1]), _all_states(_required(target)[1]), strict=True)
+            found = [hidden_state_loss(_real(a, batch), _real(b.to(a.device), batch)) for a, b in pairs]
+            _add(loss, "hidden_states", self.training.hidden_states, torch.stack(found).mean())
+        if self.training.layer_outputs:
+            found = [relative_square(own_outputs[name], target_outputs[name].to(own[0].device)) for name in self._watched]
+            _add(loss, "layer_outputs", self.training.layer_outputs, torch.stack(found).mean() * loss.positions)
+        return loss
+
+    @property
+    def _watched(self) -> tuple[str, ...]:
+        return self.layers if self.training.layer_outputs else ()
+
+    def _run(self, called: Any, owner: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        """States to compare (before a plain head, logits or last hidden states), and the whole output."""
+        extra = {"output_hidden_states": True} if self.training.hidden_states else {}
+        if self.objective == "logits" and self.plain_head:
+            return _before_head(called, owner, {**batch, **extra, "logits_to_keep": 1})
+        output = called(**batch, **extra)
+        return (output.logits if self.objective == "logits" else output[0]), output
+
+    @torch.no_grad()
+    def _run_teacher(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+        device = self.teacher.device  # type: ignore[union-attr]
+        moved = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        return self._run(self.teacher, self.teacher, moved)
+
+    def _words(
+        self,
+        own: tuple[Tensor, Any],
+        target: tuple[Tensor, Any] | None,
+        batch: dict[str, Any],
+        labels: Tensor | None,
+        *,
+        measure: bool,
+    ) -> Loss:
+        states = _real(own[0], batch)
+        words = _real(next_tokens(batch, own[0]) if labels is None else labels, batch)
+        heads = self._heads()
+        if self.stored is not None:
+            wanted: tuple[Tensor, ...] = self.stored.lookup(batch)
+        else:
+            wanted = (_real(_required(target)[0], batch),)
+        wants_words = measure or self.training.cross_entropy > 0
+
+        def chunk(own_states: Tensor, answers: Tensor, *targets: Tensor) -> Tensor:
+            logits = heads[0](own_states)
+            zero = logits.new_zeros((), dtype=torch.float32)
+            if self.stored is not None:
+                divergence, teacher_entropy = sparse_kl_divergence(logits, *targets), zero
+            else:
+                with torch.no_grad():
+                    teacher_logits = heads[1](targets[0]).to(logits.device)
+                divergence = kl_divergence(logits, teacher_logits, self.training.temperature)
+                teacher_entropy = _cross_entropy(teacher_logits, answers) if measure else zero
+            return torch.stack([divergence, _cross_entropy(logits, answers) if wants_words else zero, teacher_entropy])
+
+        divergence, entropy, teacher_entropy = over_chunks(chunk, states, words, *wanted)
+        loss = _single("kl", divergence, len(states))
+        count = (words != -100).sum()
+        if wants_words:
+            weight = self.training.cross_entropy * len(states) / count.clamp_min(1)
+            _add(loss, "cross_entropy", weight, entropy)
+            loss.parts["words"] = count
+        if measure and self.stored is None:
+            loss.parts["teacher_cross_entropy"] = teacher_entropy.detach()
+        return loss
+
+    def _heads(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
+        if not self.plain_head:
+            return nn.Identity(), nn.Identity()
+        own: Callable[[Tensor], Tensor] = self.student.get_output_embeddings()
+        return own, own if self.teacher is None else self.teacher.get_output_embeddings()
+
+    def _classes(self, own: tuple[Tensor, Any], target: tuple[Tensor, Any] | None, batch: dict[str, Any]) -> Loss:
+        found, wanted = (_class_logits(run[1], batch) for run in (own, _required(target)))
+        wanted = wanted.to(found.device)
+        if found.shape[-1] == 1:
+            return _single("square", mse_loss(found.float(), wanted.float(), reduction="sum"), len(found))
+        return _single("kl", kl_divergence(found, wanted, self.training.temperature), len(found))
+
+
+def has_plain_head(model: Any, batch: dict[str, Any]) -> bool:
+    """Whether a model's logits are its output head on its last hidden state, and it can leave them out."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return False
+    probe = {key: value[:1, :_PROBE_TOKENS] if isinstance(value, Tensor) else value for key, value in batch.items()}
+    with torch.no_grad():
+        states, output = _before_head(model, model, probe)
+        logits = head(states)
+    return bool(logits.shape == output.logits.shape) and torch.allclose(logits, output.logits, rtol=1e-2, atol=1e-3)
+
+
+def next_tokens(batch: dict[str, Any], states: Tensor) -> Tensor:
+    """The token after every token, -100 where there is none: [rows, tokens]."""
+    ids = batch.get("decoder_input_ids", batch.get("input_ids"))
+    if ids is None:
+        return torch.full(states.shape[:2], -100, device=states.device)
+    mask = _mask(batch, states)
+    real = ids if mask is None else ids.where(mask, -100)
+    return torch.cat([real[:, 1:], torch.full_like(real[:, :1], -100)], dim=1)
+
+
+def _before_head(called: Any, owner: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
+    """Hidden states that go into the output head. The model is called as a whole, so that wrappers see every parameter."""
+    caught: list[Tensor] = []
+    handle = owner.base_model.register_forward_hook(lambda *found: caught.append(found[-1][0]))
+    try:
+        output = called(**batch)
+    finally:
+        handle.remove()
+    return caught[0], output
+
+
+def _required(target: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
+    if target is None:
+        raise OptionError("this objective needs the teacher itself; leave --teacher-logits out")
+    return target
+
+
+def _mask(batch: dict[str, Any], states: Tensor) -> Tensor | None:
+    """Positions that are no padding [rows, tokens], where the batch says so."""
+    for key in ("decoder_attention_mask", "attention_mask"):
+        mask = batch.get(key)
+        if mask is not None and mask.shape == states.shape[:2]:
+            found: Tensor = mask.bool().to(states.device)
+            return found
+    return None
+
+
+def _real(states: Tensor, batch: dict[str, Any]) -> Tensor:
+    """States of the positions that are no padding, [positions, ...]."""
+    mask = _mask(batch, states)
+    return states.flatten(0, 1) if mask is None else states[mask]
+
+
+def _class_logits(output: Any, batch: dict[str, Any]) -> Tensor:
+    """Logits [positions, classes]; for answers in a text, the tokens of every row, for start and end."""
+    if "start_logits" in output:
+        both = torch.cat([output.start_logits, output.end_logits])
+        mask = _mask(batch, output.start_logits)
+        return both if mask is None else both.masked_fill(~mask.repeat(2, 1), torch.finfo(both.dtype).min)
+    logits: Tensor = output.logits
+    return _real(logits, batch) if logits.ndim > 2 else logits
+
+
+def _all_states(output: Any) -> tuple[Tensor, ...]:
+    """All hidden states of a model's output, those of a decoder after those of its encoder."""
+    names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")
+    return tuple(state for name in names for state in (getattr(output, name, None) or ()))
+
+
+def _cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), answers, ignore_index=-100, reduction="sum")
+
+
+def _single(name: str, total: Tensor, positions: int) -> Loss:
+    return Loss(total, positions, {name: total.detach()})
+
+
+def _add(loss: Loss, name: str, weight: float | Tensor, value: Tensor) -> None:
+    loss.parts[name] = value.detach()
+    loss.total = loss.total + weight * value
+
+
+@contextmanager
+def _recorded(model: Any, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """Outputs of named modules during one call."""
+    found: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
+            found[name] = output
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

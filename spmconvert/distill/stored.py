@@ -1,0 +1,139 @@
+"""The teacher's likeliest words, stored: distillation without the teacher in memory.
+
+One pass of the teacher writes, for every token of every row, the k likeliest words and their log-probabilities; a later run
+reads them through a memory map. Rows are found by their content, so neither the order nor the split has to be the same,
+and a row that was never stored is an error. It costs 6k bytes a token (k = 64: 384 MB a million tokens) and everything the
+other words had to say, which count as one word.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from spmconvert.distill.data import Rows, TokenRows, TrainingData
+from spmconvert.errors import CheckpointError, OptionError, OutputError
+
+ABOUT_FILE = "about.json"
+FORMAT_VERSION = 1
+BATCH_ROWS = 8
+
+
+class StoredLogits:
+    """Stored words of a teacher, by the content of a row.
+
+    Args:
+        directory: what ``store_logits`` wrote.
+        teacher_sha256: content hash that the teacher must have.
+
+    Raises:
+        CheckpointError: when the directory holds no stored logits, or those of another teacher.
+    """
+
+    def __init__(self, directory: Path, teacher_sha256: str) -> None:
+        try:
+            about = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+            self._words, self._values, ends, keys = (
+                np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("words", "log_probabilities", "ends", "keys")
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise CheckpointError(f"{directory} holds no stored logits ({first}); write them with --store-logits") from None
+        if about.get("format_version") != FORMAT_VERSION or about.get("teacher_sha256") != teacher_sha256:
+            raise CheckpointError(
+                f"{directory} holds logits of another teacher or in another format; write them again with --store-logits"
+            )
+        starts = [0, *ends[:-1].tolist()]
+        self._places = {bytes(key): (start, end) for key, start, end in zip(keys, starts, ends.tolist(), strict=True)}
+
+    def lookup(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Words [tokens, k] (int64) and log-probabilities [tokens, k] (float32) of all tokens of a batch, row after row.
+
+        Raises:
+            CheckpointError: when a row was never stored.
+        """
+        ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
+        places = [self._places.get(_key(row[kept])) for row, kept in zip(ids, mask, strict=True)]
+        if None in places:
+            raise CheckpointError(
+                "the stored logits lack a row of this text; use the text, block_size and tokenizer they were made with"
+            )
+        slices = [slice(*place) for place in places if place is not None]
+        words = np.concatenate([self._words[part] for part in slices]).astype(np.int64)
+        values = np.concatenate([self._values[part] for part in slices]).astype(np.float32)
+        device = batch["input_ids"].device
+        return torch.from_numpy(words).to(device), torch.from_numpy(values).to(device)
+
+
+@torch.no_grad()
+def store_logits(
+    directory: Path,
+    teacher: Any,
+    data: TrainingData,
+    *,
+    teacher_sha256: str,
+    count: int,
+    report: Callable[[int, int], None],
+) -> None:
+    """Run a teacher over all rows once and write its likeliest words.
+
+    Args:
+        directory: where to write; it must not exist.
+        teacher: the dense model.
+        data: rows of token ids.
+        teacher_sha256: content hash of its checkpoint.
+        count: words a token.
+        report: told how many rows of how many are done.
+
+    Raises:
+        OutputError: when the directory exists.
+        OptionError: when the rows are not plain token ids, or there are fewer words than asked for.
+    """
+    if directory.exists():
+        raise OutputError(f"{directory} exists; name another directory for the logits, or remove it")
+    rows = [_plain(part) for part in (data.training, data.held_out)]
+    if count > teacher.config.vocab_size:
+        raise OptionError(
+            f"{count} words a token are asked for, the teacher has {teacher.config.vocab_size}; ask for fewer"
+        )
+    ends = np.cumsum([part.size(index) for part in rows for index in range(len(part))])
+    temporary = directory.with_name(f".{directory.name}.partial")
+    temporary.mkdir(parents=True, exist_ok=True)
+    shape = (int(ends[-1]), count)
+    words = np.lib.format.open_memmap(temporary / "words.npy", "w+", np.int32, shape)
+    values = np.lib.format.open_memmap(temporary / "log_probabilities.npy", "w+", np.float16, shape)
+    keys, position = [], 0
+    for part in rows:
+        for first in range(0, len(part), BATCH_ROWS):
+            indices = range(first, min(first + BATCH_ROWS, len(part)))
+            batch = part.batch(indices, teacher, 0)
+            mask = batch["attention_mask"].bool()
+            top = teacher(**batch).logits[mask].float().log_softmax(-1).topk(count)
+            end = position + len(top.indices)
+            words[position:end] = top.indices.cpu().numpy()
+            values[position:end] = top.values.cpu().numpy()
+            keys += [_key(part[index]) for index in indices]
+            position = end
+            report(len(keys), len(ends))
+    words.flush()
+    values.flush()
+    np.save(temporary / "ends.npy", ends)
+    np.save(temporary / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1))
+    about = {"format_version": FORMAT_VERSION, "teacher_sha256": teacher_sha256, "words": count, "rows": len(keys)}
+    (temporary / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    temporary.rename(directory)
+
+
+def _plain(rows: Rows) -> TokenRows:
+    if not isinstance(rows, TokenRows) or rows.masking is not None:
+        raise OptionError("only logits of unmasked text can be stored; distil this model with the teacher in memory")
+    return rows
+
+
+def _key(row: Tensor) -> bytes:
+    return hashlib.sha256(row.to(torch.int64).numpy().tobytes()).digest()[:16]
