@@ -113,8 +113,8 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
         target_states, own_states = target[0].float(), own[0].float()
         states.add(cosine_similarity(own_states, target_states, dim=-1), mask)
         pair = _mean_pooled(target_states, mask), _mean_pooled(own_states, mask)
-        embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], torch.ones(len(mask), 1))
-        pooled.append(pair)
+        embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], mask.any(-1, keepdim=True))
+        pooled.append((pair[0].cpu(), pair[1].cpu()))
     metrics = [
         _metric("embedding", "cosine of text embeddings", "", embeddings, "texts", higher=True),
         _metric("states", "cosine of token states", "", states, "tokens", higher=True),
