@@ -2,31 +2,15 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 
-from spmconvert import cli, errors
+from spmconvert import errors
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.conversion import convert
 from tests.test_cli import assert_refused
 
 FAST = ("--seconds", "0")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spmconvert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        return (0 if code is None else code), captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ remedy and never estimated.
 import os
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,26 +15,20 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ValidationError
 
-from spmconvert.checkpoint.converted import Converted, open_converted, open_source
-from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.conversion import load
+from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.devices import check_device
-from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError, SpmconvertError
-from spmconvert.fitting.calibration import CalibrationRows, load_rows
+from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.reporting import timing
-from spmconvert.reporting.baselines import METHODS, build_baselines
+from spmconvert.reporting.candidates import measure_candidates
 from spmconvert.reporting.harness import check_harness, run_tasks
 from spmconvert.reporting.measure import compare
 from spmconvert.reporting.outputs import record_output
-from spmconvert.reporting.rows import EvaluationRows, evaluation_rows, recorded_calibration
+from spmconvert.reporting.rows import EvaluationRows, evaluation_rows
+from spmconvert.reporting.run import Run
 from spmconvert.reporting.schema import (
     SCHEMA_VERSION,
-    Candidate,
     Generation,
-    Latency,
-    Layer,
     Machine,
-    Metric,
     Model,
     NotMeasured,
     Quality,
@@ -47,7 +40,7 @@ from spmconvert.reporting.schema import (
     TrainingPoint,
 )
 from spmconvert.reporting.sizes import quantities, replaced_layers
-from spmconvert.surgery.architecture import load_config, model_class
+from spmconvert.surgery.architecture import load_config
 from spmconvert.text import load_tokenizer
 from spmconvert.version import __version__
 
@@ -97,7 +90,7 @@ def report(
     config = load_config(converted.directory)
     progress("loading")
     machine = describe_machine(device)
-    run = _Run(converted, config, device, seconds, progress)
+    run = Run(converted, config, device, seconds, progress)
     training = _training(run)
     run.open_dense(teacher)
     texts = _texts(run, data, other_data, rows)
@@ -116,49 +109,12 @@ def report(
         quality=quality,
         generations=_generations(run, texts),
         timing=_timing(run),
-        candidates=_candidates(run, layers, amounts, texts, quality, calibration) if baselines else (),
+        candidates=measure_candidates(run, layers, amounts, texts, quality, calibration) if baselines else (),
         tasks=_tasks(run, tasks),
         recorded_output=record_output(run.student) if run.reads_tokens else None,
         # last: every part above may have added to it
         not_measured=tuple(run.not_measured),
     )
-
-
-@dataclass
-class _Run:
-    """What the parts of one report share."""
-
-    converted: Converted
-    config: Any
-    device: str
-    seconds: float
-    progress: Callable[[str], None]
-    source: Checkpoint | None = None
-    dense: Any = None
-    student: Any = None
-    not_measured: list[NotMeasured] = field(default_factory=list)
-
-    def open_dense(self, place: str | None) -> None:
-        """Load both models; without a source that is only the converted one."""
-        self.student = load(self.converted.directory, dtype="auto").to(self.device).eval()
-        try:
-            self.source = open_source(self.converted, place)
-        except (ModelNotFoundError, CheckpointError) as error:
-            if place is not None:
-                raise
-            self.miss("everything that needs the dense model: quality, time, memory", str(error), "name it with --teacher")
-            return
-        dense = model_class(self.config).from_pretrained(self.source.directory, dtype="auto")
-        self.dense = dense.to(self.device).eval()
-
-    def miss(self, what: str, reason: str, remedy: str) -> None:
-        """Note something that was not measured."""
-        self.not_measured.append(NotMeasured(what=what, reason=reason, remedy=remedy))
-
-    @property
-    def reads_tokens(self) -> bool:
-        """Whether the model's input is text."""
-        return bool(self.student.main_input_name == "input_ids")
 
 
 def describe_machine(device: str) -> Machine:
@@ -189,7 +145,7 @@ def _processor() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
-def _describe_model(run: _Run) -> Model:
+def _describe_model(run: Run) -> Model:
     provenance = run.converted.provenance
     calibration = provenance["calibration"]
     if calibration is not None:
@@ -218,7 +174,7 @@ def _layer_errors_on(converted: Converted) -> str:
     return f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
 
 
-def _training(run: _Run) -> tuple[Training, ...]:
+def _training(run: Run) -> tuple[Training, ...]:
     """The finetunes as they were recorded; a record holds more than the report shows."""
     recorded = run.converted.provenance.get("finetune", [])
     try:
@@ -239,7 +195,7 @@ def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
     return {key: value for key, value in record.items() if key in part.model_fields}
 
 
-def _texts(run: _Run, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
+def _texts(run: Run, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
     """The unseen rows of the texts that were given; what is missing is noted."""
     if data is None:
         run.miss("quality", "no text is given", "name a text that was neither fitted nor trained on with --data FILE")
@@ -258,7 +214,7 @@ def _texts(run: _Run, data: str | Path | None, other: str | Path | None, count: 
     return found
 
 
-def _quality(run: _Run, texts: list[EvaluationRows]) -> tuple[Quality, ...]:
+def _quality(run: Run, texts: list[EvaluationRows]) -> tuple[Quality, ...]:
     if run.dense is None:
         return ()
     found = []
@@ -278,7 +234,7 @@ def _quality(run: _Run, texts: list[EvaluationRows]) -> tuple[Quality, ...]:
     return tuple(found)
 
 
-def _generations(run: _Run, texts: list[EvaluationRows]) -> tuple[Generation, ...]:
+def _generations(run: Run, texts: list[EvaluationRows]) -> tuple[Generation, ...]:
     """Greedy continuations of the beginnings of unseen rows, by models that only generate."""
     if run.dense is None or not texts or not run.dense.can_generate() or run.config.is_encoder_decoder:
         return ()
@@ -296,7 +252,7 @@ def _generations(run: _Run, texts: list[EvaluationRows]) -> tuple[Generation, ..
     return tuple(samples)
 
 
-def _timing(run: _Run) -> tuple[TimingRow, ...]:
+def _timing(run: Run) -> tuple[TimingRow, ...]:
     if run.dense is None:
         return ()
     if not run.seconds:
@@ -309,7 +265,7 @@ def _timing(run: _Run) -> tuple[TimingRow, ...]:
     return tuple(timing.time_models(run.dense, run.student, run.seconds, run.device))
 
 
-def _memory(run: _Run) -> list[Quantity]:
+def _memory(run: Run) -> list[Quantity]:
     if run.source is None or not run.reads_tokens or not run.seconds:
         return []
     run.progress("measuring memory in fresh processes")
@@ -320,91 +276,8 @@ def _memory(run: _Run) -> list[Quantity]:
     return [found]
 
 
-def _tasks(run: _Run, names: tuple[str, ...]) -> tuple[Task, ...]:
+def _tasks(run: Run, names: tuple[str, ...]) -> tuple[Task, ...]:
     if not names:
         return ()
     run.progress(f"running {', '.join(names)}")
     return run_tasks(run.student, run.dense, load_tokenizer(run.converted.directory), names)
-
-
-def _candidates(
-    run: _Run,
-    layers: tuple[Layer, ...],
-    amounts: list[Quantity],
-    texts: list[EvaluationRows],
-    quality: tuple[Quality, ...],
-    calibration: str | Path | None,
-) -> tuple[Candidate, ...]:
-    """The untouched model, ours, and the other methods, measured the same way and timed in turn."""
-    if run.dense is None:
-        return ()
-    rows = _calibration_rows(run, calibration)
-    if isinstance(rows, NotMeasured):
-        run.not_measured.append(rows)
-        return ()
-    run.progress("fitting the baselines")
-    others = build_baselines(run.dense, run.converted.layers, rows)
-    models = {"dense": run.dense, "spm": run.student, **{method: model for method, (model, _) in others.items()}}
-    latency = _time_candidates(run, models)
-    whole = next(one for one in amounts if (one.what, one.scope) == ("parameters", "whole model"))
-    replaced = sum(layer.dense_parameters for layer in layers)
-    in_layers = {"dense": replaced, "spm": sum(layer.parameters for layer in layers)}
-    in_layers |= {method: parameters for method, (_, parameters) in others.items()}
-    candidates = []
-    for key, model in models.items():
-        metrics: tuple[Metric, ...] = quality[0].metrics if key == "spm" and quality else ()
-        if texts and key != "spm":
-            run.progress(f"measuring {TITLES[key]} on {texts[0].file.name}")
-            metrics = compare(run.dense, model, texts[0])
-        candidates.append(
-            Candidate(
-                key=key,
-                title=TITLES[key],
-                parameters=whole.dense - replaced + in_layers[key],
-                layer_parameters=in_layers[key],
-                note=_note(key, bool(run.converted.provenance.get("finetune"))),
-                metrics=metrics,
-                latency=latency.get(key),
-                tokens=timing.TYPICAL_TOKENS,
-            )
-        )
-    return tuple(candidates)
-
-
-TITLES = {"dense": "untouched", "spm": "SPM (this checkpoint)", **METHODS}
-
-
-def _note(key: str, finetuned: bool) -> str:
-    notes = {
-        "dense": "what the others are compared with",
-        "spm": "finetuned; the other methods are not" if finetuned else "not finetuned",
-        "svd": "two thin products, not finetuned",
-        "2:4": "stored with 2 bits of position a weight; timed as a dense product; not finetuned",
-    }
-    return notes[key]
-
-
-def _time_candidates(run: _Run, models: dict[str, Any]) -> dict[str, Latency]:
-    if not run.seconds or not run.reads_tokens:
-        return {}
-    run.progress("timing the methods in turn")
-    batch = timing.token_batch(run.dense, timing.TYPICAL_TOKENS)
-    calls = {key: timing.forward_call(model, batch) for key, model in models.items()}
-    return timing.interleaved(calls, 2 * run.seconds, run.device)
-
-
-def _calibration_rows(run: _Run, place: str | Path | None) -> CalibrationRows | NotMeasured | None:
-    """The rows that the conversion fitted, None where it used none, or why they cannot be had."""
-    recorded = run.converted.provenance["calibration"]
-    if recorded is None:
-        return None
-    file = Path(place or run.converted.provenance["recipe"]["calibration"]["file"])
-    try:
-        rows = load_rows(run.converted.directory, run.config, *recorded_calibration(run.converted, file))
-        reason = "" if rows.file_sha256 == recorded["file_sha256"] else f"{file} is not the calibration text (other hash)"
-    except SpmconvertError as error:
-        reason = str(error)
-    if reason:
-        remedy = "name the calibration text with --calib"
-        return NotMeasured(what="baselines", reason=f"they need the same calibration rows: {reason}", remedy=remedy)
-    return rows
