@@ -210,7 +210,7 @@ def test_unknown_recipe_key(run, checkpoints, tmp_path):
         ("t.txt", b"\xff\xfe\x00x", ("not UTF-8",)),
         ("t.csv", b"a,b", (".csv", ".jsonl")),
         ("t.jsonl", b"{", ("line 1", "not JSON")),
-        ("t.jsonl", b'{"body": "x"}', ("no key 'text'",)),
+        ("t.jsonl", b'{"body": "x"}', ("no text under 'text'",)),
         (None, b"", ("cannot be read",)),
     ],
 )
