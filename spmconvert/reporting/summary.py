@@ -131,7 +131,7 @@ def _baseline_figure(report: Report) -> KeyFigure:
         return KeyFigure(
             "against SVD of equal size",
             outcome,
-            f"{values}: {own.title}, on {report.quality[0].text}",
+            f"{values}: {own.title}, on {report.quality[0].text}; SPM is {by_key['spm'].note}",
             {"better": "good", "worse": "bad"}.get(outcome, "plain"),  # type: ignore[arg-type]
         )
     won = sum(layer.error < layer.baseline_error for layer in report.layers)
