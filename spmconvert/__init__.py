@@ -18,18 +18,24 @@ from spmconvert.version import __version__
 
 if TYPE_CHECKING:
     from spmconvert.conversion import convert, load
+    from spmconvert.exporting import export
     from spmconvert.finetuning import finetune
     from spmconvert.operator.linear import SPMLinear
+    from spmconvert.reporting.report import report
     from spmconvert.surgery.hf import SPMConfig
+    from spmconvert.verification import verify
 
-__all__ = ["SPMConfig", "SPMLinear", "__version__", "convert", "finetune", "load"]
+__all__ = ["SPMConfig", "SPMLinear", "__version__", "convert", "export", "finetune", "load", "report", "verify"]
 
 _HOMES = {
     "SPMConfig": "spmconvert.surgery.hf",
     "SPMLinear": "spmconvert.operator.linear",
     "convert": "spmconvert.conversion",
+    "export": "spmconvert.exporting",
     "finetune": "spmconvert.finetuning",
     "load": "spmconvert.conversion",
+    "report": "spmconvert.reporting.report",
+    "verify": "spmconvert.verification",
 }
 _QUANTIZERS = "transformers.quantizers.auto"
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from spmconvert import console
-from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError
+from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.processes import run_in_processes
 from spmconvert.recipe import Recipe, parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.version import __version__
@@ -220,3 +220,136 @@ def finetune(
         console.data({**asdict(result), "output": str(result.output)})
     elif result is not None:
         console.show_finetuned(result, time.monotonic() - began)
+
+
+@app.command()
+def report(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Converted checkpoints; without one, the only one in the working directory.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for the files; default the checkpoint itself.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to measure quality on, neither fitted nor trained on.")] = None,
+    other_data: Annotated[Path | None, typer.Option(help="A second text, of another domain.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Another place of the calibration text, for --baselines.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Measure whitened SVD and 2:4 beside it.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")] = None,
+    rows: Annotated[int, typer.Option(help="Most rows of a text that are measured.")] = 64,
+    seconds: Annotated[float, typer.Option(help="About how long one timing takes; 0 measures no time and memory.")] = 2.0,
+    device: Annotated[str, typer.Option(help="Device the models run on.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure what a conversion gained and lost; write report.json, report.html and the model card."""
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.reporting.unfinished import find_unfinished
+
+    directories = models or [only_converted(Path.cwd())]
+    unfinished = find_unfinished(directories[0]) if len(directories) == 1 else None
+    if unfinished is not None:
+        from spmconvert.reporting.terminal import unfinished_view
+
+        if as_json:
+            return console.data({**asdict(unfinished), "output": str(unfinished.output)})
+        return console.show(unfinished_view(unfinished))
+    from spmconvert.reporting.files import write_comparison, write_report
+    from spmconvert.reporting.report import report as run
+    from spmconvert.reporting.terminal import comparison_view, report_view
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
+    console.silence_libraries()
+    with console.Steps() as steps:
+        found = [
+            run(
+                directory,
+                data=data,
+                other_data=other_data,
+                teacher=teacher,
+                calibration=calib,
+                baselines=baselines,
+                tasks=names,
+                rows=rows,
+                seconds=seconds,
+                device=device,
+                progress=steps,
+            )
+            for directory in directories
+        ]
+    one = len(found) == 1
+    page = write_report(found[0], directories[0], output) if one else write_comparison(found, output)
+    if as_json:
+        listed = [each.model_dump(mode="json") for each in found]
+        return console.data(listed[0] if one else listed)
+    console.show(report_view(found[0]) if one else comparison_view(found))
+    return console.note(f"wrote {page}")
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check hashes, shapes, values and untouched tensors of a converted checkpoint, and load it in a fresh process."""
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.verification import verify as run
+
+    directory = model or only_converted(Path.cwd())
+    checks = run(directory, teacher=teacher)
+    if as_json:
+        console.data([asdict(check) for check in checks])
+    else:
+        for check in checks:
+            console.show(f"{check.outcome:8}{check.name:20}{check.detail}")
+    failed = [check.name for check in checks if check.outcome == "FAILED"]
+    if failed:
+        raise VerificationError(
+            f"{directory} failed {len(failed)} of {len(checks)} checks: {', '.join(failed)}; convert again"
+        )
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-dense.")] = None,
+    form: Annotated[str, typer.Option("--format", help="dense is the only one.")] = "dense",
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a plain dense checkpoint that computes the same and loads without spmconvert."""
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.exporting import export as run
+
+    directory = model or only_converted(Path.cwd())
+    console.silence_libraries()
+    result = run(directory, output, form=form, force=force)
+    if as_json:
+        console.data({**asdict(result), "output": str(result.output)})
+    else:
+        console.show_export(result)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for texts, checkpoints and report.")] = Path(
+        "spm-demo"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of the finetune; default fits in five minutes.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoints of an earlier demo.")] = False,
+) -> None:
+    """Convert, finetune and report on a real sentence encoder, without network; the extra demo has the model."""
+    from spmconvert.demonstration import demo as run
+    from spmconvert.reporting.schema import read_report
+    from spmconvert.reporting.terminal import report_view
+
+    console.silence_libraries()
+    page = run(output, force=force, step=console.note, **_given(steps=steps))
+    console.show(report_view(read_report(page.with_suffix(".json"))))
+    console.show(f"open {page} in a browser")

@@ -9,13 +9,16 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from spmconvert.units import count, duration, size
+
 if TYPE_CHECKING:
     from spmconvert.conversion import Conversion
+    from spmconvert.exporting import Export
     from spmconvert.finetuning import Finetuned
     from spmconvert.layerfit import LayerRecord
     from spmconvert.plan import ConversionPlan
@@ -46,29 +49,6 @@ def silence_libraries() -> None:
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-
-
-def size(number: float) -> str:
-    """Bytes with a decimal unit."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.1f} TB"
-
-
-def count(number: float) -> str:
-    """A large number with a decimal suffix."""
-    for suffix in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.0f}{suffix}" if suffix == "" else f"{number:.2f}{suffix}"
-        number /= 1000
-    return f"{number:.2f}T"
-
-
-def duration(seconds: float) -> str:
-    """Seconds, or minutes and seconds."""
-    return f"{seconds:.0f} s" if seconds < 120 else f"{int(seconds // 60)} min {int(seconds % 60)} s"
 
 
 class ConversionProgress:
@@ -293,3 +273,41 @@ def show_finetuned(result: "Finetuned", seconds: float) -> None:
         _out.print(f"stopped early: {result.stopped}; the best state before it was kept", soft_wrap=True)
     _out.print(f"written to {result.output}; load it:", soft_wrap=True)
     _out.print(f"  import spmconvert; model = spmconvert.load({str(result.output)!r})", soft_wrap=True)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result that another module has laid out."""
+    _out.print(renderable)
+
+
+class Steps:
+    """A live line that names what is being done; called with the next step."""
+
+    def __init__(self) -> None:
+        self._status = _err.status("starting")
+
+    def __enter__(self) -> Self:
+        """Start drawing."""
+        self._status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        """Stop drawing."""
+        self._status.stop()
+
+    def __call__(self, step: str) -> None:
+        """Name the step that begins."""
+        self._status.update(step)
+
+
+def show_export(result: "Export") -> None:
+    """What was exported, and how well it matches."""
+    compared = "not compared, the model reads no tokens"
+    if result.difference is not None:
+        compared = f"differ by {result.difference:.2g} of the largest at most, {result.tolerance:g} is allowed"
+    _out.print(f"{result.layers} layers are dense again, {size(result.bytes)}; outputs {compared}", soft_wrap=True)
+    if result.added_biases:
+        _out.print(
+            f"turned on in config.json: {', '.join(result.added_biases)}, for biases of the conversion", soft_wrap=True
+        )
+    _out.print(f"wrote {result.output}, which loads without spmconvert", soft_wrap=True)

@@ -14,7 +14,8 @@
     │   ├── NotWritableError      12   no permission to write
     │   └── LockedError           13   another run holds the output
     ├── BackendError              14   a device or backend was asked for that cannot run here
-    └── FitError                  15   a fit produced a non-finite or inadmissible layer
+    ├── FitError                  15   a fit or an export produced a layer that must not be saved
+    └── VerificationError         16   a converted checkpoint failed a check of ``verify``
 
 An interrupted run (Ctrl-C) exits with 130. Each message is one line: what was found, the limit, the remedy.
 """
@@ -109,6 +110,12 @@ class BackendError(SpmconvertError, RuntimeError):
 
 
 class FitError(SpmconvertError):
-    """A fit produced a layer that must not be saved."""
+    """A fit or an export produced a layer that must not be saved."""
 
     exit_code = 15
+
+
+class VerificationError(SpmconvertError):
+    """A converted checkpoint failed a check of ``verify``."""
+
+    exit_code = 16

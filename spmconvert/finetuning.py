@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from spmconvert.checkpoint.card import finetuned_card
-from spmconvert.checkpoint.converted import Converted, open_converted
+from spmconvert.checkpoint.converted import Converted, open_converted, open_source
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
-from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.conversion import load
 from spmconvert.devices import check_device
@@ -113,7 +113,7 @@ def finetune(
     training = _resolve_training(recipe, changes)
     check_device(device)
     converted = open_converted(Path(directory))
-    source = _open_teacher(converted, teacher)
+    source = open_source(converted, teacher)
     destination = _destination(converted, output, in_place=in_place)
     config = load_config(converted.directory)
     rows = load_training_data(str(data), converted.directory, config, training)
@@ -194,7 +194,7 @@ def store_teacher_logits(
     training = _resolve_training(recipe, changes)
     check_device(device)
     converted = open_converted(Path(directory))
-    source = _open_teacher(converted, teacher)
+    source = open_source(converted, teacher)
     config = load_config(converted.directory)
     if objective_for(config) != "logits":
         raise OptionError(
@@ -248,18 +248,6 @@ def _destination(converted: Converted, output: str | Path | None, *, in_place: b
     if destination.resolve() == directory:
         raise OptionError(f"the output {destination} is the input; choose another with -o, or ask for --in-place")
     return destination
-
-
-def _open_teacher(converted: Converted, teacher: str | None) -> Checkpoint:
-    """The dense checkpoint, checked against the hash that the conversion recorded."""
-    recorded = converted.provenance["source"]
-    source = open_checkpoint(teacher or recorded["name"], revision=None if teacher else recorded["revision"])
-    if source.sha256() != recorded["sha256"]:
-        raise CheckpointError(
-            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another content "
-            "hash); name the right one with --teacher"
-        )
-    return source
 
 
 def _load_student(converted: Converted, config: Any, training: Training, device: torch.device) -> Any:

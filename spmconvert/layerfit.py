@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.fitting.calibration import CalibrationRows
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
 from spmconvert.fitting.solve import LayerError, fit_, measure_error
@@ -89,10 +90,12 @@ def fit_layer(
     measured = moments.held_out.to(weight.device) if moments else statistics
     dense = (weight, bias)
     stored = (_rounded_matrix(layer), layer.bias)
-    baseline, rank = _baseline(plan, weight, bias, statistics)
-    error, baseline_error = measure_error(dense, stored, measured), measure_error(dense, baseline, measured)
+    left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
+    error, baseline_error = (
+        measure_error(dense, replacement, measured) for replacement in (stored, (left @ right, baseline_bias))
+    )
     fitted_error = measure_error(dense, stored, statistics)
-    return layer, _record(plan, fitted_error, error, rank, baseline_error, result.seconds)
+    return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds)
 
 
 def _record(
@@ -114,18 +117,24 @@ def _record(
     )
 
 
-def _baseline(
-    plan: LayerPlan, weight: Tensor, bias: Tensor | None, statistics: ActivationStatistics
-) -> tuple[tuple[Tensor, Tensor | None], int]:
-    """Whitened truncated SVD of the same size, with the same bias correction where there is a bias."""
+def whitened_svd(
+    spec: LayerSpec, weight: Tensor, bias: Tensor | None, statistics: ActivationStatistics
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The baseline: whitened truncated SVD of the same size, with the same bias correction where there is a bias.
+
+    Args:
+        spec: the layer it is compared with.
+        weight: dense weight [out_features, in_features].
+        bias: dense bias [out_features], or None.
+        statistics: moments of the layer's inputs, on the weight's device.
+
+    Returns:
+        U [out_features, rank], V [rank, in_features] with no more parameters than the layer's, and the bias.
+    """
     out_features, in_features = weight.shape
-    rank = rank_at(plan.spec.geometry.parameter_count(bias=False), in_features, out_features)
+    rank = rank_at(spec.geometry.parameter_count(bias=False), in_features, out_features)
     left, right = truncated_svd(weight, covariance_root(statistics.covariance), rank)
-    matrix = left @ right
-    if not plan.spec.bias:
-        return (matrix, None), rank
-    shift = (weight.float() - matrix) @ statistics.mean
-    return (matrix, shift if bias is None else shift + bias.float()), rank
+    return left, right, statistics.corrected_bias(weight, left @ right, bias) if spec.bias else None
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Tiny models from config classes, built once a session without network; and a real text to calibrate on."""
 
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from transformers import (
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
 )
+
+from spmconvert import cli
 
 VOCABULARY = 96
 
@@ -108,3 +111,18 @@ def text(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run the command in this process; returns exit code, standard output and standard error."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["spmconvert", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return (0 if code is None else code), captured.out, captured.err
+
+    return call

@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "spmconvert"
 # from the bottom up; a module may import from its own layer's package and from those before it
 LAYERS = [
-    ["version", "errors", "devices", "processes"],
+    ["version", "errors", "devices", "processes", "units", "fresh"],
     ["operator"],
     ["recipe", "checkpoint", "text"],
     ["fitting", "distill"],
@@ -15,6 +15,8 @@ LAYERS = [
     ["layerfit"],
     ["conversion"],
     ["finetuning"],
+    ["reporting"],
+    ["verification", "exporting", "demonstration"],
     ["console"],
     ["cli", "__main__", "__init__"],
 ]

@@ -11,25 +11,10 @@ import time
 import pytest
 import torch
 
-from spmconvert import cli, errors
+from spmconvert import errors
 from spmconvert.checkpoint.writer import OutputDirectory
 
 QUICK = ("--set", "fit.iterations=4", "--set", "calibration.rows=16")
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit code, standard output and standard error."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["spmconvert", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        captured = capsys.readouterr()
-        code = ended.value.code
-        return (0 if code is None else code), captured.out, captured.err
-
-    return call
 
 
 def assert_refused(result, error, *words):
@@ -138,7 +123,7 @@ def test_exit_codes_are_distinct():
         for value in vars(errors).values()
         if isinstance(value, type) and issubclass(value, errors.SpmconvertError)
     ]
-    assert len(codes) == len(set(codes)) == 15
+    assert len(codes) == len(set(codes)) == 16
     for code in codes:
         assert f" {code} " in errors.__doc__
 
@@ -225,7 +210,7 @@ def test_unknown_recipe_key(run, checkpoints, tmp_path):
         ("t.txt", b"\xff\xfe\x00x", ("not UTF-8",)),
         ("t.csv", b"a,b", (".csv", ".jsonl")),
         ("t.jsonl", b"{", ("line 1", "not JSON")),
-        ("t.jsonl", b'{"body": "x"}', ("no key 'text'",)),
+        ("t.jsonl", b'{"body": "x"}', ("no text under 'text'",)),
         (None, b"", ("cannot be read",)),
     ],
 )

@@ -316,7 +316,17 @@ def test_calibration_without_tokenizer(checkpoints, text, tmp_path):
 
 
 def test_public_names():
-    assert spmconvert.__all__ == ["SPMConfig", "SPMLinear", "__version__", "convert", "load"]
+    assert spmconvert.__all__ == [
+        "SPMConfig",
+        "SPMLinear",
+        "__version__",
+        "convert",
+        "export",
+        "finetune",
+        "load",
+        "report",
+        "verify",
+    ]
     for name in spmconvert.__all__:
         assert getattr(spmconvert, name) is not None
     with pytest.raises(AttributeError):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Any
 
 # what a finetune replaces
+REPORT_BEGIN = "<!-- spmconvert report: begin -->"
+REPORT_END = "<!-- spmconvert report: end -->"
 UNTUNED = "The model has not been finetuned after the conversion."
 
 
@@ -47,10 +49,22 @@ def model_card(*, source: str, source_sha256: str, rows: Sequence[Any], measured
     return "\n".join([*header, "", *body, *table, ""])
 
 
+def with_report(card: str, section: str) -> str:
+    """A card with a report's section in the place of an older one, or at the end; an empty section takes it out."""
+    before, begin, rest = card.partition(REPORT_BEGIN)
+    _, end, after = rest.partition(REPORT_END)
+    marked = f"{REPORT_BEGIN}\n\n{section}\n\n{REPORT_END}" if section else ""
+    if begin and end:
+        return f"{before}{marked}{after}"
+    return f"{card.rstrip()}\n\n{marked}\n" if marked else card
+
+
 def finetuned_card(card: str, run: dict[str, Any]) -> str:
     """A card after one more finetune: what was reached takes the place of the sentence about none."""
     done = (
         f"It was distilled against its source for {run['steps']} steps, {run['tokens']:,} tokens; held-out loss a token "
         f"{run['start_loss']:.4g} before, {run['best_loss']:.4g} after. The errors below are from before."
     )
+    # a report in it is one of the weights before
+    card = with_report(card, "")
     return card.replace(UNTUNED, done) if UNTUNED in card else f"{card}\n{done}\n"

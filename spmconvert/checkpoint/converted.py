@@ -7,7 +7,8 @@ from typing import Any
 
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
-from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError
+from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,46 @@ class Converted:
     layers: dict[str, LayerSpec]
     tensors: dict[str, TensorEntry]
     provenance: dict[str, Any]
+
+    def checkpoint(self) -> Checkpoint:
+        """The same files as a checkpoint whose tensors can be read."""
+        return Checkpoint(self.directory, str(self.directory), None, self.config, self.tensors)
+
+    def stored_prefix(self, layer: str) -> str:
+        """Name of a layer in the checkpoint, which may lack or have the base model's prefix.
+
+        Raises:
+            CorruptCheckpointError: when the checkpoint has no tensors of the layer.
+        """
+        suffix = ".scale_in"
+        prefixes = [name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)]
+        for prefix in prefixes:
+            if prefix == layer or prefix.endswith(f".{layer}") or layer.endswith(f".{prefix}"):
+                return prefix
+        raise CorruptCheckpointError(
+            f"{self.directory} has no tensors of layer {layer}, which its layer map names; download it or convert it again"
+        )
+
+
+def open_source(converted: Converted, place: str | None) -> Checkpoint:
+    """The dense checkpoint that a conversion started from, checked by its recorded hash.
+
+    Args:
+        converted: the conversion.
+        place: another place of the source; None for the recorded one.
+
+    Raises:
+        ModelNotFoundError: when it is not there any more.
+        CheckpointError: when it is another checkpoint.
+    """
+    recorded = converted.provenance["source"]
+    source = open_checkpoint(place or recorded["name"], revision=None if place else recorded["revision"])
+    if source.sha256() != recorded["sha256"]:
+        raise CheckpointError(
+            f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another hash); "
+            "name the right one with --teacher"
+        )
+    return source
 
 
 def open_converted(directory: Path) -> Converted:

@@ -14,6 +14,9 @@ from spmconvert.operator.geometry import Geometry
 QUANT_METHOD = "spm"
 FORMAT_VERSION = 1
 PROVENANCE_FILE = "spm.json"
+CHECKSUM_FILE = "checksums.sha256"
+# what a report leaves beside the weights; it describes these weights and no others
+REPORT_FILES = ("report.json", "report.html")
 LAYER_KEYS = ("in", "out", "n", "stages", "variant", "block", "rank", "bias", "fan_in_fan_out", "dtype")
 DTYPES = (None, "float32", "bfloat16", "float16")
 

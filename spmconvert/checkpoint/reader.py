@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEntry, read_headers
-from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, QUANT_METHOD, REPORT_FILES
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "*LICENSE*")
 CHAT_TEMPLATES = "additional_chat_templates"
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
-WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE)
+WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE, CHECKSUM_FILE, *REPORT_FILES)
 
 
 @dataclass(frozen=True)

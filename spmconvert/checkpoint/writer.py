@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -59,7 +60,7 @@ class OutputDirectory:
         self.output = Path(os.path.realpath(output))
         self.fingerprint, self.force, self.resume, self.needed_bytes = fingerprint, force, resume, needed_bytes
         parent, name = self.output.parent, self.output.name
-        self.partial = parent / f".{name}.partial"
+        self.partial = partial_directory(self.output)
         self._replaced = parent / f".{name}.old"
         self._lock = FileLock(parent / f".{name}.lock")
 
@@ -133,11 +134,12 @@ class OutputDirectory:
             shutil.rmtree(self.partial)
         (self.partial / "layers").mkdir(parents=True, exist_ok=True)
         _replace_file(run, json.dumps({"fingerprint": self.fingerprint}).encode())
-        shutil.rmtree(self._final, ignore_errors=True)
-        self._final.mkdir()
+        shutil.rmtree(self.final, ignore_errors=True)
+        self.final.mkdir()
 
     @property
-    def _final(self) -> Path:
+    def final(self) -> Path:
+        """The directory that will be renamed into place."""
         return self.partial / "final"
 
     def _layer_file(self, name: str) -> Path:
@@ -200,7 +202,7 @@ class OutputDirectory:
             # outside of _write_errors: an error of the source is not one of the output
             contents = {name: read().contiguous() for name, _, read in shard}
             with _write_errors(self.output):
-                _save_shard(contents, self._final / file)
+                _save_shard(contents, self.final / file)
         if len(shards) > 1:
             weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
             total = sum(size for _, size, _ in tensors)
@@ -218,27 +220,47 @@ class OutputDirectory:
         except OSError as error:
             raise CheckpointError(f"{source} cannot be read ({error.strerror}); check that it is there") from error
         with stream, _write_errors(self.output):
-            (self._final / relative).parent.mkdir(parents=True, exist_ok=True)
-            with (self._final / relative).open("wb") as copy:
+            (self.final / relative).parent.mkdir(parents=True, exist_ok=True)
+            with (self.final / relative).open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
 
     def add_text(self, relative: str, text: str) -> None:
         """Write a text file into the output."""
         with _write_errors(self.output):
-            (self._final / relative).write_text(text, encoding="utf-8")
+            (self.final / relative).write_text(text, encoding="utf-8")
 
     def commit(self) -> None:
         """Make the output appear by one rename, and remove the working directory."""
         with _write_errors(self.output):
-            for path in [*self._final.rglob("*"), self._final]:
+            write_checksums(self.final)
+            for path in [*self.final.rglob("*"), self.final]:
                 _sync(path)
             if self.output.exists():
                 self.output.rename(self._replaced)
-            self._final.rename(self.output)
+            self.final.rename(self.output)
             _sync(self.output.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
             # the output is there: nothing that happens to the rest can be an error of this run
             shutil.rmtree(self.partial, ignore_errors=True)
+
+
+def write_checksums(directory: Path) -> None:
+    """Note the hashes of the files that decide what the model computes, in the form that sha256sum -c reads.
+
+    The model card may be edited, and the provenance holds times, so that equal runs would differ.
+    """
+    lines = []
+    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
+        name = path.relative_to(directory).as_posix()
+        if name not in ("README.md", PROVENANCE_FILE, CHECKSUM_FILE):
+            with path.open("rb") as stream:
+                lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
+    (directory / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
+
+
+def partial_directory(output: Path) -> Path:
+    """The working directory of an output while it is not finished."""
+    return output.parent / f".{output.name}.partial"
 
 
 def _shards(

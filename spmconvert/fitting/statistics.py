@@ -56,8 +56,13 @@ class ActivationStatistics:
         return self.scatter / max(self.rows, 1)
 
     def to(self, device: torch.device | str) -> "ActivationStatistics":
-        """The same statistics on a device."""
+        """The same on another device."""
         return ActivationStatistics(self.rows, self.mean.to(device), self.scatter.to(device))
+
+    def corrected_bias(self, weight: Tensor, replacement: Tensor, bias: Tensor | None) -> Tensor:
+        """The bias b + (W - S) mean, with which S in the place of W keeps the mean output exact; float32."""
+        shift = (weight.float() - replacement) @ self.mean
+        return shift if bias is None else shift + bias.float()
 
     def merge_(self, other: "ActivationStatistics") -> None:
         """Add the rows of other statistics, in place; the same result as seeing all rows at once."""

@@ -1,0 +1,129 @@
+"""The simpler methods a user could take instead, made from the same dense model and the same calibration rows.
+
+- Whitened truncated SVD with no more parameters than each SPM layer, run as two matrix products.
+- Magnitude 2:4: of every four weights of an output the two largest stay. Run as a dense product, because that is what
+  happens without kernels and hardware for it; half of the weights are stored, with two bits of position each.
+
+Both get the exact bias correction that an SPM layer gets, and neither is finetuned. Models share every tensor that they do
+not change.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.fitting.calibration import CalibrationRows
+from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
+from spmconvert.layerfit import whitened_svd
+from spmconvert.plan import STATISTICS_BUDGET
+from spmconvert.surgery.swap import replace_module
+
+METHODS = {"svd": "whitened SVD, equal parameters", "2:4": "magnitude 2:4"}
+
+
+class LowRankLinear(nn.Module):
+    """y = U (V x) + bias.
+
+    Args:
+        left: U, [out_features, rank].
+        right: V, [rank, in_features].
+        bias: [out_features], or None.
+
+    Shape:
+        input [..., in_features] -> output [..., out_features]
+    """
+
+    def __init__(self, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        # called weight because model code reads the dtype of a layer's weight
+        self.weight = nn.Parameter(left)
+        self.low_rank_in = nn.Parameter(right)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply both factors."""
+        return linear(linear(x, self.low_rank_in), self.weight, self.bias)
+
+
+class SparseLinear(nn.Module):
+    """A dense product with a weight that is half zeros.
+
+    Args:
+        weight: [out_features, in_features].
+        bias: [out_features], or None.
+
+    Shape:
+        input [..., in_features] -> output [..., out_features]
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply by the whole weight."""
+        return linear(x, self.weight, self.bias)
+
+
+def build_baselines(dense: Any, specs: Mapping[str, LayerSpec], rows: CalibrationRows | None) -> dict[str, tuple[Any, int]]:
+    """Make the models of the other methods.
+
+    Args:
+        dense: the untouched model; it stays untouched.
+        specs: layers that the conversion replaced.
+        rows: the conversion's calibration rows, or None where it used none.
+
+    Returns:
+        Model and number of parameters in the replaced layers, by method.
+    """
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    models = {method: copy.deepcopy(dense, dict(shared)) for method in METHODS}
+    parameters = dict.fromkeys(METHODS, 0)
+    for name, statistics in _statistics(dense, specs, rows):
+        module = dense.get_submodule(name)
+        weight = (module.weight.t() if specs[name].fan_in_fan_out else module.weight).detach().float()
+        bias = None if module.bias is None else module.bias.detach().float()
+        left, right, svd_bias = whitened_svd(specs[name], weight, bias, statistics)
+        kept = keep_two_of_four(weight)
+        kept_bias = statistics.corrected_bias(weight, kept, bias) if specs[name].bias else None
+        replacements: dict[str, nn.Module] = {
+            "svd": LowRankLinear(left, right, svd_bias),
+            "2:4": SparseLinear(kept, kept_bias),
+        }
+        for method, layer in replacements.items():
+            replace_module(models[method], name, layer.to(module.weight).eval())
+        parameters["svd"] += sum(parameter.numel() for parameter in replacements["svd"].parameters())
+        parameters["2:4"] += int((kept != 0).sum()) + (0 if kept_bias is None else len(kept_bias))
+    return {method: (models[method], parameters[method]) for method in METHODS}
+
+
+def keep_two_of_four(weight: Tensor) -> Tensor:
+    """Zero the two smallest of every four neighbours along the inputs of weight [out_features, in_features]."""
+    rows, columns = weight.shape
+    # padding that can never be among the largest
+    groups = pad(weight.abs(), (0, -columns % 4), value=-1.0).view(rows, -1, 4)
+    mask = torch.zeros_like(groups).scatter_(-1, groups.topk(2, dim=-1).indices, 1.0)
+    return weight * mask.view(rows, -1)[:, :columns]
+
+
+def _statistics(
+    dense: Any, specs: Mapping[str, LayerSpec], rows: CalibrationRows | None
+) -> Iterator[tuple[str, ActivationStatistics]]:
+    """Input statistics of every layer, on its device; runs the model once for as many layers as fit in the budget."""
+    waiting = list(specs)
+    while waiting:
+        group: list[str] = []
+        used = 0
+        while waiting and (not group or used <= STATISTICS_BUDGET):
+            group.append(waiting.pop(0))
+            used += statistics_bytes(specs[group[-1]].geometry.in_features)
+        gathered = {} if rows is None else collect(dense, group, rows.batches(rows.fitted, dense))
+        for name in group:
+            statistics = gathered.get(name) or ActivationStatistics.isotropic(specs[name].geometry.in_features)
+            yield name, statistics.to(dense.device)

@@ -1,0 +1,47 @@
+"""Several converted checkpoints side by side.
+
+Each was timed against its own dense model in its own run, so times are compared as ratios; measures of quality stand in one
+row only where they are of the same kind and on the same text.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from spmconvert.reporting.schema import Report
+from spmconvert.reporting.summary import describe_call
+from spmconvert.units import count, measured, size
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the comparison.
+
+    Attributes:
+        what: what is compared.
+        values: one a report, a dash where a report has none.
+    """
+
+    what: str
+    values: tuple[str, ...]
+
+
+def rows(reports: Sequence[Report]) -> list[Row]:
+    """Everything that at least one of the reports has."""
+    columns = [_column(report) for report in reports]
+    keys = list(dict.fromkeys(key for column in columns for key in column))
+    return [Row(key, tuple(column.get(key, "–") for column in columns)) for key in keys]
+
+
+def _column(report: Report) -> dict[str, str]:
+    column = {"source": report.model.source_sha256[:12], "finetuned": "yes" if report.model.finetuned else "no"}
+    for quantity in report.quantities:
+        shown = size(quantity.converted) if quantity.unit == "B" else count(quantity.converted)
+        column[f"{quantity.what}, {quantity.scope}"] = f"{shown} ({quantity.converted / quantity.dense:.1%})"
+    for text in report.quality:
+        for metric in text.metrics:
+            column[f"{metric.title}, on {text.text}"] = measured(metric.converted, metric.unit)
+    for row in report.timing:
+        column[f"dense time / converted time, {describe_call(row)}"] = f"{row.ratio:.2f}× ({row.verdict})"
+    median = sorted(layer.error for layer in report.layers)[len(report.layers) // 2]
+    column["median layer error at conversion"] = f"{median:.4f}"
+    return column

@@ -1,0 +1,63 @@
+"""Where a report goes: report.json and report.html, and the section of the model card.
+
+Without an output directory the files go into the checkpoint itself and its model card is refreshed. With one, the
+checkpoint is not touched and the section is written beside the others as report.md. A comparison of several never
+touches them.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from spmconvert.checkpoint.card import with_report
+from spmconvert.checkpoint.manifest import REPORT_FILES
+from spmconvert.errors import NotWritableError
+from spmconvert.reporting.html import render
+from spmconvert.reporting.markdown import section
+from spmconvert.reporting.schema import Report
+
+JSON_NAME, HTML_NAME = REPORT_FILES
+COMPARISON_DIRECTORY = "spm-comparison"
+
+
+def write_report(report: Report, directory: Path, output: Path | None) -> Path:
+    """Write one report in all forms; returns the HTML file.
+
+    Args:
+        report: what to write.
+        directory: the checkpoint.
+        output: another place; None for the checkpoint itself.
+
+    Raises:
+        NotWritableError: when the place cannot be written.
+    """
+    place = output or directory
+    contents = {JSON_NAME: report.model_dump_json(indent=2) + "\n", HTML_NAME: render([report])}
+    if output is None:
+        card = directory / "README.md"
+        contents[card.name] = with_report(card.read_text(encoding="utf-8") if card.exists() else "", section(report))
+    else:
+        contents["report.md"] = section(report) + "\n"
+    return _write(place, contents)
+
+
+def write_comparison(reports: Sequence[Report], output: Path | None) -> Path:
+    """Write several reports as one page and one JSON list; returns the HTML file.
+
+    Raises:
+        NotWritableError: when the place cannot be written.
+    """
+    listed = json.dumps([report.model_dump(mode="json") for report in reports], indent=2) + "\n"
+    return _write(output or Path(COMPARISON_DIRECTORY), {JSON_NAME: listed, HTML_NAME: render(reports)})
+
+
+def _write(place: Path, contents: dict[str, str]) -> Path:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for name, content in contents.items():
+            temporary = place / f".{name}.tmp"
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(place / name)
+    except OSError as error:
+        raise NotWritableError(f"{place} cannot be written ({error.strerror}); choose another output with -o") from error
+    return place / HTML_NAME

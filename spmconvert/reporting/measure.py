@@ -1,0 +1,201 @@
+"""How far a model is from the dense one it came from, on rows that neither has been fitted on.
+
+What is compared follows from the architecture: distributions over words (KL a token in nats, top-1 agreement, and
+perplexity where the model is causal), classes (agreement and KL a row), or the representations of an encoder (cosine of
+states and of mean-pooled embeddings, and whether pairs of texts are as similar as before). Everything is computed in
+float32 from the outputs of the models as they are loaded; standard errors are over rows.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, normalize
+
+from spmconvert.distill.objective import objective_for
+from spmconvert.reporting.rows import EvaluationRows
+from spmconvert.reporting.schema import Metric
+from spmconvert.text import padded_batch, reads_packed
+
+BATCH_ROWS = 4
+BOOTSTRAP_DRAWS = 200
+
+
+@dataclass
+class _Means:
+    """Sums of one measure by row, for its mean over samples and the standard error over rows."""
+
+    totals: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+
+    def add(self, values: Tensor, mask: Tensor) -> None:
+        """Add values [rows, samples] where the mask is true."""
+        self.totals += (values * mask).sum(-1).tolist()
+        self.counts += mask.sum(-1).tolist()
+
+    @property
+    def samples(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        return sum(self.totals) / self.samples
+
+    @property
+    def standard_error(self) -> float | None:
+        if len(self.counts) < 2:
+            return None
+        rows = torch.tensor([total / max(number, 1) for total, number in zip(self.totals, self.counts, strict=True)])
+        return float(rows.std() / len(rows) ** 0.5)
+
+
+def compare(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
+    """Measure a model against the dense one; the first metric is the headline."""
+    measures: dict[str, Callable[[Any, Any, EvaluationRows], tuple[Metric, ...]]] = {
+        "logits": _compare_words,
+        "classes": _compare_classes,
+        "hidden": _compare_representations,
+    }
+    return measures[objective_for(dense.config)](dense, other, rows)
+
+
+def _outputs(dense: Any, other: Any, rows: EvaluationRows) -> Iterator[tuple[dict[str, Any], Any, Any]]:
+    for first in range(0, len(rows.rows), BATCH_ROWS):
+        batch = padded_batch(rows.rows[first : first + BATCH_ROWS], rows.padding, dense)
+        with torch.no_grad():
+            yield batch, dense(**batch), other(**batch)
+
+
+def _compare_words(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
+    divergence, agreement, own_loss, dense_loss = _Means(), _Means(), _Means(), _Means()
+    causal = reads_packed(dense.config) and not dense.config.is_encoder_decoder
+    for batch, target, own in _outputs(dense, other, rows):
+        mask = batch["attention_mask"].bool()
+        divergence.add(_kl(target.logits, own.logits), mask)
+        agreement.add((target.logits.argmax(-1) == own.logits.argmax(-1)).float(), mask)
+        if causal:
+            following = mask[:, 1:]
+            own_loss.add(_next_token_loss(own.logits, batch["input_ids"]), following)
+            dense_loss.add(_next_token_loss(target.logits, batch["input_ids"]), following)
+    metrics = [
+        _metric("kl", "KL divergence a token", "nats", divergence, "tokens", higher=False),
+        _metric("top1", "top-1 agreement", "share", agreement, "tokens", higher=True),
+    ]
+    if causal:
+        metrics.append(_perplexity(dense_loss, own_loss))
+    return tuple(metrics)
+
+
+def _compare_classes(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
+    divergence, agreement = _Means(), _Means()
+    for batch, target, own in _outputs(dense, other, rows):
+        mask = batch["attention_mask"].bool()
+        # one decision a row, or one a token
+        if target.logits.ndim == 2:
+            mask = mask[:, :1]
+        shape = (*mask.shape, target.logits.shape[-1])
+        target_logits, own_logits = target.logits.reshape(shape), own.logits.reshape(shape)
+        divergence.add(_kl(target_logits, own_logits), mask)
+        agreement.add((target_logits.argmax(-1) == own_logits.argmax(-1)).float(), mask)
+    return (
+        _metric("agreement", "same class", "share", agreement, "decisions", higher=True),
+        _metric("kl", "KL divergence a decision", "nats", divergence, "decisions", higher=False),
+    )
+
+
+def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
+    states, embeddings = _Means(), _Means()
+    pooled: list[tuple[Tensor, Tensor]] = []
+    for batch, target, own in _outputs(dense, other, rows):
+        mask = batch["attention_mask"].bool()
+        target_states, own_states = target[0].float(), own[0].float()
+        states.add(cosine_similarity(own_states, target_states, dim=-1), mask)
+        pair = _mean_pooled(target_states, mask), _mean_pooled(own_states, mask)
+        embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], mask.any(-1, keepdim=True))
+        pooled.append((pair[0].cpu(), pair[1].cpu()))
+    metrics = [
+        _metric("embedding", "cosine of text embeddings", "", embeddings, "texts", higher=True),
+        _metric("states", "cosine of token states", "", states, "tokens", higher=True),
+    ]
+    if len(rows.rows) >= 3:
+        metrics.insert(0, _similarity_ranking(*(torch.cat(part) for part in zip(*pooled, strict=True))))
+    return tuple(metrics)
+
+
+def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
+    """Spearman correlation of the similarities of all pairs of texts [rows, features], as each model sees them.
+
+    The standard error is a bootstrap over texts: pairs that share a text are not independent.
+    """
+    similarities = [unit @ unit.t() for unit in (normalize(dense, dim=-1), normalize(own, dim=-1))]
+    first, second = torch.triu_indices(len(dense), len(dense), offset=1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = []
+    for _ in range(BOOTSTRAP_DRAWS):
+        texts = torch.randint(0, len(dense), (len(dense),), generator=generator)
+        left, right = texts[first], texts[second]
+        # a text drawn twice would be compared with itself
+        kept = left != right
+        if kept.sum() > 1:
+            drawn.append(_spearman(*(matrix[left[kept], right[kept]] for matrix in similarities)))
+    return Metric(
+        key="similarity",
+        title="ranking of text similarities (Spearman)",
+        unit="",
+        dense=None,
+        converted=_spearman(*(matrix[first, second] for matrix in similarities)),
+        higher_is_better=True,
+        samples=len(dense),
+        sample="texts, in pairs",
+        standard_error=float(torch.tensor(drawn).std()),
+    )
+
+
+def _spearman(one: Tensor, other: Tensor) -> float:
+    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _kl(target: Tensor, own: Tensor) -> Tensor:
+    """KL(target || own) over the last axis of logits."""
+    log_target, log_own = log_softmax(target.float(), -1), log_softmax(own.float(), -1)
+    return kl_div(log_own, log_target, reduction="none", log_target=True).sum(-1)
+
+
+def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Negative log likelihood of every following token, [rows, tokens - 1], nats."""
+    return cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+
+
+def _mean_pooled(states: Tensor, mask: Tensor) -> Tensor:
+    weights = mask[..., None].float()
+    return (states * weights).sum(1) / weights.sum(1)
+
+
+def _metric(key: str, title: str, unit: str, means: _Means, sample: str, *, higher: bool) -> Metric:
+    return Metric(
+        key=key,
+        title=title,
+        unit=unit,
+        dense=None,
+        converted=means.mean,
+        higher_is_better=higher,
+        samples=means.samples,
+        sample=sample,
+        standard_error=means.standard_error,
+    )
+
+
+def _perplexity(dense: _Means, own: _Means) -> Metric:
+    return Metric(
+        key="perplexity",
+        title="perplexity",
+        unit="",
+        dense=float(torch.tensor(dense.mean).exp()),
+        converted=float(torch.tensor(own.mean).exp()),
+        higher_is_better=False,
+        samples=own.samples,
+        sample="tokens",
+    )

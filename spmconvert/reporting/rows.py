@@ -1,0 +1,111 @@
+"""Which rows of a text may be called unseen.
+
+Quality is never measured on rows that a fit or a finetune has used. A text is known by its hash:
+
+- the calibration text: only the rows that the conversion held out, drawn again with the recorded recipe and seed;
+- a text that a finetune used: none. Its training rows were learned, and its held-out rows chose the state that was kept;
+- any other text: rows drawn from the whole of it.
+
+What it gives up: a copy of a used text with one changed byte is another text to this module.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from spmconvert.checkpoint.converted import Converted
+from spmconvert.errors import CalibrationError
+from spmconvert.fitting.calibration import load_rows
+from spmconvert.recipe import Calibration, Recipe
+from spmconvert.reporting.schema import NotMeasured
+from spmconvert.text import load_tokenizer, read_documents, row_length, token_rows
+
+Domain = Literal["first", "other"]
+SEED = 0
+ROW_TOKENS = 128
+OPTIONS: dict[Domain, str] = {"first": "--data", "other": "--other-data"}
+
+
+@dataclass(frozen=True)
+class EvaluationRows:
+    """Unseen rows of one text.
+
+    Attributes:
+        file: the text.
+        domain: which of the two texts it is.
+        sha256: its hash.
+        rows: token ids, each [tokens] (int64).
+        padding: token id that fills short rows.
+        origin: where the rows come from, in words.
+    """
+
+    file: Path
+    domain: Domain
+    sha256: str
+    rows: list[Tensor]
+    padding: int
+    origin: str
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all rows."""
+        return sum(len(row) for row in self.rows)
+
+
+def evaluation_rows(
+    converted: Converted, config: Any, file: Path, domain: Domain, *, count: int
+) -> EvaluationRows | NotMeasured:
+    """Rows of a text that may measure quality, or why there are none.
+
+    Raises:
+        CalibrationError: when the file cannot be read as a text.
+    """
+    what = f"quality on {file.name}"
+    try:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CalibrationError(f"text file {file} cannot be read: {error.strerror}; check the path") from None
+    if any(run.get("data_sha256") == digest for run in converted.provenance.get("finetune", [])):
+        return NotMeasured(
+            what=what,
+            reason="a finetune of this model used the text: on seen rows there is no quality to measure",
+            remedy=f"give a text that was not trained on with {OPTIONS[domain]}",
+        )
+    calibration = converted.provenance.get("calibration") or {}
+    if calibration.get("file_sha256") == digest:
+        return _held_out_rows(converted, config, file, domain, what)
+    documents = read_documents(file)
+    tokenizer = load_tokenizer(converted.directory)
+    rows = token_rows(documents, tokenizer, config, row_length(config, ROW_TOKENS), file)
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    chosen = [rows[index] for index in sorted(order[:count])]
+    return EvaluationRows(
+        file, domain, digest, chosen, padding, f"{len(chosen)} of {len(rows)} rows, drawn with seed {SEED}"
+    )
+
+
+def recorded_calibration(converted: Converted, file: Path) -> tuple[Calibration, int]:
+    """The calibration settings and seed of the conversion, with the text at the given place."""
+    recipe = Recipe.model_validate(converted.provenance["recipe"])
+    return recipe.calibration.model_copy(update={"file": file}), recipe.seed
+
+
+def _held_out_rows(
+    converted: Converted, config: Any, file: Path, domain: Domain, what: str
+) -> EvaluationRows | NotMeasured:
+    settings, seed = recorded_calibration(converted, file)
+    rows = load_rows(converted.directory, config, settings, seed)
+    recorded = converted.provenance["calibration"]
+    if (len(rows.fitted), len(rows.held_out)) != (recorded["fitted_rows"], recorded["held_out_rows"]):
+        return NotMeasured(
+            what=what,
+            reason="it is the calibration text, and its split into fitted and held-out rows cannot be drawn again",
+            remedy=f"give another text with {OPTIONS[domain]}",
+        )
+    origin = f"the {len(rows.held_out)} rows that the conversion held out; the other {len(rows.fitted)} were fitted"
+    return EvaluationRows(file, domain, rows.file_sha256, rows.held_out, rows.padding, origin)

@@ -1,0 +1,190 @@
+"""The report in a few figures and sentences, the same in the terminal, on the page and in the model card.
+
+The figures say what a reader asks first: how much smaller, how much faster, how much worse, and whether another method
+would have been better. Each names what it was measured on; none of them is rounded in our favour.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from spmconvert.reporting.schema import Candidate, Layer, Metric, Report, TimingRow, Training
+from spmconvert.units import count, measured, milliseconds, size
+
+Tone = Literal["good", "bad", "plain"]
+HEADLINE_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class KeyFigure:
+    """One figure of the headline.
+
+    Attributes:
+        label: what it is.
+        value: the figure.
+        detail: on what it was measured.
+        tone: whether it speaks for or against the conversion.
+    """
+
+    label: str
+    value: str
+    detail: str
+    tone: Tone
+
+
+def key_figures(report: Report) -> list[KeyFigure]:
+    """Size, speed, quality, and the comparison with the simpler method."""
+    return [_size_figure(report), _speed_figure(report), _quality_figure(report), _baseline_figure(report)]
+
+
+def findings(report: Report) -> list[str]:
+    """What the numbers say, in sentences; losses as plainly as gains."""
+    said = []
+    if report.timing:
+        said.append(f"Forward pass on {report.machine.device}: {break_even(report.timing)}.")
+    machine = report.machine
+    if report.timing and machine.load is not None and machine.load > machine.cores:
+        said.append(
+            f"The machine was busy (load {machine.load} on {machine.cores} cores): times are disturbed, though for both "
+            "models alike."
+        )
+    slower = [row for row in report.timing if row.verdict == "slower"]
+    if slower:
+        sizes = ", ".join(describe_call(row) for row in slower)
+        said.append(f"The converted model is slower than the dense one for {sizes}.")
+    said.append(_layer_sentence(report.layers))
+    said += _candidate_sentences(report.candidates)
+    said.append(_training_sentence(report.training))
+    said += [f"Not measured: {one.what}. {one.reason[:1].upper()}{one.reason[1:]}." for one in report.not_measured]
+    return said
+
+
+def break_even(rows: tuple[TimingRow, ...]) -> str:
+    """From how many tokens on the converted model is faster, in words; only clear differences count as faster."""
+    forward = [row for row in rows if row.what == "forward"]
+    faster = [row.verdict == "faster" for row in forward]
+    if not any(faster):
+        return f"not faster at any measured size up to {forward[-1].tokens} tokens"
+    if all(faster):
+        return f"faster at every measured size, from {forward[0].tokens} token on"
+    if not faster[-1]:
+        sizes = ", ".join(str(row.tokens) for row, won in zip(forward, faster, strict=True) if won)
+        return f"faster only at {sizes} tokens, not at {forward[-1].tokens}"
+    last = max(index for index, won in enumerate(faster) if not won)
+    return f"break-even between {forward[last].tokens} and {forward[last + 1].tokens} tokens"
+
+
+def describe_call(row: TimingRow) -> str:
+    """The size of a timed call in words."""
+    tokens = f"{row.tokens} token{'s' if row.tokens != 1 else ''}"
+    return tokens if row.what == "forward" else f"generating {tokens}"
+
+
+def describe_error(metric: Metric) -> str:
+    """A metric's standard error and samples in words."""
+    spread = "" if metric.standard_error is None else f"± {metric.standard_error:.2g}, "
+    return f"{spread}{metric.samples:,} {metric.sample}"
+
+
+def _size_figure(report: Report) -> KeyFigure:
+    whole = report.quantity("parameters", "whole model")
+    layers = report.quantity("parameters", "replaced layers")
+    disk = report.quantity("bytes on disk", "whole model")
+    change = whole.converted / whole.dense - 1
+    return KeyFigure(
+        "parameters",
+        f"{change:+.0%}".replace("-", "−"),
+        f"{count(whole.dense)} to {count(whole.converted)}; {size(disk.dense)} to {size(disk.converted)} on disk; "
+        f"replaced layers keep {layers.converted / layers.dense:.1%}",
+        "good" if change < 0 else "bad",
+    )
+
+
+def _speed_figure(report: Report) -> KeyFigure:
+    row = next((row for row in report.timing if row.what == "forward" and row.tokens == HEADLINE_TOKENS), None)
+    if row is None:
+        return KeyFigure("speed", "not measured", "see below", "plain")
+    times = f"{milliseconds(row.dense.p50)} to {milliseconds(row.converted.p50)} ms for {row.tokens} tokens"
+    tone: Tone = "plain"
+    if row.verdict != "no clear difference":
+        tone = "good" if row.verdict == "faster" else "bad"
+    return KeyFigure("speed", f"{row.ratio:.2f}×", f"{times}, {row.verdict}; {report.machine.device}, median", tone)
+
+
+def _quality_figure(report: Report) -> KeyFigure:
+    if not report.quality:
+        return KeyFigure("quality", "not measured", "see below for what is missing", "plain")
+    text = report.quality[0]
+    metric = next((one for one in text.metrics if one.key == "perplexity"), text.metrics[0])
+    value = measured(metric.converted, metric.unit)
+    value = value if metric.dense is None else f"{measured(metric.dense, metric.unit)} → {value}"
+    return KeyFigure(
+        "quality", value, f"{metric.title} against the dense model, on {text.text} ({describe_error(metric)})", "plain"
+    )
+
+
+def _baseline_figure(report: Report) -> KeyFigure:
+    by_key = {candidate.key: candidate for candidate in report.candidates}
+    if by_key and by_key["spm"].metrics:
+        own, other = by_key["spm"].metrics[0], by_key["svd"].metrics[0]
+        outcome = _outcome(own, other)
+        values = f"{measured(own.converted, own.unit)} against {measured(other.converted, other.unit)}"
+        return KeyFigure(
+            "against SVD of equal size",
+            outcome,
+            f"{values}: {own.title}, on {report.quality[0].text}; SPM is {by_key['spm'].note}",
+            {"better": "good", "worse": "bad"}.get(outcome, "plain"),  # type: ignore[arg-type]
+        )
+    won = sum(layer.error < layer.baseline_error for layer in report.layers)
+    return KeyFigure(
+        "against SVD of equal size",
+        f"{won} of {len(report.layers)}",
+        "layers where SPM has the lower held-out error, before any finetuning",
+        "good" if 2 * won > len(report.layers) else "bad",
+    )
+
+
+def _training_sentence(training: tuple[Training, ...]) -> str:
+    if not training:
+        return "The checkpoint has not been finetuned."
+    start, best = training[0].start_loss, training[-1].best_loss
+    steps = sum(run.steps for run in training)
+    if best < start:
+        loss = f"the held-out {training[-1].objective} loss a token from {start:.4g} to {best:.4g}"
+        return f"Finetuning for {steps} steps lowered {loss}."
+    return f"Finetuning for {steps} steps did not lower the held-out loss of {start:.4g} a token; its start was kept."
+
+
+def _layer_sentence(layers: tuple[Layer, ...]) -> str:
+    won = sum(layer.error < layer.baseline_error for layer in layers)
+    return (
+        f"Layer by layer, before any finetuning, SPM has a lower error than whitened SVD of equal size on {won} of "
+        f"{len(layers)} layers."
+    )
+
+
+def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
+    own = next((one for one in candidates if one.key == "spm"), None)
+    if own is None or not own.metrics:
+        return []
+    said = []
+    for other in candidates:
+        if other.key in ("spm", "dense"):
+            continue
+        outcome = _outcome(own.metrics[0], other.metrics[0])
+        values = f"{measured(own.metrics[0].converted, own.metrics[0].unit)} against "
+        values += measured(other.metrics[0].converted, other.metrics[0].unit)
+        said.append(
+            f"Whole model, SPM compared with {other.title}: {outcome} by {own.metrics[0].title} ({values}), with "
+            f"{own.parameters / other.parameters:.2f} times its parameters; SPM is {own.note}."
+        )
+    return said
+
+
+def _outcome(own: Metric, other: Metric) -> str:
+    """``better``, ``worse``, or ``level`` where the difference is within two standard errors."""
+    gain = own.converted - other.converted if own.higher_is_better else other.converted - own.converted
+    if own.standard_error is not None and other.standard_error is not None:
+        noise = 2 * (own.standard_error**2 + other.standard_error**2) ** 0.5
+        if abs(gain) <= noise:
+            return "level"
+    return "better" if gain > 0 else "worse"

@@ -1,0 +1,159 @@
+"""Latency and memory: dense and converted in turn within one run, so that a disturbed machine disturbs both.
+
+Every round calls each model once, in an order that rotates; a cell ends after its time or ``MOST_ROUNDS``, but never before
+``FEWEST_ROUNDS``. Reported are percentiles, not the best. Peak memory is that of a fresh process which loads one model and
+runs it once, because a process that has run another model has no memory of its own.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from spmconvert.errors import SpmconvertError
+from spmconvert.fresh import run_fresh
+from spmconvert.reporting.schema import Latency, NotMeasured, Quantity, TimingRow
+
+TOKENS = (1, 16, 128, 1024)
+# tokens of the passes that compare methods and measure memory
+TYPICAL_TOKENS = 128
+MEMORY_TOKENS = 1024
+PROMPT_TOKENS = 16
+NEW_TOKENS = 32
+FEWEST_ROUNDS = 5
+MOST_ROUNDS = 200
+
+
+def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, Latency]:
+    """Time calls in turn.
+
+    Args:
+        calls: what to time, by name.
+        seconds: about how long the whole of it may take.
+        device: where the calls compute; an accelerator is waited for.
+
+    Returns:
+        Percentiles in milliseconds, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for name in names:
+        calls[name]()
+    _wait(device)
+    began = time.perf_counter()
+    for turn in range(MOST_ROUNDS):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            start = time.perf_counter()
+            calls[name]()
+            _wait(device)
+            times[name].append(1000 * (time.perf_counter() - start))
+        if turn + 1 >= FEWEST_ROUNDS and time.perf_counter() - began >= seconds:
+            break
+    return {name: _latency(values) for name, values in times.items()}
+
+
+def time_models(dense: Any, converted: Any, seconds: float, device: str) -> list[TimingRow]:
+    """Whole-model forward passes by number of tokens, and generation where the model generates."""
+    rows = []
+    for tokens in TOKENS:
+        batch = token_batch(dense, tokens)
+        calls = {"dense": forward_call(dense, batch), "converted": forward_call(converted, batch)}
+        latency = interleaved(calls, seconds, device)
+        shape = "{} x {}".format(*batch["input_ids"].shape)
+        rows.append(TimingRow(what="forward", tokens=tokens, shape=shape, **latency))
+    if dense.can_generate():
+        rows.append(_time_generation(dense, converted, seconds, device))
+    return rows
+
+
+def token_batch(model: Any, tokens: int) -> dict[str, Any]:
+    """Random token ids as keyword arguments: one row, or several full rows where the model's positions end."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokens
+    # a power of two, because some models keep a few positions for themselves
+    length = min(tokens, 1 << (positions.bit_length() - 1))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (-(-tokens // length), length), generator=generator).to(model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch
+
+
+def forward_call(model: Any, batch: dict[str, Any]) -> Callable[[], Any]:
+    """A forward pass without gradients, ready to be timed."""
+
+    def call() -> Any:
+        with torch.no_grad():
+            return model(**batch)
+
+    return call
+
+
+def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
+    """Greedy continuation of ids [rows, tokens] by exactly so many tokens; [rows, tokens]."""
+    padding = model.generation_config.pad_token_id
+    with torch.no_grad():
+        return model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=0 if padding is None else padding,
+        )
+
+
+def _time_generation(dense: Any, converted: Any, seconds: float, device: str) -> TimingRow:
+    ids = token_batch(dense, PROMPT_TOKENS)["input_ids"][:1]
+    calls: dict[str, Callable[[], Any]] = {
+        "dense": lambda: generate(dense, ids, NEW_TOKENS),
+        "converted": lambda: generate(converted, ids, NEW_TOKENS),
+    }
+    latency = interleaved(calls, seconds, device)
+    shape = f"prompt of {ids.shape[1]}, {NEW_TOKENS} new"
+    return TimingRow(what="generate", tokens=NEW_TOKENS, shape=shape, **latency)
+
+
+def peak_memory(dense: Path, converted: Path, device: str) -> Quantity | NotMeasured:
+    """Peak memory of loading a model and running one pass, each in a fresh process."""
+    try:
+        used = [run_fresh("spmconvert.reporting.timing:memory_of", str(path), device) for path in (dense, converted)]
+    except SpmconvertError as error:
+        return NotMeasured(what="peak memory", reason=str(error), remedy="run the report on Linux with free memory")
+    return Quantity(
+        what="peak memory",
+        unit="B",
+        scope="whole model",
+        dense=used[0],
+        converted=used[1],
+        note=f"of a fresh process that loads the model on {device} and runs {MEMORY_TOKENS} tokens, above its libraries",
+    )
+
+
+def memory_of(directory: str, device: str) -> int:
+    """Load a checkpoint in this process, run it once, and return the bytes it needed beyond the libraries."""
+    from spmconvert.conversion import load
+
+    before = 0 if device.startswith("cuda") else _resident("VmRSS")
+    model = load(directory, dtype="auto").to(device).eval()
+    forward_call(model, token_batch(model, MEMORY_TOKENS))()
+    return torch.cuda.max_memory_allocated(device) if device.startswith("cuda") else _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    """A memory figure of this process; unlike getrusage's it is not inherited from the parent."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(f"{field}:"):
+            return 1024 * int(line.split()[1])
+    raise SpmconvertError(f"/proc/self/status has no {field}")
+
+
+def _latency(values: list[float]) -> Latency:
+    p20, p50, p80 = (float(value) for value in np.percentile(values, [20, 50, 80]))
+    return Latency(p20=p20, p50=p50, p80=p80, samples=len(values))
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)

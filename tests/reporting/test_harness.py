@@ -1,0 +1,43 @@
+"""Tasks of lm-evaluation-harness, where the extra is installed."""
+
+import json
+
+import pytest
+from transformers import AutoTokenizer
+
+from spmconvert.conversion import load
+from spmconvert.errors import OptionError
+from spmconvert.reporting.harness import run_tasks
+
+pytestmark = pytest.mark.filterwarnings("default")
+
+
+@pytest.fixture
+def task(tmp_path):
+    """A task of six questions in a local file; half of the answers are the first choice."""
+    questions = [{"question": "the cat", "choices": ["sat", "ran"], "answer": number % 2} for number in range(6)]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("\n".join(map(json.dumps, questions)))
+    return {
+        "task": "local",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(file)}},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+
+
+def test_both_models_run_a_task(converted, checkpoints, task):
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'spmconvert[eval]'")
+    tokenizer = AutoTokenizer.from_pretrained(converted)
+    models = load(converted).eval(), load(checkpoints["gpt2"]).eval()
+    (found,) = run_tasks(*models, tokenizer, (task,))
+    # the same question six times, so the model is right on half of them whatever it answers
+    assert (found.task, found.metric, found.converted, found.dense, found.samples) == ("local", "acc", 0.5, 0.5, 6)
+    assert found.standard_error > 0
+    with pytest.raises(OptionError, match="no-such-task"):
+        run_tasks(models[0], None, tokenizer, ("no-such-task",))
