@@ -14,7 +14,7 @@ import torch
 import spmconvert
 from spmconvert.errors import CalibrationError, CheckpointError, ModelNotFoundError, OptionError, OutputError, RecipeError
 from spmconvert.finetuning import finetune
-from tests.test_cli import assert_refused, run  # noqa: F401 - a fixture
+from tests.test_cli import assert_refused
 from tests.test_convert import files_of, raw_tensors
 
 SHORT = {"steps": 12, "batch_size": 4, "block_size": 32, "evaluate_every": 6, "save_every": 4}
@@ -156,7 +156,7 @@ def test_bad_numbers(converted, text, tmp_path, changes):
         finetune(converted / "gpt2", tmp_path / "o", data=text, **{**SHORT, **changes})
 
 
-def test_command(run, converted, text, tmp_path, monkeypatch):  # noqa: F811
+def test_command(run, converted, text, tmp_path, monkeypatch):
     arguments = ("--data", text, "--steps", 4, "--batch-size", 2, "--block-size", 32)
     code, out, err = run("finetune", converted / "gpt2", "-o", tmp_path / "o", *arguments)
     assert code == 0, err
@@ -168,7 +168,7 @@ def test_command(run, converted, text, tmp_path, monkeypatch):  # noqa: F811
     assert json.loads(out)["steps"] == 4
 
 
-def test_command_refuses(run, converted, checkpoints, text, tmp_path, monkeypatch):  # noqa: F811
+def test_command_refuses(run, converted, checkpoints, text, tmp_path, monkeypatch):
     assert_refused(run("finetune", converted / "gpt2"), OptionError, "--data")
     assert_refused(run("finetune", converted / "gpt2", "--data", text, "--train", "x"), RecipeError, "'spm', 'norms'")
     assert_refused(run("finetune", tmp_path / "none", "--data", text), ModelNotFoundError, "no directory")

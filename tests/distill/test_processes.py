@@ -12,7 +12,6 @@ import pytest
 import spmconvert
 from spmconvert.errors import OptionError
 from spmconvert.finetuning import finetune
-from tests.test_cli import run  # noqa: F401 - a fixture
 from tests.test_finetune import cache, converted  # noqa: F401 - fixtures
 
 OPTIONS = {"steps": 6, "batch_size": 6, "block_size": 32}
