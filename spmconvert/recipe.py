@@ -80,9 +80,9 @@ class Fit(_Table):
 class Training(_Table):
     """How a converted model is distilled against its source.
 
-    The default rate is the safe one of two that were measured (CPU, one seed each): on a small GPT-2, layers with a companion
-    at 25 %, 150 steps, 3e-3 ends at 4.410 nats a token and 1e-3 at 4.424; on all-MiniLM-L6-v2 with a companion of rank 48, 60
-    steps, 3e-3 takes the held-out loss from 0.98 to 1.65 and 1e-3 to 0.74.
+    The default rate is the safe one of two that were measured (CPU, one seed each): on a small GPT-2, layers with a
+    companion at 25 %, 150 steps, 3e-3 ends at 4.410 nats a token and 1e-3 at 4.424; on all-MiniLM-L6-v2 with a companion of
+    rank 48, 60 steps, 3e-3 takes the held-out loss from 0.98 to 1.65 and 1e-3 to 0.74.
 
     Attributes:
         steps: optimizer steps of the end-to-end stage.
