@@ -51,19 +51,23 @@ def silence_libraries() -> None:
     logging.disable_progress_bar()
 
 
+def _live_bar() -> Progress:
+    return Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=_err,
+        transient=True,
+    )
+
+
 class ConversionProgress:
     """A live line while layers are calibrated and fitted; the ``Progress`` that ``convert`` talks to."""
 
     def __init__(self) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=_err,
-            transient=True,
-        )
+        self._progress = _live_bar()
         self._calibration = self._progress.add_task("calibrating", total=None, visible=False)
         self._layers = self._progress.add_task("fitting", total=None, visible=False)
 
@@ -188,15 +192,7 @@ class StepProgress:
     """A live line with a bar for work of a known number of steps."""
 
     def __init__(self, description: str) -> None:
-        self._progress = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(elapsed_when_finished=True),
-            console=_err,
-            transient=True,
-        )
+        self._progress = _live_bar()
         self._task = self._progress.add_task(description, total=None)
 
     def __enter__(self) -> Self:

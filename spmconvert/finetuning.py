@@ -112,10 +112,8 @@ def finetune(
     """
     training = _resolve_training(recipe, changes)
     check_device(device)
-    converted = open_converted(Path(directory))
-    source = open_source(converted, teacher)
+    converted, source, config = _open(directory, teacher)
     destination = _destination(converted, output, in_place=in_place)
-    config = load_config(converted.directory)
     rows = load_training_data(str(data), converted.directory, config, training)
     accelerator = make_accelerator(training, device, shard=shard, tracker=tracker, place=destination)
     stored = None if teacher_logits is None else StoredLogits(Path(teacher_logits), source.sha256())
@@ -133,10 +131,7 @@ def finetune(
         kept = share_bytes(accelerator, None if target is None else target.load_state())
         snapshot = None if kept is None else torch.load(io.BytesIO(kept), weights_only=True)
         student = _load_student(converted, config, training, accelerator.device)
-        dense = None
-        if stored is None:
-            dense = model_class(config).from_pretrained(source.directory, dtype=torch.float32)
-            dense = dense.to(teacher_device or accelerator.device).eval().requires_grad_(False)
+        dense = None if stored is not None else _load_teacher(source, config, teacher_device or accelerator.device)
         trained = choose_trained(student, training)
         stored_names = {name: _stored_name(name, converted) for name in trained}
         log = stack.enter_context(RunLog(destination, accelerator, training, snapshot, report))
@@ -193,9 +188,7 @@ def store_teacher_logits(
     """
     training = _resolve_training(recipe, changes)
     check_device(device)
-    converted = open_converted(Path(directory))
-    source = open_source(converted, teacher)
-    config = load_config(converted.directory)
+    converted, source, config = _open(directory, teacher)
     if objective_for(config) != "logits":
         raise OptionError(
             f"{config.architectures[0]} has no logits over words to store; distil it with the teacher in memory"
@@ -228,6 +221,12 @@ def structured_parameters(student: nn.Module) -> set[str]:
     return {
         f"{name}.{part}" for name in converted_layers(student) for part, _ in student.get_submodule(name).named_parameters()
     }
+
+
+def _open(directory: str | Path, teacher: str | None) -> tuple[Converted, Checkpoint, Any]:
+    """The converted checkpoint, its verified source, and the model's config."""
+    converted = open_converted(Path(directory))
+    return converted, open_source(converted, teacher), load_config(converted.directory)
 
 
 def _resolve_training(recipe: Training | str | Path | None, changes: dict[str, Any]) -> Training:
@@ -266,6 +265,11 @@ def _load_student(converted: Converted, config: Any, training: Training, device:
     if training.compile:
         student.base_model.forward = torch.compile(student.base_model.forward)
     return student
+
+
+def _load_teacher(source: Checkpoint, config: Any, device: torch.device | str) -> Any:
+    teacher = model_class(config).from_pretrained(source.directory, dtype=torch.float32)
+    return teacher.to(device).eval().requires_grad_(False)
 
 
 def _guide(distillation: Distillation) -> Guide | None:
