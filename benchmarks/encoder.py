@@ -61,6 +61,7 @@ def main() -> None:
                     steps=options.steps, batch_size=options.batch_size, train=options.scope, learning_rate=rate,
                     other_learning_rate=options.other_rate, evaluate_every=max(1, options.steps // 10), block_size=64,
                     layer_outputs=options.layer_outputs, hidden_states=options.hidden_states,
+                    pooled_states=options.pooled_states,
                 )  # fmt: skip
                 data = load_training_data(str(training_text), Path(directory), config, training)
                 student, began = copy.deepcopy(base), time.monotonic()
@@ -101,6 +102,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--layer-outputs", type=float, default=0.0)
     parser.add_argument("--hidden-states", type=float, default=0.0)
+    parser.add_argument("--pooled-states", type=float, default=1.0)
     parser.add_argument("--calibration-rows", type=int, default=1024)
     parser.add_argument("--sentences", type=int, default=2000, help="most sentences that are compared")
     parser.add_argument("--threads", type=int, default=2)

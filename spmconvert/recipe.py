@@ -101,6 +101,7 @@ class Training(_Table):
         cross_entropy: weight of the cross-entropy with the text's own tokens.
         hidden_states: weight of matching all hidden states.
         layer_outputs: weight of matching the outputs of the converted layers.
+        pooled_states: weight of matching a row's mean hidden state, for encoders without a head.
         ema: decay of an average of the trained parameters that is measured and kept in their place; 0 for none.
         precision: of the products; parameters stay in float32.
         gradient_checkpointing: compute activations again in the backward pass.
@@ -129,6 +130,7 @@ class Training(_Table):
     cross_entropy: Annotated[float, Field(ge=0)] = 0.0
     hidden_states: Annotated[float, Field(ge=0)] = 0.0
     layer_outputs: Annotated[float, Field(ge=0)] = 0.0
+    pooled_states: Annotated[float, Field(ge=0)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False

@@ -109,8 +109,7 @@ class Distillation:
         elif self.objective == "classes":
             loss = self._classes(own, target, batch)
         else:
-            states, wanted = _real(own[0], batch), _real(_required(target)[0], batch)
-            loss = _single("hidden", hidden_state_loss(states, wanted.to(states.device)), len(states))
+            loss = self._hidden(own[0], _required(target)[0].to(own[0].device), batch)
         if self.training.hidden_states:
             pairs = zip(_all_states(own[1]), _all_states(_required(target)[1]), strict=True)
             found = [hidden_state_loss(_real(a, batch), _real(b.to(a.device), batch)) for a, b in pairs]
@@ -177,6 +176,14 @@ class Distillation:
             loss.parts["words"] = count
         if measure and self.stored is None:
             loss.parts["teacher_cross_entropy"] = teacher_entropy.detach()
+        return loss
+
+    def _hidden(self, own: Tensor, target: Tensor, batch: dict[str, Any]) -> Loss:
+        states = _real(own, batch)
+        loss = _single("hidden", hidden_state_loss(states, _real(target, batch)), len(states))
+        if self.training.pooled_states:
+            mean = hidden_state_loss(_pooled(own, batch), _pooled(target, batch)) / len(own)
+            _add(loss, "pooled_states", self.training.pooled_states, mean * loss.positions)
         return loss
 
     def _heads(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
@@ -246,6 +253,13 @@ def _real(states: Tensor, batch: dict[str, Any]) -> Tensor:
     """States of the positions that are no padding, [positions, ...]."""
     mask = _mask(batch, states)
     return states.flatten(0, 1) if mask is None else states[mask]
+
+
+def _pooled(states: Tensor, batch: dict[str, Any]) -> Tensor:
+    """Mean state of every row over its real positions, [rows, features]."""
+    mask = _mask(batch, states)
+    weights = torch.ones_like(states[..., :1]) if mask is None else mask[..., None].to(states.dtype)
+    return (states * weights).sum(1) / weights.sum(1)
 
 
 def _class_logits(output: Any, batch: dict[str, Any]) -> Tensor:

@@ -19,7 +19,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from spmconvert.distill.losses import kl_divergence
+from spmconvert.distill.losses import hidden_state_loss, kl_divergence
 from spmconvert.distill.objective import Distillation, has_plain_head, objective_for
 from spmconvert.recipe import Training
 from tests.conftest import bert_config
@@ -176,3 +176,16 @@ def test_layer_outputs_are_matched_where_named():
     plain = Distillation(student, teacher, "hidden", Training()).loss(batch)
     torch.testing.assert_close(loss.total - plain.total, 2 * loss.parts["layer_outputs"], rtol=1e-4, atol=1e-4)
     assert loss.parts["layer_outputs"] > 0
+
+
+def test_pooled_states_are_means_of_real_positions():
+    student, teacher = pair(lambda: BertModel(bert_config()))
+    batch = token_batch()
+    loss = Distillation(student, teacher, "hidden", Training(pooled_states=3.0)).loss(batch)
+    plain = Distillation(student, teacher, "hidden", Training()).loss(batch)
+    with torch.no_grad():
+        states = [model(**batch)[0] for model in (student, teacher)]
+    own, target = (torch.stack([state[0].mean(0), state[1, :6].mean(0)]) for state in states)
+    expected = hidden_state_loss(own, target) / 2 * 16
+    torch.testing.assert_close(loss.parts["pooled_states"], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loss.total - plain.total, 3 * expected, rtol=1e-3, atol=1e-3)
