@@ -172,6 +172,11 @@ class SPMLinear(nn.Module):
             dense = dense + self.low_rank_out @ self.low_rank_in
         return dense
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Drop the cached blocks with every conversion: the new storage may have the old one's address."""
+        self._cache = None
+        return super()._apply(fn, recurse)
+
     def train(self, mode: bool = True) -> Self:
         """Set the mode and drop the cached blocks."""
         self._cache = None

@@ -206,6 +206,7 @@ CHANGES = {
     "load_state_dict": lambda layer: layer.load_state_dict(SPMLinear(96, 200, rank=3).state_dict()),
     "assign": lambda layer: layer.load_state_dict(SPMLinear(96, 200, rank=3).state_dict(), assign=True),
     "double": lambda layer: layer.double().float(),
+    "half": lambda layer: layer.half().float(),
     "new parameter": lambda layer: setattr(layer, "scale_out", torch.nn.Parameter(torch.ones(208))),
     "train": lambda layer: layer.train().eval(),
 }
