@@ -24,7 +24,8 @@ from spmconvert.distill.objective import Distillation, Loss
 from spmconvert.distill.state import State, restore, snapshot
 from spmconvert.recipe import Training
 
-# a held-out loss above this multiple of the first one ends a run at once, two measurements in a row above the first one too
+# a held-out loss above this multiple of the first one ends a run at once; above the first one, two measurements in a row of
+# its second half do. In the first half the rate is still high, and runs that went above the start have come back
 DIVERGED = 2.0
 
 
@@ -163,7 +164,8 @@ def measure(run: Run) -> None:
     run.report(record)
     first, loss_now = state.history[0]["held_out_loss"], record["held_out_loss"]
     above = [entry["held_out_loss"] > first for entry in state.history[-2:]]
-    if not loss_now < DIVERGED * first or (len(state.history) > 2 and all(above)):
+    late = 2 * state.step > run.training.steps and len(above) > 1 and all(above)
+    if not loss_now < DIVERGED * first or late:
         state.stopped = f"the held-out loss rose from {first:.4g} to {loss_now:.4g} at step {state.step}"
 
 
