@@ -4,7 +4,7 @@ The objective follows from the architecture: KL on logits for causal, masked and
 hidden states for encoders without a head. Words are compared in chunks of tokens from the hidden states on. That needs a
 head which is a plain linear layer on the last hidden state; whether the model is of that kind is checked against its own
 logits, and where it is not (soft caps, scaled logits, heads with layers of their own) chunks start from full logits.
-Hidden states of all layers and the outputs of the converted layers can be matched beside any of these.
+Hidden states of all layers, pooled states and the outputs of the converted layers can be matched beside any of these.
 """
 
 import inspect
