@@ -15,7 +15,7 @@ import typer
 from spmconvert import console
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.processes import run_in_processes
-from spmconvert.recipe import Recipe, parse_assignment, recipe_from_keywords, training_from_keywords
+from spmconvert.recipe import Recipe, Training, parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.version import __version__
 
 app = typer.Typer(
@@ -183,19 +183,13 @@ def finetune(
         raise SystemExit(run_in_processes(sys.argv[1:], num_processes))
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.finetuning import finetune as run
-    from spmconvert.finetuning import store_teacher_logits
 
     chosen = directory or only_converted(Path.cwd())
     console.silence_libraries()
     began = time.monotonic()
     try:
         if store_logits is not None:
-            with console.StepProgress("storing logits") as progress:
-                store_teacher_logits(
-                    chosen, store_logits, data=data, recipe=training, teacher=teacher, device=device, report=progress.update
-                )
-            console.note(f"next: the same command with --teacher-logits {store_logits} in place of --store-logits")
-            return
+            return _store_logits(chosen, store_logits, data, training, teacher, device)
         with console.TrainingProgress(training.steps) as watch:
             result = run(
                 chosen,
@@ -217,9 +211,20 @@ def finetune(
         console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     if result is not None and as_json:
-        console.data({**asdict(result), "output": str(result.output)})
-    elif result is not None:
-        console.show_finetuned(result, time.monotonic() - began)
+        return console.data({**asdict(result), "output": str(result.output)})
+    return None if result is None else console.show_finetuned(result, time.monotonic() - began)
+
+
+def _store_logits(
+    directory: Path, destination: Path, data: str, training: Training, teacher: str | None, device: str
+) -> None:
+    from spmconvert.finetuning import store_teacher_logits
+
+    with console.StepProgress("storing logits") as progress:
+        store_teacher_logits(
+            directory, destination, data=data, recipe=training, teacher=teacher, device=device, report=progress.update
+        )
+    console.note(f"next: the same command with --teacher-logits {destination} in place of --store-logits")
 
 
 @app.command()

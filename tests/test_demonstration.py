@@ -1,6 +1,5 @@
 """The demo on the real encoder where its extra is installed, with as few steps as show that the parts fit together."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -39,9 +38,6 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "demo").exists()
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec(demonstration.MODEL_PACKAGE) is None, reason="the extra demo with its model is not installed"
-)
 def test_demo_ends_with_a_report_of_unseen_text(texts, tmp_path, monkeypatch):
     for file in texts.values():
         # a few documents of each

@@ -72,7 +72,7 @@ def run(apply, inputs, geometry, wanted=range(5)):
     return [y.detach(), *torch.autograd.grad(y, [leaves[i] for i in wanted], grad.to(inputs[0].dtype).to(y.dtype))]
 
 
-def check(geometry, tokens, dtype, view=lambda x: x, wanted=range(5)):
+def assert_within_twice(geometry, tokens, dtype, view=lambda x: x, wanted=range(5)):
     """Errors of output and gradients are within twice those of the merged form in plain PyTorch."""
     low = [p.detach().to(dtype) for p in tensors(geometry, tokens)]
     low[0] = view(low[0])
@@ -93,7 +93,7 @@ def test_within_twice_the_error_of_the_merged_form(shape, tokens, dtype, design,
         monkeypatch.setattr(tiles, "PROGRAMS", 1)
         monkeypatch.setattr(launches, "INTERPRETED_MULTIPROCESSORS", 1)
     variant, block, stages = design
-    check(Geometry.create(*shape, stages, variant, block), tokens, dtype)
+    assert_within_twice(Geometry.create(*shape, stages, variant, block), tokens, dtype)
 
 
 @pytest.mark.parametrize(("shape", "tokens"), [((96, 96), 18), ((40, 128), 18), ((128, 100), 2)], ids=str)
@@ -102,7 +102,7 @@ def test_three_groups(shape, tokens, monkeypatch):
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 18)
     geometry = Geometry.create(*shape)
     assert len(merge_plan(geometry).groups) == 3
-    check(geometry, tokens, torch.float16)
+    assert_within_twice(geometry, tokens, torch.float16)
 
 
 def test_blocks_wider_than_a_tile(monkeypatch):
@@ -110,7 +110,7 @@ def test_blocks_wider_than_a_tile(monkeypatch):
     monkeypatch.setattr(tiles, "_LARGEST", smaller)
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
     for dtype in (torch.float16, torch.float32):
-        check(Geometry.create(160, 150, block=5), 18, dtype)
+        assert_within_twice(Geometry.create(160, 150, block=5), 18, dtype)
 
 
 def merged(merge, parameters, plan):
@@ -153,7 +153,7 @@ def test_non_contiguous_inputs():
         lambda x: torch.cat([x, x], 1)[:, 3:99],
     ]
     for view in views:
-        check(Geometry.create(96, 96), tokens, torch.float32, view)
+        assert_within_twice(Geometry.create(96, 96), tokens, torch.float32, view)
 
 
 @pytest.mark.parametrize("wanted", [[0], [1, 3], [4]], ids=str)
@@ -163,7 +163,7 @@ def test_only_some_gradients(wanted, dtype, monkeypatch):
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
     monkeypatch.setattr(tiles, "PROGRAMS", 1)
     monkeypatch.setattr(launches, "INTERPRETED_MULTIPROCESSORS", 1)
-    check(Geometry.create(96, 80), 40, dtype, wanted=wanted)
+    assert_within_twice(Geometry.create(96, 80), 40, dtype, wanted=wanted)
 
 
 def test_no_tokens():

@@ -113,7 +113,7 @@ def distinct(recorded):
     return list(found.values())
 
 
-def check(recorded, capability, tmp_path):
+def assert_fits(recorded, capability, tmp_path):
     for launch in distinct(recorded):
         name, _, arguments, constants, tile = launch
         compiled = compile_launch(launch, capability)
@@ -159,7 +159,7 @@ SHAPES = [
 
 @pytest.mark.parametrize(("shape", "tokens", "dtype", "block", "capability"), QUICK, ids=str)
 def test_launches_compile(shape, tokens, dtype, block, capability, monkeypatch, tmp_path):
-    check(record(shape, tokens, dtype, monkeypatch, block), capability, tmp_path)
+    assert_fits(record(shape, tokens, dtype, monkeypatch, block), capability, tmp_path)
 
 
 @pytest.mark.slow
@@ -168,7 +168,7 @@ def test_launches_compile(shape, tokens, dtype, block, capability, monkeypatch, 
 @pytest.mark.parametrize(("shape", "block"), SHAPES, ids=str)
 def test_every_launch_compiles(shape, block, dtype, capability, monkeypatch, tmp_path):
     for tokens in (1, 256, 4096):
-        check(record(shape, tokens, dtype, monkeypatch, block), capability, tmp_path)
+        assert_fits(record(shape, tokens, dtype, monkeypatch, block), capability, tmp_path)
 
 
 def test_the_recorded_blocks_are_those_of_the_merge(monkeypatch):
@@ -189,4 +189,4 @@ def test_a_spill_would_be_seen(monkeypatch, tmp_path):
     assert Pass(*constants["PASS"]).columns == 64
     launch = (name, grid, arguments, {**constants, "TILE": too_large.sizes}, too_large)
     with pytest.raises(AssertionError):
-        check([launch], 90, tmp_path)
+        assert_fits([launch], 90, tmp_path)

@@ -181,6 +181,13 @@ def blocks_of(layer):
     return layer._cache[1]
 
 
+def test_conversions_drop_the_cache_at_once(layer):
+    # the next storage may have the same address, so a comparison of addresses alone would not see it
+    blocks_of(layer.eval())
+    layer.half().float()
+    assert layer._cache is None
+
+
 def test_merged_blocks_are_cached(layer):
     layer.eval()
     assert blocks_of(layer) is blocks_of(layer)
