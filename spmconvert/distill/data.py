@@ -22,6 +22,8 @@ from spmconvert.text import DATASET_PREFIX, load_tokenizer, padded_batch, read_d
 
 # share of the tokens that masked models are asked about, as in their own training
 MASKED_SHARE = 0.15
+# steps whose rows are sorted by length together: with the random sentences of a wiki text, 45 % of a batch would be padding
+BUCKET_STEPS = 16
 
 
 class Rows(Protocol):
@@ -192,6 +194,16 @@ def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]
         order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         chosen += order[offset : offset + batch_size - len(chosen)].tolist()
     return chosen
+
+
+def step_indices(rows: Rows, batch_size: int, step: int, seed: int) -> list[int]:
+    """Rows of one step, of about the same length: those of a few steps are sorted by length, and cut in a random order."""
+    together = max(1, min(BUCKET_STEPS, len(rows) // batch_size))
+    bucket, place = divmod(step, together)
+    chosen = sorted(batch_indices(len(rows), batch_size * together, bucket, seed), key=rows.size)
+    order = torch.randperm(together, generator=torch.Generator().manual_seed(seed * 1_000_003 + bucket))
+    first = int(order[place]) * batch_size
+    return chosen[first : first + batch_size]
 
 
 def _split(count: int, training: Training) -> dict[str, list[int]]:

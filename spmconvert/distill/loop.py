@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from spmconvert.distill.data import TrainingData, batch_indices
+from spmconvert.distill.data import TrainingData, step_indices
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.layerwise import match_layer
 from spmconvert.distill.objective import Distillation, Loss
@@ -68,7 +68,7 @@ def train(run: Run, kept: dict[str, Any] | None = None) -> State:
         kept: a snapshot of this stage to go on from, or None.
     """
     training, state, accelerator, data = run.training, run.state, run.accelerator, run.data
-    optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(run.trained, run.structured, training)))
+    optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(run.trained, run.structured, training), fused=True))
     peaks = [group["lr"] for group in optimizer.param_groups]
     if kept is not None:
         restore(kept, state, run.trained, optimizer.optimizer)
@@ -80,7 +80,7 @@ def train(run: Run, kept: dict[str, Any] | None = None) -> State:
             group["lr"] = peak * rate(state.step, training)
         if run.guide is not None:
             run.guide.set_step(state.step)
-        rows = batch_indices(len(data.training), training.batch_size, state.step, training.seed)
+        rows = step_indices(data.training, training.batch_size, state.step, training.seed)
         total = _positions(run, rows)
         parts = list(_parts(rows[accelerator.process_index :: accelerator.num_processes], training.accumulation))
         found: list[Loss] = []
@@ -179,7 +179,8 @@ def held_out_losses(run: Run) -> dict[str, float]:
         run.guide.alpha = 0.0
     size = max(1, training.batch_size // training.accumulation // run.accelerator.num_processes)
     found = []
-    for part, counts in _shares(min(len(held_out), training.evaluation_rows), size, run.accelerator):
+    rows = sorted(range(min(len(held_out), training.evaluation_rows)), key=held_out.size)
+    for part, counts in _shares(rows, size, run.accelerator):
         with run.accelerator.autocast():
             loss = run.distillation.loss(held_out.batch(part, student, 0), measure=True)
         found.append(loss if counts else Loss(loss.total * 0, 0, {name: value * 0 for name, value in loss.parts.items()}))
@@ -191,12 +192,12 @@ def held_out_losses(run: Run) -> dict[str, float]:
     return losses
 
 
-def _shares(count: int, size: int, accelerator: Any) -> Iterator[tuple[list[int], bool]]:
+def _shares(rows: list[int], size: int, accelerator: Any) -> Iterator[tuple[list[int], bool]]:
     """Parts of the rows for this process and whether they count; sharded models need as many calls in every process."""
     step = size * accelerator.num_processes
-    for first in range(0, count, step):
-        own = list(range(first, min(first + step, count)))[accelerator.process_index :: accelerator.num_processes]
-        yield own or [first], bool(own)
+    for first in range(0, len(rows), step):
+        own = rows[first : first + step][accelerator.process_index :: accelerator.num_processes]
+        yield own or [rows[first]], bool(own)
 
 
 def _positions(run: Run, rows: Sequence[int]) -> int:

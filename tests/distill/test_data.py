@@ -1,10 +1,11 @@
 """Training rows: split by document, cached by content, in an order that follows from seed and step."""
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from spmconvert.distill.data import MASKED_SHARE, batch_indices, load_training_data
+from spmconvert.distill.data import BUCKET_STEPS, MASKED_SHARE, TokenRows, batch_indices, load_training_data, step_indices
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe import Training
 from spmconvert.surgery.architecture import load_config
@@ -56,6 +57,21 @@ def test_order_covers_every_row_once_an_epoch():
     assert batch_indices(21, 6, 4, seed=3) == seen[24:30]
     assert batch_indices(21, 6, 0, seed=4) != seen[:6]
     assert len(batch_indices(3, 10, 0, seed=0)) == 10
+
+
+def test_steps_have_rows_of_like_length():
+    sizes = np.random.default_rng(0).integers(4, 64, 400)
+    rows = TokenRows(np.zeros(sizes.sum(), np.int32), sizes.cumsum(), padding=0)
+    steps = [step_indices(rows, 8, step, seed=3) for step in range(2 * BUCKET_STEPS)]
+    together = [index for step in steps[:BUCKET_STEPS] for index in step]
+    assert sorted(together) == sorted(batch_indices(400, 8 * BUCKET_STEPS, 0, seed=3))
+    padded = sum(8 * max(map(rows.size, step)) for step in steps)
+    plain = [batch_indices(400, 8, step, seed=3) for step in range(2 * BUCKET_STEPS)]
+    assert padded < 0.7 * sum(8 * max(map(rows.size, step)) for step in plain)
+    longest = [max(map(rows.size, step)) for step in steps[:BUCKET_STEPS]]
+    assert longest != sorted(longest)
+    few = TokenRows(np.zeros(6, np.int32), np.arange(1, 7), padding=0)
+    assert len(step_indices(few, 8, 3, seed=3)) == 8
 
 
 @pytest.mark.parametrize(
