@@ -16,6 +16,7 @@ from spmconvert import console
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.processes import run_in_processes
 from spmconvert.recipe import Recipe, Training, parse_assignment, recipe_from_keywords, training_from_keywords
+from spmconvert.units import parse_size
 from spmconvert.version import __version__
 
 app = typer.Typer(
@@ -63,6 +64,21 @@ def convert(
     variant: Annotated[str | None, typer.Option(help="general or rotation.")] = None,
     block: Annotated[int | None, typer.Option(help="Coordinates a block; 1 is the plain operator.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the low-rank companion; default 0.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the targeted parameters to keep; chooses the design of every layer.")
+    ] = None,
+    keep_bytes: Annotated[str | None, typer.Option(help="The same as a size of these layers, for example 40MB.")] = None,
+    keep_flops: Annotated[float | None, typer.Option(help="The same as a share of their FLOPs a token.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Smallest designs with at most this held-out error.")] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="What layers' errors cost a budget: gradient (default), kl or none.")
+    ] = None,
+    structures: Annotated[
+        str | None, typer.Option(help="What a budget may build: spm, block, companion, lowrank; default all but block.")
+    ] = None,
+    sequential: Annotated[
+        bool | None, typer.Option("--sequential/--independent", help="Fit layers on what converted ones feed them.")
+    ] = None,
     calib: Annotated[
         str | None, typer.Option(help="Text file (.txt, .jsonl) whose activations weight the fit, or none.")
     ] = None,
@@ -82,7 +98,9 @@ def convert(
     given = {
         **dict(parse_assignment(text) for text in set_ or []),
         **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
-        **_given(rank=rank, dtype=dtype, seed=seed),
+        **_given(rank=rank, dtype=dtype, seed=seed, keep=keep, keep_flops=keep_flops, max_error=max_error),
+        **_given(sensitivity=sensitivity, structures=structures, sequential=sequential),
+        **({} if keep_bytes is None else {"keep_bytes": parse_size(keep_bytes)}),
         **({} if calib is None else {"calib": None if calib == "none" else calib}),
     }
     resolved = recipe_from_keywords(given, recipe)

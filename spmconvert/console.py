@@ -80,10 +80,16 @@ class ConversionProgress:
         """Stop drawing."""
         self._progress.stop()
 
+    def measured(self, name: str, done: int, total: int) -> None:
+        """Move the layer bar while curves are measured."""
+        self._progress.update(
+            self._layers, completed=done, total=total, visible=done < total, description=f"measured designs of {name}"
+        )
+
     def planned(self, plan: "ConversionPlan") -> None:
         """Say what will happen."""
         note(f"{len(plan.layers)} layers will be replaced")
-        self._progress.update(self._layers, total=len(plan.layers), visible=True)
+        self._progress.update(self._layers, completed=0, total=len(plan.layers), visible=True, description="fitting")
 
     def calibrating(self, done: int, total: int) -> None:
         """Move the calibration bar."""

@@ -2,8 +2,6 @@
 
 Read top to bottom: ``convert`` is the whole of it. Finished layers are stored one by one in a working directory beside the
 output, so a run can be interrupted anywhere and resumed to the same bytes; the output appears by one rename at the end.
-Only the weight of the layer at work is in memory while layers are fitted; the whole model is loaded for the calibration
-run alone, and not at all without calibration data.
 """
 
 import hashlib
@@ -13,21 +11,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from spmconvert.allocation import measure_curves
 from spmconvert.checkpoint.card import model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.devices import check_device
 from spmconvert.errors import OptionError, OutputError
+from spmconvert.fitrun import FitRun, Progress, Silent, fit_all, load_dense_model
 from spmconvert.fitting.calibration import CalibrationRows, load_rows
 from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments, statistics_groups
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.plan import DTYPE_BYTES, ConversionPlan, LayerPlan, plan_conversion
+from spmconvert.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
 from spmconvert.recipe import Recipe, recipe_from_keywords
 from spmconvert.surgery.architecture import load_config, model_class, skeleton
 from spmconvert.surgery.hf import SPMConfig
@@ -67,36 +67,6 @@ class Conversion:
         return f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
 
 
-class Progress(Protocol):
-    """Who wants to know how a conversion gets on."""
-
-    def planned(self, plan: ConversionPlan) -> None:
-        """The layers are known."""
-
-    def calibrating(self, done: int, total: int) -> None:
-        """So many calibration batches are through."""
-
-    def fitted(self, record: LayerRecord, done: int, total: int) -> None:
-        """A layer is finished."""
-
-    def writing(self, total_bytes: int) -> None:
-        """The output is being written."""
-
-
-class _Silent:
-    def planned(self, plan: ConversionPlan) -> None:
-        """Nobody listens."""
-
-    def calibrating(self, done: int, total: int) -> None:
-        """Nobody listens."""
-
-    def fitted(self, record: LayerRecord, done: int, total: int) -> None:
-        """Nobody listens."""
-
-    def writing(self, total_bytes: int) -> None:
-        """Nobody listens."""
-
-
 def convert(
     model: str | Path,
     output: str | Path | None = None,
@@ -132,15 +102,21 @@ def convert(
     destination = default_output(str(model)) if output is None else Path(output)
     if destination.resolve() == source.directory.resolve():
         raise OptionError(f"the output {destination} is the source; choose another with -o")
-    listener = progress or _Silent()
-    listener.planned(plan)
     rows = _calibration_rows(source, config, resolved)
+    listener = progress or Silent()
+    choice = None
+    if resolved.budget.limits:
+        load_dense = partial(load_dense_model, source.directory, config, device)
+        curves = measure_curves(source, plan, resolved, rows, load_dense, listener.calibrating, listener.measured)
+        allocation = curves.allocate(resolved.budget)
+        plan, choice = allocation.plan, allocation.choice
+    listener.planned(plan)
     fingerprint = _fingerprint(source, resolved)
     with OutputDirectory(
         destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=plan.output_bytes
     ) as target:
-        run = _Run(source, config, plan, resolved, rows, device, target, listener)
-        records = _fit_all(run)
+        run = FitRun(source, config, plan, choice, resolved, rows, device, target, listener)
+        records = fit_all(run)
         listener.writing(plan.output_bytes)
         conversion = _summary(run, destination, records)
         _write(run, conversion)
@@ -159,20 +135,27 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
     Raises:
         SpmconvertError: as for ``convert``.
     """
+    if recipe.fit.sequential:
+        raise OptionError("sequential fitting needs a second, untouched model; use spmconvert.convert, or leave it out")
     source = open_checkpoint(model.config._name_or_path)
     plan = plan_conversion(source, model, recipe)
     rows = _calibration_rows(source, model.config, recipe)
+    silent = Silent()
+    if recipe.budget.limits:
+        curves = measure_curves(source, plan, recipe, rows, lambda: model, silent.calibrating, silent.measured)
+        plan = curves.allocate(recipe.budget).plan
     replacements: dict[str, SPMLinear] = {}
-    for group in statistics_groups(plan.layers):
-        moments = {} if rows is None else gather_moments(model, group, rows, _Silent().calibrating)
+    for group in statistics_groups(plan.layers, weighted=recipe.fit.output_weighting):
+        moments: dict[str, Moments] = {}
+        if rows is not None:
+            weighted = recipe.fit.output_weighting
+            moments = gather_moments(model, group, rows, silent.calibrating, weighted=weighted, seed=recipe.seed)
         for layer in group:
             name = layer.target.name
             module = model.get_submodule(name)
             weight = module.weight.detach().t() if layer.spec.fan_in_fan_out else module.weight.detach()
             bias = None if module.bias is None else module.bias.detach()
-            fitted, _ = fit_layer(
-                layer, weight, bias, moments.get(name), iterations=recipe.fit.iterations, seed=recipe.seed
-            )
+            fitted, _ = fit_layer(layer, weight, bias, moments.get(name), fit=recipe.fit, seed=recipe.seed)
             replacements[name] = fitted.to(module.weight.dtype if layer.spec.dtype is None else fitted.weight.dtype)
     # only now, so that every layer was calibrated on the dense model
     for name, replacement in replacements.items():
@@ -228,61 +211,7 @@ def _fingerprint(source: Checkpoint, recipe: Recipe) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-@dataclass
-class _Run:
-    """What the steps of one conversion share."""
-
-    source: Checkpoint
-    config: Any
-    plan: ConversionPlan
-    recipe: Recipe
-    rows: CalibrationRows | None
-    device: str
-    target: OutputDirectory
-    progress: Progress
-
-
-def _fit_all(run: _Run) -> tuple[LayerRecord, ...]:
-    """Fit and store every layer that is not stored yet; returns all records in order."""
-    records: dict[str, LayerRecord] = {}
-    for layer in run.plan.layers:
-        stored = run.target.load_layer(layer.target.name)
-        if stored is not None:
-            records[layer.target.name] = LayerRecord(**stored[1])
-    model = None
-    for group in statistics_groups(run.plan.layers):
-        waiting = [layer for layer in group if layer.target.name not in records]
-        moments: dict[str, Moments] = {}
-        if waiting and run.rows is not None:
-            model = model or _load_dense(run)
-            # of the whole group, so that a resumed run forms the same sums
-            moments = gather_moments(model, group, run.rows, run.progress.calibrating)
-        if group[-1] is run.plan.layers[-1]:
-            model = None
-        for layer in waiting:
-            record = _fit_one(run, layer, moments.pop(layer.target.name, None))
-            records[layer.target.name] = record
-            run.progress.fitted(record, len(records), len(run.plan.layers))
-    return tuple(records[layer.target.name] for layer in run.plan.layers)
-
-
-def _load_dense(run: _Run) -> Any:
-    model = model_class(run.config).from_pretrained(run.source.directory, dtype="auto")
-    # half precision products are slow on a CPU and round the statistics
-    return model.float().eval() if run.device == "cpu" else model.to(run.device).eval()
-
-
-def _fit_one(run: _Run, layer: LayerPlan, moments: Moments | None) -> LayerRecord:
-    weight = run.source.read_finite(layer.weight).to(run.device)
-    weight = weight.t() if layer.spec.fan_in_fan_out else weight
-    bias = None if layer.bias is None else run.source.read_finite(layer.bias).to(run.device)
-    fitted, record = fit_layer(layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed)
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in fitted.named_parameters()}
-    run.target.store_layer(layer.target.name, tensors, asdict(record))
-    return record
-
-
-def _write(run: _Run, conversion: Conversion) -> None:
+def _write(run: FitRun, conversion: Conversion) -> None:
     """Write weights, config, companions, provenance and model card, and make the output appear."""
     target = run.target
     target.write_weights(list(_output_tensors(run)))
@@ -296,7 +225,7 @@ def _write(run: _Run, conversion: Conversion) -> None:
     target.commit()
 
 
-def _output_tensors(run: _Run) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+def _output_tensors(run: FitRun) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
     replaced = {layer.weight: layer for layer in run.plan.layers}
     dropped = {layer.bias for layer in run.plan.layers}
@@ -320,7 +249,7 @@ def _stored_tensor(target: OutputDirectory, layer: str, part: str) -> Tensor:
     return stored[0][part]
 
 
-def _provenance(run: _Run, conversion: Conversion) -> dict[str, Any]:
+def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
     rows = run.rows
     calibration = None
     if rows is not None:
@@ -340,11 +269,12 @@ def _provenance(run: _Run, conversion: Conversion) -> dict[str, Any]:
         "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
         "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
         "layers": [asdict(record) for record in conversion.layers],
+        "allocation": run.choice and {"predicted_loss": run.choice.loss, "lower_bound": run.choice.bound},
         "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
     }
 
 
-def _card(run: _Run, conversion: Conversion) -> str:
+def _card(run: FitRun, conversion: Conversion) -> str:
     sizes = (
         f"Parameters {conversion.parameters_before:,} before, {conversion.parameters_after:,} after; "
         f"tensor bytes {conversion.bytes_before:,} before, {conversion.bytes_after:,} after."
@@ -359,7 +289,7 @@ def _card(run: _Run, conversion: Conversion) -> str:
     )
 
 
-def _summary(run: _Run, output: Path, records: tuple[LayerRecord, ...]) -> Conversion:
+def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Conversion:
     entries = run.source.tensors.values()
     before = sum(math.prod(entry.shape) for entry in entries)
     saved = sum(record.dense_parameters - record.parameters for record in records)

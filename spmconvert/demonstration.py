@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from spmconvert.conversion import Progress, convert
+from spmconvert.conversion import convert
 from spmconvert.errors import CalibrationError, OptionError
 from spmconvert.finetuning import finetune
+from spmconvert.fitrun import Progress
 from spmconvert.reporting.files import write_report
 from spmconvert.reporting.report import report
 from spmconvert.text import SHORTEST_DOCUMENT

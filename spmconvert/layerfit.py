@@ -11,19 +11,41 @@ from torch import Tensor
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.fitting.calibration import CalibrationRows
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.fitting.metric import OutputMetric
 from spmconvert.fitting.solve import LayerError, fit_, measure_error
 from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import STATISTICS_BUDGET, LayerPlan
+from spmconvert.recipe import Fit
+from spmconvert.sensitivity import gather_curvatures
+from spmconvert.sequential import Regression
 from spmconvert.surgery.swap import layer_from_spec
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Input statistics of one layer: on the rows that are fitted, and on the rows that only measure."""
+    """What calibration rows say about one layer.
+
+    Attributes:
+        fitted: moments of its inputs on the rows that are fitted.
+        held_out: the same on the rows that only measure.
+        metric: what errors of its outputs cost, where that was asked for.
+    """
 
     fitted: ActivationStatistics
     held_out: ActivationStatistics
+    metric: OutputMetric | None = None
+
+    @classmethod
+    def isotropic(cls, in_features: int) -> "Moments":
+        """What stands in for data when there is none."""
+        moments = ActivationStatistics.isotropic(in_features)
+        return cls(moments, moments)
+
+    def to(self, device: torch.device | str) -> "Moments":
+        """The same on another device."""
+        metric = None if self.metric is None else self.metric.to(device)
+        return Moments(self.fitted.to(device), self.held_out.to(device), metric)
 
 
 @dataclass(frozen=True)
@@ -62,7 +84,14 @@ class LayerRecord:
 
 
 def fit_layer(
-    plan: LayerPlan, weight: Tensor, bias: Tensor | None, moments: Moments | None, *, iterations: int, seed: int
+    plan: LayerPlan,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments | None,
+    *,
+    fit: Fit,
+    seed: int,
+    regression: Regression | None = None,
 ) -> tuple[SPMLinear, LayerRecord]:
     """Fit the replacement of one layer.
 
@@ -71,8 +100,10 @@ def fit_layer(
         weight: dense weight [out_features, in_features], on the device to fit on.
         bias: dense bias [out_features], or None.
         moments: input statistics, or None to fit in the Frobenius norm.
-        iterations: most iterations of the solver.
+        fit: how hard the solver tries, and whether the moments' metric weighs the fit.
         seed: the recipe's seed; every layer derives its own from it.
+        regression: what the layer should do with the converted model's activations, in place of the dense layer;
+            errors are still measured against the dense layer, on what the dense model feeds it.
 
     Returns:
         The layer, in the dtype in which it is stored, and its record.
@@ -80,19 +111,23 @@ def fit_layer(
     Raises:
         FitError: when weight or statistics are not finite.
     """
-    statistics = moments.fitted if moments else ActivationStatistics.isotropic(weight.shape[1])
-    statistics = statistics.to(weight.device)
+    known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
+    statistics = known.fitted
     layer = layer_from_spec(plan.spec, device=weight.device).float()
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
-    result = fit_(layer, weight, bias, statistics, iterations=iterations, seed=own_seed)
+    aim = (weight, bias, statistics)
+    if regression is not None:
+        moved = regression.to(weight.device)
+        aim = (moved.weight, moved.bias, moved.inputs)
+    metric = known.metric if fit.output_weighting else None
+    result = fit_(layer, *aim, iterations=fit.iterations, seed=own_seed, metric=metric)
     layer = layer.to(getattr(torch, plan.stored_dtype))
 
-    measured = moments.held_out.to(weight.device) if moments else statistics
     dense = (weight, bias)
     stored = (_rounded_matrix(layer), layer.bias)
     left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
     error, baseline_error = (
-        measure_error(dense, replacement, measured) for replacement in (stored, (left @ right, baseline_bias))
+        measure_error(dense, replacement, known.held_out) for replacement in (stored, (left @ right, baseline_bias))
     )
     fitted_error = measure_error(dense, stored, statistics)
     return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds)
@@ -145,12 +180,13 @@ def _rounded_matrix(layer: SPMLinear) -> Tensor:
     return (wide - layer.bias.float() if layer.bias is not None else wide).t()
 
 
-def statistics_groups(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
-    """Cut the layers into runs whose statistics fit in the budget together; each costs one calibration run."""
+def statistics_groups(layers: Sequence[LayerPlan], *, weighted: bool = False) -> Iterator[list[LayerPlan]]:
+    """Cut the layers into runs whose statistics fit in memory together; each costs one calibration run."""
     group: list[LayerPlan] = []
     used = 0
     for layer in layers:
         size = 2 * statistics_bytes(layer.target.in_features)
+        size += statistics_bytes(layer.target.out_features) if weighted else 0
         if group and used + size > STATISTICS_BUDGET:
             yield group
             group, used = [], 0
@@ -161,11 +197,27 @@ def statistics_groups(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
 
 
 def gather_moments(
-    model: Any, layers: Sequence[LayerPlan], rows: CalibrationRows, report: Callable[[int, int], None]
+    model: Any,
+    layers: Sequence[LayerPlan],
+    rows: CalibrationRows,
+    report: Callable[[int, int], None],
+    *,
+    weighted: bool = False,
+    seed: int = 0,
 ) -> dict[str, Moments]:
-    """Run the calibration rows through the model and return the moments of the layers by name."""
+    """Run the calibration rows through the model and return the moments of the layers by name.
+
+    Args:
+        model: the dense model.
+        layers: whose inputs are wanted.
+        rows: fitted and held-out rows.
+        report: told how many batches are through, and of how many.
+        weighted: measure what errors of the outputs cost, too; takes a backward pass over the fitted rows.
+        seed: seed of that measurement.
+    """
     names = [layer.target.name for layer in layers]
-    total = -(-len(rows.fitted) // rows.batch_size) - (-len(rows.held_out) // rows.batch_size)
+    fitted_batches, held_out_batches = (-(-len(part) // rows.batch_size) for part in (rows.fitted, rows.held_out))
+    total = (2 if weighted else 1) * fitted_batches + held_out_batches
     done = 0
 
     def counted(part: list[Tensor]) -> Iterator[dict[str, Any]]:
@@ -177,4 +229,6 @@ def gather_moments(
 
     fitted = collect(model, names, counted(rows.fitted))
     held_out = collect(model, names, counted(rows.held_out))
-    return {name: Moments(fitted[name], held_out[name]) for name in names}
+    curvatures = gather_curvatures(model, names, counted(rows.fitted), seed) if weighted else {}
+    metrics = {name: OutputMetric.of(curvature) for name, curvature in curvatures.items()}
+    return {name: Moments(fitted[name], held_out[name], metrics.get(name)) for name in names}

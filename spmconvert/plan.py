@@ -133,7 +133,8 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
             )
     prefix = getattr(model, "base_model_prefix", "")
     layers = tuple(_plan_layer(checkpoint, target, prefix, recipe) for target in selection.targets)
-    _refuse_growth(layers, recipe)
+    if not recipe.budget.limits:
+        _refuse_growth(layers, recipe)
     replaced = {name for layer in layers for name in (layer.weight, layer.bias)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in replaced)
     return ConversionPlan(layers, selection, other)

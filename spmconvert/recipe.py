@@ -72,9 +72,57 @@ class Calibration(_Table):
 
 
 class Fit(_Table):
-    """How hard the solver tries: the largest number of solver iterations a layer gets, Adam and L-BFGS together."""
+    """How layers are fitted.
+
+    Attributes:
+        iterations: most solver iterations a layer gets, Adam and L-BFGS together.
+        output_weighting: weigh output directions by what their errors cost the model; needs calibration rows.
+        sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs.
+    """
 
     iterations: Annotated[int, Field(ge=0)] = 200
+    output_weighting: bool = False
+    sequential: bool = False
+
+
+class Budget(_Table):
+    """How much of the targeted layers may be left; the designs of all layers are chosen together. At most one limit.
+
+    Attributes:
+        keep: share of the targeted layers' parameters.
+        keep_bytes: bytes of the targeted layers in the output.
+        keep_flops: share of the targeted layers' floating-point operations a token.
+        max_error: largest held-out relative error of a layer; the smallest design within it is taken.
+        sensitivity: what errors of a layer cost: by the ``gradient`` of the model's outputs, by the measured divergence
+            when only that layer is replaced (``kl``), or ``none``, which takes relative errors of all layers alike.
+        structures: what layers may be built of: ``spm`` stages, ``block`` stages, stages or wide blocks with a
+            ``companion``, ``lowrank`` alone.
+        iterations: most solver iterations of each candidate that is measured.
+    """
+
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    keep_bytes: Annotated[int, Field(gt=0)] | None = None
+    keep_flops: Annotated[float, Field(gt=0, lt=1)] | None = None
+    max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    sensitivity: Literal["gradient", "kl", "none"] = "gradient"
+    structures: Annotated[tuple[Literal["spm", "block", "companion", "lowrank"], ...], Field(min_length=1)] = (
+        "spm",
+        "companion",
+        "lowrank",
+    )
+    iterations: Annotated[int, Field(ge=1)] = 40
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """The limits that are given; none for designs that the recipe names itself."""
+        names = ("keep", "keep_bytes", "keep_flops", "max_error")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}
+
+    @model_validator(mode="after")
+    def _has_one_limit(self) -> "Budget":
+        if len(self.limits) > 1:
+            raise ValueError(f"{' and '.join(self.limits)} are both given; a conversion has one limit")
+        return self
 
 
 class Training(_Table):
@@ -162,7 +210,23 @@ class Recipe(_Table):
     overrides: tuple[Override, ...] = ()
     calibration: Calibration = Calibration()
     fit: Fit = Fit()
+    budget: Budget = Budget()
     finetune: Training = Training()
+
+    @property
+    def weighted(self) -> bool:
+        """Whether the cost of output errors is measured."""
+        return self.fit.output_weighting or bool(self.budget.limits and self.budget.sensitivity == "gradient")
+
+    @model_validator(mode="after")
+    def _designs_are_named_or_chosen(self) -> "Recipe":
+        if self.budget.limits and (self.design != LayerDesign() or self.overrides):
+            limit = next(iter(self.budget.limits))
+            raise ValueError(f"{limit} chooses the design of every layer; leave stages, block, rank and overrides out")
+        if self.calibration.file is None and (self.fit.output_weighting or self.fit.sequential):
+            option = "output_weighting" if self.fit.output_weighting else "sequential"
+            raise ValueError(f"fit.{option} needs calibration rows; give --calib FILE")
+        return self
 
 
 def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
@@ -190,6 +254,14 @@ _SHORT_KEYS = {
     "block": "design.block",
     "rank": "design.rank",
     "calib": "calibration.file",
+    "keep": "budget.keep",
+    "keep_bytes": "budget.keep_bytes",
+    "keep_flops": "budget.keep_flops",
+    "max_error": "budget.max_error",
+    "sensitivity": "budget.sensitivity",
+    "structures": "budget.structures",
+    "sequential": "fit.sequential",
+    "output_weighting": "fit.output_weighting",
 }
 
 
@@ -203,7 +275,7 @@ def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> 
         RecipeError: when a key is unknown or a value outside its range.
     """
     changes = {_SHORT_KEYS.get(key, key): value for key, value in keywords.items()}
-    for key in ("targets", "ignore"):
+    for key in ("targets", "ignore", "budget.structures"):
         if isinstance(changes.get(key), str):
             changes[key] = [pattern.strip() for pattern in changes[key].split(",") if pattern.strip()]
     return load_recipe(path, changes)
@@ -274,6 +346,7 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
         "overrides": Override,
         "calibration": Calibration,
         "fit": Fit,
+        "budget": Budget,
         "finetune": Training,
     }
     if location:

@@ -1,4 +1,8 @@
-"""Numbers as people read them: bytes, counts, durations and measured values, the same in every form of output."""
+"""Numbers as people read and write them: bytes, counts, durations and measured values, the same everywhere."""
+
+import re
+
+from spmconvert.errors import OptionError
 
 
 def size(number: float) -> str:
@@ -8,6 +12,19 @@ def size(number: float) -> str:
             return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
         number /= 1000
     return f"{number:.1f} TB"
+
+
+def parse_size(text: str) -> int:
+    """Bytes from a number with a unit, as ``size`` writes it: 40MB, 1.5 GB, 300000.
+
+    Raises:
+        OptionError: when it is not such a number.
+    """
+    factors = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text, re.IGNORECASE)
+    if match is None or match[2].upper() not in factors:
+        raise OptionError(f"size {text!r} is not understood; write for example 40MB, 1.5GB or 300000")
+    return int(float(match[1]) * factors[match[2].upper()])
 
 
 def count(number: float) -> str:

@@ -112,7 +112,7 @@ class Distillation:
             loss = self._hidden(own[0], _required(target)[0].to(own[0].device), batch)
         if self.training.hidden_states:
             pairs = zip(_all_states(own[1]), _all_states(_required(target)[1]), strict=True)
-            found = [hidden_state_loss(_real(a, batch), _real(b.to(a.device), batch)) for a, b in pairs]
+            found = [hidden_state_loss(real_positions(a, batch), real_positions(b.to(a.device), batch)) for a, b in pairs]
             _add(loss, "hidden_states", self.training.hidden_states, torch.stack(found).mean())
         if self.training.layer_outputs:
             found = [relative_square(own_outputs[name], target_outputs[name].to(own[0].device)) for name in self._watched]
@@ -146,13 +146,13 @@ class Distillation:
         *,
         measure: bool,
     ) -> Loss:
-        states = _real(own[0], batch)
-        words = _real(next_tokens(batch, own[0]) if labels is None else labels, batch)
+        states = real_positions(own[0], batch)
+        words = real_positions(next_tokens(batch, own[0]) if labels is None else labels, batch)
         heads = self._heads()
         if self.stored is not None:
             wanted: tuple[Tensor, ...] = self.stored.lookup(batch)
         else:
-            wanted = (_real(_required(target)[0], batch),)
+            wanted = (real_positions(_required(target)[0], batch),)
         wants_words = measure or self.training.cross_entropy > 0
 
         def chunk(own_states: Tensor, answers: Tensor, *targets: Tensor) -> Tensor:
@@ -179,8 +179,8 @@ class Distillation:
         return loss
 
     def _hidden(self, own: Tensor, target: Tensor, batch: dict[str, Any]) -> Loss:
-        states = _real(own, batch)
-        loss = _single("hidden", hidden_state_loss(states, _real(target, batch)), len(states))
+        states = real_positions(own, batch)
+        loss = _single("hidden", hidden_state_loss(states, real_positions(target, batch)), len(states))
         if self.training.pooled_states:
             mean = hidden_state_loss(_pooled(own, batch), _pooled(target, batch)) / len(own)
             _add(loss, "pooled_states", self.training.pooled_states, mean * loss.positions)
@@ -193,7 +193,7 @@ class Distillation:
         return own, own if self.teacher is None else self.teacher.get_output_embeddings()
 
     def _classes(self, own: tuple[Tensor, Any], target: tuple[Tensor, Any] | None, batch: dict[str, Any]) -> Loss:
-        found, wanted = (_class_logits(run[1], batch) for run in (own, _required(target)))
+        found, wanted = (class_logits(run[1], batch) for run in (own, _required(target)))
         wanted = wanted.to(found.device)
         if found.shape[-1] == 1:
             return _single("square", mse_loss(found.float(), wanted.float(), reduction="sum"), len(found))
@@ -249,7 +249,7 @@ def _mask(batch: dict[str, Any], states: Tensor) -> Tensor | None:
     return None
 
 
-def _real(states: Tensor, batch: dict[str, Any]) -> Tensor:
+def real_positions(states: Tensor, batch: dict[str, Any]) -> Tensor:
     """States of the positions that are no padding, [positions, ...]."""
     mask = _mask(batch, states)
     return states.flatten(0, 1) if mask is None else states[mask]
@@ -262,14 +262,14 @@ def _pooled(states: Tensor, batch: dict[str, Any]) -> Tensor:
     return (states * weights).sum(1) / weights.sum(1)
 
 
-def _class_logits(output: Any, batch: dict[str, Any]) -> Tensor:
+def class_logits(output: Any, batch: dict[str, Any]) -> Tensor:
     """Logits [positions, classes]; for answers in a text, the tokens of every row, for start and end."""
     if "start_logits" in output:
         both = torch.cat([output.start_logits, output.end_logits])
         mask = _mask(batch, output.start_logits)
         return both if mask is None else both.masked_fill(~mask.repeat(2, 1), torch.finfo(both.dtype).min)
     logits: Tensor = output.logits
-    return _real(logits, batch) if logits.ndim > 2 else logits
+    return real_positions(logits, batch) if logits.ndim > 2 else logits
 
 
 def _all_states(output: Any) -> tuple[Tensor, ...]:

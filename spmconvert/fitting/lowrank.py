@@ -3,10 +3,13 @@
 Among all matrices of rank r it is the one that minimises E‖(W - S)(x - μ)‖² (Eckart and Young in the norm that the
 covariance gives; SVD-LLM's recipe). Only the left singular vectors are needed: S = U_r U_rᵀ W. They come from an
 eigendecomposition on the smaller side, whose squared condition number costs nothing that matters at the kept ranks.
+A metric on the outputs only changes coordinates: the factors are those of C^(1/2) W, and U is mapped back.
 """
 
 import torch
 from torch import Tensor
+
+from spmconvert.fitting.metric import OutputMetric
 
 # added to the covariance, as a share of its mean diagonal, so that dead channels and few rows stay factorisable
 RIDGE = 1e-6
@@ -48,10 +51,22 @@ def left_singular_vectors(weight: Tensor, root: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(whitened @ right)[0].float()
 
 
-def truncated_svd(weight: Tensor, root: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best factors U [out_features, rank] and V [rank, in_features] of rank r in the whitened norm."""
-    left = left_singular_vectors(weight, root, rank)
-    return left, left.t() @ weight.float()
+def truncated_svd(weight: Tensor, root: Tensor, rank: int, metric: OutputMetric | None = None) -> tuple[Tensor, Tensor]:
+    """The best factors U [out_features, rank] and V [rank, in_features] of rank r in the whitened norm.
+
+    Args:
+        weight: [out_features, in_features].
+        root: as ``covariance_root`` gives it.
+        rank: of the factors.
+        metric: weighs the outputs' errors; None counts all directions alike.
+    """
+    weight = weight.float()
+    if metric is None:
+        left = left_singular_vectors(weight, root, rank)
+        return left, left.t() @ weight
+    weighted = metric.root(weight.t()).t()
+    left = left_singular_vectors(weighted, root, rank)
+    return metric.inverse_root(left.t()).t(), left.t() @ weighted
 
 
 def rank_at(parameters: int, in_features: int, out_features: int) -> int:

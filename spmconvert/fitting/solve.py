@@ -4,6 +4,8 @@ Minimised is E‖(W - S)(x - μ)‖² = ‖R (W - S)ᵀ‖² with RᵀR = Σ, th
 are the only tokens, in_features of them however long the calibration text was. The mean goes into the bias exactly,
 b' = b + (W - S) μ. Target and rows are scaled to unit size first, so that one step size serves every layer.
 
+Where an ``OutputMetric`` says how much output directions matter, the squared error is taken in that metric.
+
 The solver is Adam with a cosine step size, then a few L-BFGS iterations; the best point seen is kept, starting with the
 start itself, so a fit is never worse than its start or than the zero matrix. Compared on ``encoder.layer.2`` of
 all-MiniLM-L6-v2, intermediate.dense (384 -> 1536, 11 stages), two cores, relative error on the fitted centred outputs:
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 
 from spmconvert.errors import FitError
 from spmconvert.fitting.lowrank import covariance_root, truncated_svd
+from spmconvert.fitting.metric import OutputMetric
 from spmconvert.fitting.start import can_factorise, hierarchical_start_, random_start_
 from spmconvert.fitting.statistics import ActivationStatistics
 from spmconvert.operator.linear import SPMLinear
@@ -57,7 +60,7 @@ class FitResult:
     """What a fit did.
 
     Attributes:
-        start: relative centred error of the start on the fitted rows.
+        start: relative centred error of the start on the fitted rows, in the metric of the fit.
         end: the same, of the layer that was kept.
         iterations: iterations that were run.
         seconds: time it took.
@@ -72,18 +75,22 @@ class FitResult:
 class _Problem:
     """The scaled least-squares problem of one layer; parameters of the layer are the unknowns."""
 
-    def __init__(self, layer: SPMLinear, weight: Tensor, root: Tensor) -> None:
+    def __init__(self, layer: SPMLinear, weight: Tensor, root: Tensor, metric: OutputMetric | None) -> None:
         target = root @ weight.float().t()
-        self.layer = layer
+        self.layer, self.metric = layer, metric
         self.input_size = root.square().mean().sqrt().clamp_min(1e-30)
         self.target_size = target.square().mean().sqrt()
         self.rows = root / self.input_size
         self.target = target / self.target_size
+        self.zero = self._cost(self.target)
         self.parameters = [p for name, p in layer.named_parameters() if name != "bias"]
 
     def loss(self) -> Tensor:
-        """Mean squared error, relative to the target: the zero matrix has 1."""
-        return (self._output() - self.target).square().mean()
+        """Squared error in the metric, relative to the target: the zero matrix has 1."""
+        return self._cost(self._output() - self.target) / self.zero
+
+    def _cost(self, outputs: Tensor) -> Tensor:
+        return outputs.square().sum() if self.metric is None else self.metric.energy(outputs)
 
     def _output(self) -> Tensor:
         bias, self.layer.bias = self.layer.bias, None
@@ -141,6 +148,7 @@ def fit_(
     iterations: int = 300,
     seed: int = 0,
     warm: bool = False,
+    metric: OutputMetric | None = None,
 ) -> FitResult:
     """Fit a float32 layer in place, bias included.
 
@@ -152,6 +160,7 @@ def fit_(
         iterations: most iterations of the solver; 0 keeps the start.
         seed: seed of the start.
         warm: start from the parameters the layer has, instead of a fresh start.
+        metric: weighs the outputs' errors; None counts all directions alike.
 
     Raises:
         FitError: when weight or statistics are not finite.
@@ -160,9 +169,9 @@ def fit_(
     if not (weight.isfinite().all() and statistics.scatter.isfinite().all() and statistics.mean.isfinite().all()):
         raise FitError("weight or input statistics are not finite; a least-squares fit needs finite numbers")
     root = covariance_root(statistics.covariance)
-    problem = _Problem(layer, weight, root)
+    problem = _Problem(layer, weight, root, metric)
     result = (1.0, 1.0, 0)
-    if problem.target_size > 0:
+    if problem.zero > 0:
         with torch.enable_grad():
             result = _solve(problem, weight, root, iterations, seed, warm)
     else:
@@ -208,7 +217,7 @@ def _fresh_start_(problem: _Problem, weight: Tensor, root: Tensor, unscale: Tens
     layer = problem.layer
     with torch.no_grad():
         if layer.low_rank_in is not None and layer.low_rank_out is not None:
-            left, right = truncated_svd(weight, root, layer.geometry.rank)
+            left, right = truncated_svd(weight, root, layer.geometry.rank, problem.metric)
             layer.low_rank_out.copy_(left)
             layer.low_rank_in.copy_(right / unscale)
         elif can_factorise(layer.geometry):

@@ -99,7 +99,7 @@ def recording(
 
     def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            batch = ActivationStatistics.of(_attended(arguments[0], mask()))
+            batch = ActivationStatistics.of(attended(arguments[0], mask()))
             batch.mean, batch.scatter = batch.mean.cpu(), batch.scatter.cpu()
             if name in gathered:
                 gathered[name].merge_(batch)
@@ -116,7 +116,7 @@ def recording(
             handle.remove()
 
 
-def _attended(x: Tensor, mask: Tensor | None) -> Tensor:
+def attended(x: Tensor, mask: Tensor | None) -> Tensor:
     """Rows of x [..., in_features] that are not padding; layers off the masked sequence count in full."""
     rows = x.reshape(-1, x.shape[-1])
     if mask is None or mask.numel() != rows.shape[0]:

@@ -131,11 +131,13 @@ class Geometry:
 
     def flops_per_token(self) -> int:
         """Floating-point operations a token costs in the merged form, two for a multiply and an add."""
-        merged = 2 * self.width * self.block * sum(group.middle for group in merge_groups(self.blocks, self.stages))
-        dense = 2 * self.in_features * self.out_features
+        groups = merge_groups(self.blocks, self.stages)
         companion = 2 * self.rank * (self.in_features + self.out_features)
-        single = len(merge_groups(self.blocks, self.stages)) < 2
-        return (dense if single else merged) + companion
+        if not groups:
+            return 2 * self.width + companion
+        merged = 2 * self.width * self.block * sum(group.middle for group in groups)
+        one_matrix = len(groups) == 1 and groups[0].outer == groups[0].inner == 1
+        return (2 * self.in_features * self.out_features if one_matrix else merged) + companion
 
 
 def stage_period(blocks: int) -> int:

@@ -1,0 +1,257 @@
+"""Spend a budget over the layers of a model: measure every layer's curve once, then choose for any budget.
+
+Curves are kept in the cache directory by what decides about them (checkpoint, layer, calibration text and rows, kind of
+sensitivity, structures), so a second budget costs seconds. Layers whose dense form is the best use of the budget are left
+alone.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.distill.data import cache_directory
+from spmconvert.distill.objective import Distillation, objective_for
+from spmconvert.errors import OptionError
+from spmconvert.fitting.budget import Choice, choose
+from spmconvert.fitting.calibration import CalibrationRows
+from spmconvert.fitting.curve import Candidate, candidate_geometries, measure_curve
+from spmconvert.fitting.solve import fit_
+from spmconvert.layerfit import Moments, gather_moments, statistics_groups
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.plan import DTYPE_BYTES, ConversionPlan, LayerPlan
+from spmconvert.recipe import Budget, Recipe, Training
+from spmconvert.surgery.swap import replace_module
+from spmconvert.surgery.targets import Skipped
+
+# changes with anything that changes what a curve holds
+CURVE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Curves:
+    """The measured candidates of all planned layers.
+
+    Attributes:
+        plan: the layers, in the order of the model.
+        candidates: by layer, in the same order.
+    """
+
+    plan: ConversionPlan
+    candidates: tuple[tuple[Candidate, ...], ...]
+
+    def allocate(self, budget: Budget) -> "Allocation":
+        """Choose for a budget.
+
+        Raises:
+            OptionError: when the smallest candidates exceed the budget, or no layer would change.
+        """
+        layers = self.plan.layers
+        options = [(*own, None) for own in self.candidates]
+        losses = [[0.0 if one is None else one.loss for one in own] for own in options]
+        if budget.max_error is not None:
+            chosen = tuple(_smallest(layer, own, budget.max_error) for layer, own in zip(layers, options, strict=True))
+            total = sum(own[index] for own, index in zip(losses, chosen, strict=True))
+            choice = Choice(chosen, 0, total, total)
+        else:
+            costs = [[_cost(layer, one, budget) for one in own] for layer, own in zip(layers, options, strict=True)]
+            choice = choose(costs, losses, _limit(layers, budget))
+        picked = [own[index] for own, index in zip(options, choice.chosen, strict=True)]
+        if not any(picked):
+            raise OptionError("the budget leaves every layer dense; allow less, or leave --keep out")
+        return Allocation(_planned(self.plan, picked), choice)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """What a budget is spent on.
+
+    Attributes:
+        plan: the conversion with the chosen designs; layers that stay dense are left out.
+        choice: the solver's answer.
+    """
+
+    plan: ConversionPlan
+    choice: Choice
+
+
+def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe) -> Curves | None:
+    """Curves of an earlier run, or None where one is missing."""
+    found = [_read(_curve_file(source, layer, recipe)) for layer in plan.layers]
+    complete = tuple(own for own in found if own is not None)
+    return Curves(plan, complete) if len(complete) == len(found) else None
+
+
+def measure_curves(
+    source: Checkpoint,
+    plan: ConversionPlan,
+    recipe: Recipe,
+    rows: CalibrationRows | None,
+    load_dense: Callable[[], Any],
+    calibrating: Callable[[int, int], None],
+    report: Callable[[str, int, int], None],
+) -> Curves:
+    """Measure the curves that no earlier run has left.
+
+    Args:
+        source: the checkpoint.
+        plan: its targeted layers.
+        recipe: with a budget.
+        rows: calibration rows, or None without data.
+        load_dense: loads the dense model on the device to fit on.
+        calibrating: told how many calibration batches are through, and of how many.
+        report: told the layer that is done, how many are, and of how many.
+
+    Raises:
+        CalibrationError: when a layer has no influence or its statistics are not finite.
+        OptionError: when sensitivity needs calibration data and there is none.
+    """
+    if rows is None and recipe.budget.sensitivity != "none":
+        raise OptionError(
+            f"sensitivity {recipe.budget.sensitivity} is measured on calibration rows; give --calib FILE, or "
+            "--sensitivity none"
+        )
+    model: Any = None
+    found: dict[str, tuple[Candidate, ...]] = {}
+    for group in statistics_groups(plan.layers, weighted=recipe.weighted):
+        moments: dict[str, Moments] = {}
+        for layer in group:
+            name, file = layer.target.name, _curve_file(source, layer, recipe)
+            kept = _read(file)
+            if kept is None:
+                model = model or load_dense()
+                if not moments and rows is not None:
+                    moments = gather_moments(model, group, rows, calibrating, weighted=recipe.weighted, seed=recipe.seed)
+                kept = _measure_layer(model, layer, moments.get(name), recipe, rows)
+                _write(file, kept)
+            found[name] = kept
+            report(name, len(found), len(plan.layers))
+    return Curves(plan, tuple(found[layer.target.name] for layer in plan.layers))
+
+
+def _measure_layer(
+    model: Any, layer: LayerPlan, moments: Moments | None, recipe: Recipe, rows: CalibrationRows | None
+) -> tuple[Candidate, ...]:
+    module = model.get_submodule(layer.target.name)
+    weight = (module.weight.t() if layer.spec.fan_in_fan_out else module.weight).detach().float()
+    bias = None if module.bias is None else module.bias.detach().float()
+    own = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
+    geometries = candidate_geometries(weight.shape[1], weight.shape[0], recipe.budget.structures)
+    predicts = recipe.budget.sensitivity == "gradient"
+    own_metric = own.metric if predicts or recipe.fit.output_weighting else None
+    curve = measure_curve(
+        geometries, (weight, bias), own.fitted, own.held_out, own_metric, recipe.budget.iterations,
+        weighted=recipe.fit.output_weighting,
+    )  # fmt: skip
+    if not predicts:
+        curve = [replace(one, loss=one.error) for one in curve]
+    if recipe.budget.sensitivity == "kl" and rows is not None:
+        factor = _divergence_of(model, layer, own, (weight, bias), rows)
+        curve = [replace(one, loss=one.error * factor) for one in curve]
+    return tuple(curve)
+
+
+def _divergence_of(
+    model: Any, layer: LayerPlan, moments: Moments, dense: tuple[torch.Tensor, torch.Tensor | None], rows: CalibrationRows
+) -> float:
+    """Measured loss of the model on held-out rows a unit of relative error, when only this layer has lost some rank."""
+    out_features, in_features = dense[0].shape
+    rank = max(1, in_features * out_features // (4 * (in_features + out_features)))
+    candidate = SPMLinear(in_features, out_features, stages=0, rank=rank, device=dense[0].device)
+    geometry = candidate.geometry
+    (measured,) = measure_curve([geometry], dense, moments.fitted, moments.held_out, None, 0, weighted=False)
+    fit_(candidate, dense[0], dense[1], moments.fitted, iterations=0)
+    student = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    replace_module(student, layer.target.name, candidate.eval())
+    distillation = Distillation(student, model, objective_for(model.config), Training())
+    total = positions = 0.0
+    with torch.no_grad():
+        for batch in rows.batches(rows.held_out, model):
+            loss = distillation.loss(batch)
+            total, positions = total + loss.total.item(), positions + loss.positions
+    return total / positions / max(measured.error, 1e-12)
+
+
+def _cost(layer: LayerPlan, candidate: Candidate | None, budget: Budget) -> int:
+    """Parameters, bytes or FLOPs per token, as the budget counts; None is the dense layer."""
+    spec = None if candidate is None else _spec(layer, candidate)
+    if budget.keep_flops is not None:
+        return layer.flops[0] if spec is None else spec.geometry.flops_per_token()
+    parameters = layer.dense_parameters if spec is None else spec.parameter_count()
+    if budget.keep_bytes is None:
+        return parameters
+    return layer.dense_bytes if spec is None else parameters * DTYPE_BYTES[layer.stored_dtype]
+
+
+def _limit(layers: Sequence[LayerPlan], budget: Budget) -> int:
+    if budget.keep_bytes is not None:
+        return budget.keep_bytes
+    if budget.keep_flops is not None:
+        return int(budget.keep_flops * sum(layer.flops[0] for layer in layers))
+    return int((budget.keep or 1.0) * sum(layer.dense_parameters for layer in layers))
+
+
+def _smallest(layer: LayerPlan, options: Sequence[Candidate | None], max_error: float) -> int:
+    """Index of the smallest candidate whose error is allowed; the dense layer is one."""
+    allowed = [index for index, one in enumerate(options) if one is None or one.error <= max_error]
+    sizes = Budget(keep=0.5)
+    return min(allowed, key=lambda index: _cost(layer, options[index], sizes))
+
+
+def _spec(layer: LayerPlan, candidate: Candidate) -> LayerSpec:
+    return replace(layer.spec, geometry=candidate.geometry(layer.target.in_features, layer.target.out_features))
+
+
+def _planned(plan: ConversionPlan, picked: Sequence[Candidate | None]) -> ConversionPlan:
+    layers, dense = [], []
+    for layer, candidate in zip(plan.layers, picked, strict=True):
+        if candidate is None:
+            dense.append(layer)
+        else:
+            layers.append(replace(layer, spec=_spec(layer, candidate)))
+    skipped = [Skipped(layer.target.name, "dense is the best use of the budget") for layer in dense]
+    selection = replace(
+        plan.selection,
+        targets=tuple(layer.target for layer in layers),
+        skipped=(*plan.selection.skipped, *skipped),
+    )
+    return ConversionPlan(tuple(layers), selection, plan.other_bytes + sum(layer.dense_bytes for layer in dense))
+
+
+def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe) -> Path:
+    calibration = recipe.calibration
+    text = "" if calibration.file is None else hashlib.sha256(calibration.file.read_bytes()).hexdigest()
+    decides = {
+        "version": CURVE_VERSION,
+        "source": source.sha256(),
+        "layer": layer.target.name,
+        "text": text,
+        "calibration": calibration.model_dump(exclude={"file"}),
+        "seed": recipe.seed,
+        "budget": recipe.budget.model_dump(include={"sensitivity", "structures", "iterations"}),
+        "weighted": recipe.fit.output_weighting,
+        "bias": layer.spec.bias,
+    }
+    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    return cache_directory().parent / "curves" / f"{digest[:32]}.json"
+
+
+def _read(file: Path) -> tuple[Candidate, ...] | None:
+    if not file.exists():
+        return None
+    return tuple(Candidate(**one) for one in json.loads(file.read_text(encoding="utf-8")))
+
+
+def _write(file: Path, curve: Sequence[Candidate]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps([asdict(one) for one in curve]), encoding="utf-8")
+    temporary.replace(file)

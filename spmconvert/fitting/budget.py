@@ -1,0 +1,97 @@
+"""Choose one candidate a layer so that the predicted losses add up to the least under a budget.
+
+This is the multiple-choice knapsack problem. It is solved by dynamic programming over costs in whole units, rounded up, so
+the choice never exceeds the budget; what rounding gives away is bounded from below by the Lagrangian relaxation, whose
+bound comes with the answer. Integers and floats only.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from spmconvert.errors import OptionError
+
+# units that a budget is counted in; a layer's cost is rounded up by less than one of them
+UNITS = 1 << 15
+_HALVINGS = 60
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A choice of one candidate a layer.
+
+    Attributes:
+        chosen: index of every layer's candidate.
+        cost: their costs together.
+        loss: their losses together.
+        bound: no choice within the budget has a smaller loss than this.
+    """
+
+    chosen: tuple[int, ...]
+    cost: int
+    loss: float
+    bound: float
+
+
+def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> Choice:
+    """The choice of least loss.
+
+    Args:
+        costs: cost of every candidate, by layer.
+        losses: predicted loss of every candidate, by layer.
+        budget: most that the chosen costs may add up to.
+
+    Raises:
+        OptionError: when even the cheapest candidates exceed the budget.
+    """
+    least = sum(min(own) for own in costs)
+    if least > budget:
+        raise OptionError(f"the budget is {budget:,}, the smallest candidates of all layers need {least:,}; allow more")
+    # where the cheapest ones nearly fill the budget, units of what is left are finer than units of all
+    spare = max(1, budget - least)
+    # costs of layers have large divisors in common, and in multiples of those nothing is rounded
+    common = math.gcd(*(cost - min(own) for own in costs for cost in own)) or 1
+    unit = max(common, -(-spare // UNITS))
+    best = torch.zeros(spare // unit + 1, dtype=torch.float64)
+    picks: list[tuple[torch.Tensor, list[int]]] = []
+    for own_costs, own_losses in zip(costs, losses, strict=True):
+        units = [-(-(cost - min(own_costs)) // unit) for cost in own_costs]
+        options = torch.full((len(units), len(best)), float("inf"), dtype=torch.float64)
+        for row, (need, loss) in enumerate(zip(units, own_losses, strict=True)):
+            if need < len(best):
+                options[row, need:] = best[: len(best) - need] + loss
+        best, pick = options.min(0)
+        picks.append((pick, units))
+    left = len(best) - 1
+    chosen = []
+    for pick, units in reversed(picks):
+        chosen.append(int(pick[left]))
+        left -= units[chosen[-1]]
+    chosen.reverse()
+    cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
+    loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
+    return Choice(tuple(chosen), cost, loss, min(loss, lower_bound(costs, losses, budget)))
+
+
+def lower_bound(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> float:
+    """The largest value of the Lagrangian dual: min over candidates of loss + price · cost, minus price · budget."""
+
+    def at(price: float) -> tuple[float, int]:
+        value, used = -price * budget, 0
+        for own_costs, own_losses in zip(costs, losses, strict=True):
+            total, cost = min((loss + price * cost, cost) for cost, loss in zip(own_costs, own_losses, strict=True))
+            value, used = value + total, used + cost
+        return value, used
+
+    low, high = 0.0, 1.0
+    while at(high)[1] > budget and high < 1e300:
+        high *= 2
+    best = max(at(low)[0], at(high)[0])
+    for _ in range(_HALVINGS):
+        price = (low + high) / 2
+        value, used = at(price)
+        best = max(best, value)
+        low, high = (price, high) if used > budget else (low, price)
+    return best

@@ -1,0 +1,118 @@
+"""How much a model cares about errors of each layer's output, measured on calibration rows.
+
+The curvature of a layer is gathered by one backward pass a batch through random probes of what the model puts out: words
+or classes drawn from the model's own distribution, so that the gradients' second moment is the Fisher matrix and
+trace(C D Σ Dᵀ) is the KL divergence to second order; or normal directions of the last hidden state, which gives the
+squared error relative to its mean square. One probe a row is enough, since a few hundred rows are averaged. What it gives
+up: third order, and the interplay of errors in several layers.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax
+
+from spmconvert.distill.objective import Objective, class_logits, objective_for, real_positions
+from spmconvert.errors import CalibrationError
+from spmconvert.fitting.statistics import attended
+
+_SEED_OFFSET = 7919
+
+
+def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[str, Any]], seed: int) -> dict[str, Tensor]:
+    """Curvature of the model's output with respect to the outputs of layers.
+
+    Args:
+        model: the dense model, in float32; gradients of its parameters are left alone.
+        names: layers, by module name.
+        batches: keyword arguments of the model.
+        seed: seed of the probes.
+
+    Returns:
+        By name, a matrix [out_features, out_features], float32, on the CPU. Together with a layer's input moments it
+        predicts the loss a position of the model's output.
+
+    Raises:
+        CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
+    """
+    objective = objective_for(model.config)
+    generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
+    sums: dict[str, Tensor] = {}
+    positions = 0
+    scale = 0.0
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        for batch in batches:
+            with _differentiated(model, names) as leaves, torch.enable_grad():
+                output = model(**batch)
+                probe, count, size = _probe(output, objective, batch, generator)
+                probe.backward()
+            positions, scale = positions + count, scale + size
+            for name, found in leaves.items():
+                for leaf in found:
+                    _add(sums, name, leaf.grad, batch)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    factor = 0.5 if objective != "hidden" else positions / max(scale, 1e-30)
+    return {name: _checked(name, sums.get(name)) * (factor / positions) for name in names}
+
+
+@contextmanager
+def _differentiated(model: Any, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Add a zero to the outputs of layers, whose gradient is the gradient with respect to the output."""
+    leaves: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            leaf = torch.zeros_like(output, requires_grad=True)
+            leaves[name].append(leaf)
+            return output + leaf
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probe(
+    output: Any, objective: Objective, batch: dict[str, Any], generator: torch.Generator
+) -> tuple[Tensor, int, float]:
+    """A random scalar of the output, the number of its positions, and the sum of squares of what is probed."""
+    if objective == "hidden":
+        states = real_positions(output[0], batch).float()
+        directions = torch.randn(states.shape, generator=generator).to(states.device)
+        return (states * directions).sum(), len(states), states.detach().square().sum().item()
+    logits = class_logits(output, batch) if objective == "classes" else real_positions(output.logits, batch)
+    log_probabilities = log_softmax(logits.float(), dim=-1)
+    if logits.shape[-1] == 1:
+        return logits.float().mul(torch.randn(logits.shape, generator=generator).to(logits.device)).sum(), len(logits), 1.0
+    drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
+    return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits), 1.0
+
+
+def _add(sums: dict[str, Tensor], name: str, gradient: Tensor | None, batch: dict[str, Any]) -> None:
+    if gradient is None:
+        return
+    rows = attended(gradient, batch.get("attention_mask")).float()
+    product = (rows.t() @ rows).cpu()
+    sums[name] = sums[name] + product if name in sums else product
+
+
+def _checked(name: str, total: Tensor | None) -> Tensor:
+    if total is None or not total.any():
+        raise CalibrationError(
+            f"layer {name} has no influence on what the model puts out; leave it out with --ignore {name}"
+        )
+    if not total.isfinite().all():
+        raise CalibrationError(f"gradients at layer {name} are not finite on the calibration rows; use a wider --dtype")
+    return total

@@ -1,0 +1,190 @@
+"""A conversion to a budget: what is chosen, what it costs, curves that are measured once, and sequential fitting."""
+
+import json
+
+import pytest
+import torch
+
+import spmconvert
+from spmconvert import allocation
+from spmconvert.conversion import open_plan, resolve_recipe
+from spmconvert.errors import OptionError, RecipeError
+from spmconvert.fitrun import load_dense_model
+from spmconvert.fitting.calibration import load_rows
+from spmconvert.recipe import Budget
+
+QUICK = {"fit.iterations": 6, "budget.iterations": 4, "calibration.rows": 16}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(result):
+    before = sum(record.dense_parameters for record in result.layers)
+    return sum(record.parameters for record in result.layers) / before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_keep_is_kept(checkpoints, text, tmp_path, cache, name, keep):
+    result = spmconvert.convert(checkpoints[name], tmp_path / "out", keep=keep, calib=text, **QUICK)
+    dense = sum(entry.dense_parameters for entry in result.layers)
+    record = json.loads((tmp_path / "out" / "spm.json").read_text())
+    left = [entry for entry in record["left_alone"] if "best use of the budget" in entry["reason"]]
+    assert sum(entry.parameters for entry in result.layers) <= keep * dense + (0 if not left else dense)
+    assert left or kept(result) > 0.6 * keep
+    assert 0 < record["allocation"]["lower_bound"] <= record["allocation"]["predicted_loss"]
+    model = spmconvert.load(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == result.parameters_after
+
+
+def curves_of(checkpoints, text, name="gpt2", **changes):
+    recipe = resolve_recipe(None, {"keep": 0.5, "calib": text, **QUICK, **changes})
+    source, plan, config = open_plan(str(checkpoints[name]), recipe)
+    rows = load_rows(source.directory, config, recipe.calibration, recipe.seed)
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return load_dense_model(source.directory, config, "cpu")
+
+    curves = allocation.measure_curves(source, plan, recipe, rows, load, lambda *_: None, lambda *_: None)
+    return curves, loaded, recipe, source, plan
+
+
+def test_more_budget_never_costs_more(checkpoints, text, cache):
+    curves, *_ = curves_of(checkpoints, text)
+    losses = [curves.allocate(Budget(keep=keep)).choice.loss for keep in (0.25, 0.4, 0.6, 0.8)]
+    assert losses == sorted(losses, reverse=True)
+    assert all(one.error > 0 for own in curves.candidates for one in own)
+
+
+def test_a_mixture_is_never_worse_than_low_rank_alone(checkpoints, text, cache):
+    mixed, *_ = curves_of(checkpoints, text)
+    alone, *_ = curves_of(checkpoints, text, structures="lowrank")
+    assert {one.stages for own in alone.candidates for one in own} == {0}
+    assert any(one.stages for own in mixed.candidates for one in own)
+    for keep in (0.3, 0.5, 0.7):
+        assert mixed.allocate(Budget(keep=keep)).choice.loss <= alone.allocate(Budget(keep=keep)).choice.loss
+
+
+def test_curves_are_measured_once(checkpoints, text, cache):
+    first, loaded, recipe, source, plan = curves_of(checkpoints, text)
+    assert loaded == [1]
+    again, loaded, *_ = curves_of(checkpoints, text)
+    assert not loaded
+    assert again == first
+    assert allocation.read_curves(source, plan, recipe) == first
+    # one lost curve is measured again, to the same numbers
+    next(iter((cache.parent / "curves").glob("*.json"))).unlink()
+    assert allocation.read_curves(source, plan, recipe) is None
+    repaired, loaded, *_ = curves_of(checkpoints, text)
+    assert loaded == [1]
+    assert repaired == first
+    _, loaded, *_ = curves_of(checkpoints, text, **{"budget.sensitivity": "none"})
+    assert loaded == [1]
+
+
+def test_limits_of_other_kinds(checkpoints, text, cache):
+    curves, *_ = curves_of(checkpoints, text)
+    layers = curves.plan.layers
+    dense_bytes, dense_flops = sum(layer.dense_bytes for layer in layers), sum(layer.flops[0] for layer in layers)
+    plan = curves.allocate(Budget(keep_bytes=dense_bytes // 2)).plan
+    assert plan.output_bytes <= curves.plan.other_bytes + dense_bytes // 2
+    plan = curves.allocate(Budget(keep_flops=0.5)).plan
+    replaced = {layer.target.name: layer.flops[1] for layer in plan.layers}
+    assert sum(replaced.get(layer.target.name, layer.flops[0]) for layer in layers) <= 0.5 * dense_flops
+    errors = [one.error for own in curves.candidates for one in own]
+    bound = sorted(errors)[len(errors) // 2]
+    plan = curves.allocate(Budget(max_error=bound)).plan
+    for layer, own in zip(layers, curves.candidates, strict=True):
+        found = [other for other in plan.layers if other.target == layer.target]
+        if found:
+            g = found[0].spec.geometry
+            assert (
+                next(one for one in own if (one.stages, one.block, one.rank) == (g.stages, g.block, g.rank)).error <= bound
+            )
+
+
+def test_measured_divergence_as_sensitivity(checkpoints, text, tmp_path, cache):
+    curves, *_ = curves_of(checkpoints, text, **{"budget.sensitivity": "kl"})
+    factors = [own[0].loss / own[0].error for own in curves.candidates]
+    assert all(factor > 0 for factor in factors)
+    assert len({round(factor, 9) for factor in factors}) == len(factors)
+    for own, factor in zip(curves.candidates, factors, strict=True):
+        assert all(one.loss == pytest.approx(one.error * factor) for one in own)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keep": 0.5, "max_error": 0.1}, RecipeError, "keep and max_error are both given"),
+        ({"keep": 0.5, "rank": 4}, RecipeError, "keep chooses the design of every layer"),
+        ({"keep": 1.5}, RecipeError, "less than 1"),
+        ({"keep": 1e-4}, OptionError, "the smallest candidates of all layers need"),
+        ({"keep": 0.5, "structures": "monarch"}, RecipeError, "monarch"),
+        ({"sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
+        ({"keep": 0.5, "calib": None}, OptionError, "sensitivity gradient is measured on calibration rows"),
+    ],
+)
+def test_wrong_budgets_are_refused(checkpoints, text, tmp_path, cache, changes, error, message):
+    with pytest.raises(error, match=message):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", **{"calib": text, **QUICK, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_budget_without_data_takes_all_layers_alike(checkpoints, tmp_path, cache):
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, sensitivity="none", **QUICK)
+    assert result.layers
+
+
+def output_error(dense, converted, batches):
+    with torch.no_grad():
+        pairs = [(dense(**batch).logits, converted(**batch).logits) for batch in batches]
+    return sum((a - b).square().sum().item() for a, b in pairs) / sum(a.square().sum().item() for a, _ in pairs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sequential_fits_undo_errors_of_earlier_layers(checkpoints, text, tmp_path, name):
+    design = {"calib": text, "stages": 0, "rank": 6, "fit.iterations": 6, "calibration.rows": 64}
+    for output, sequential in (("one", False), ("two", True)):
+        spmconvert.convert(checkpoints[name], tmp_path / output, sequential=sequential, **design)
+    dense = spmconvert.load(checkpoints[name], dtype=torch.float32).eval()
+    rows = load_rows(checkpoints[name], dense.config, resolve_recipe(None, design).calibration, seed=0)
+    batches = list(rows.batches(rows.fitted, dense))
+    errors = [output_error(dense, spmconvert.load(tmp_path / output).eval(), batches) for output in ("one", "two")]
+    assert errors[1] < errors[0]
+
+
+def test_sequential_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, monkeypatch):
+    from tests.test_convert import files_of
+
+    changes = {"calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
+    from spmconvert import fitrun
+
+    whole, calls = fitrun.fit_layer, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return whole(*arguments, **keywords)
+
+    monkeypatch.setattr(fitrun, "fit_layer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", **changes)
+    monkeypatch.undo()
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", resume=True, **changes)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
+    with pytest.raises(OptionError, match="one list of blocks"):
+        spmconvert.convert(
+            checkpoints["bert"], tmp_path / "out", targets="*layer.0.output.dense,pooler.dense",
+            calib=text, sequential=True, **{"fit.iterations": 2, "calibration.rows": 8},
+        )  # fmt: skip

@@ -1,0 +1,65 @@
+"""The measured curvature against what really happens to the model's outputs."""
+
+import pytest
+import torch
+
+import spmconvert
+from spmconvert.distill.objective import Distillation, objective_for
+from spmconvert.errors import CalibrationError
+from spmconvert.fitting.calibration import load_rows
+from spmconvert.fitting.curve import predicted_loss
+from spmconvert.fitting.metric import OutputMetric
+from spmconvert.fitting.statistics import collect
+from spmconvert.recipe import Calibration, Training
+from spmconvert.sensitivity import gather_curvatures
+from spmconvert.surgery.architecture import load_config
+
+LAYERS = {
+    "gpt2": "transformer.h.1.mlp.c_fc",
+    "bert": "encoder.layer.1.output.dense",
+    "llama": "model.layers.0.mlp.up_proj",
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_predicted_loss_is_the_divergence_of_a_small_change(checkpoints, text, name):
+    layer = LAYERS[name]
+    dense, changed = (spmconvert.load(checkpoints[name], dtype=torch.float32).eval() for _ in range(2))
+    config = load_config(checkpoints[name])
+    rows = load_rows(checkpoints[name], config, Calibration(file=text, rows=48), seed=0)
+    module = changed.get_submodule(layer)
+    before = module.weight.detach().clone()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        module.weight.add_(0.03 * before.norm() / before.numel() ** 0.5 * torch.randn_like(before))
+    batches = list(rows.batches(rows.fitted, dense))
+    metrics = [OutputMetric.of(gather_curvatures(dense, [layer], batches * 6, seed=seed)[layer]) for seed in (0, 1)]
+    statistics = collect(dense, [layer], batches)[layer]
+    flip = name == "gpt2"
+    own, other = (weight.detach().t() if flip else weight.detach() for weight in (before, module.weight))
+    predicted = [predicted_loss(metric, (own, None), (other, None), statistics) for metric in metrics]
+    distillation = Distillation(changed, dense, objective_for(config), Training())
+    with torch.no_grad():
+        losses = [distillation.loss(batch) for batch in batches]
+    measured = sum(loss.total.item() for loss in losses) / sum(loss.positions for loss in losses)
+    # inputs and gradients are not independent, so the prediction is one of size
+    assert 0.4 * measured < predicted[0] < 2.5 * measured
+    assert predicted[1] == pytest.approx(predicted[0], rel=0.15)
+
+
+def test_gradients_of_parameters_are_left_alone(checkpoints, text):
+    model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32)
+    rows = load_rows(checkpoints["gpt2"], model.config, Calibration(file=text, rows=8), seed=0)
+    found = gather_curvatures(model, [LAYERS["gpt2"]], rows.batches(rows.fitted, model), seed=0)
+    again = gather_curvatures(model, [LAYERS["gpt2"]], rows.batches(rows.fitted, model), seed=0)
+    assert torch.equal(found[LAYERS["gpt2"]], again[LAYERS["gpt2"]])
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_layer_without_influence_is_named(checkpoints, text):
+    model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32)
+    rows = load_rows(checkpoints["gpt2"], model.config, Calibration(file=text, rows=8), seed=0)
+    with torch.no_grad():
+        model.transformer.h[1].mlp.c_proj.weight.zero_()
+    with pytest.raises(CalibrationError, match=r"h\.1\.mlp\.c_fc has no influence .*--ignore"):
+        gather_curvatures(model, [LAYERS["gpt2"]], rows.batches(rows.fitted, model), seed=0)
