@@ -34,6 +34,8 @@ from spmconvert.surgery.targets import Skipped
 
 # changes with anything that changes what a curve holds
 CURVE_VERSION = 1
+# shares of the targeted parameters that a dry run compares
+COMPARED_BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,33 @@ def measure_curves(
             found[name] = kept
             report(name, len(found), len(plan.layers))
     return Curves(plan, tuple(found[layer.target.name] for layer in plan.layers))
+
+
+def compare_budgets(curves: Curves) -> list[dict[str, Any]]:
+    """What every budget would buy, as plain values; budgets below the smallest designs are left out."""
+    rows = []
+    total = sum(layer.dense_parameters for layer in curves.plan.layers)
+    for keep in COMPARED_BUDGETS:
+        try:
+            allocation = curves.allocate(Budget(keep=keep))
+        except OptionError:
+            continue
+        layers = allocation.plan.layers
+        geometries = [layer.spec.geometry for layer in layers]
+        rows.append(
+            {
+                "keep": keep,
+                "kept": allocation.choice.cost / total,
+                "predicted_loss": allocation.choice.loss,
+                "lower_bound": allocation.choice.bound,
+                "low_rank": sum(g.stages == 0 for g in geometries),
+                "stages": sum(g.stages > 0 and g.rank == 0 for g in geometries),
+                "stages_with_companion": sum(g.stages > 0 and g.rank > 0 for g in geometries),
+                "dense": len(curves.plan.layers) - len(layers),
+                "output_bytes": allocation.plan.output_bytes,
+            }
+        )
+    return rows
 
 
 def _measure_layer(

@@ -115,9 +115,19 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> None:
+    from spmconvert.allocation import compare_budgets, read_curves
     from spmconvert.conversion import default_output, open_plan
 
-    _, plan, _ = open_plan(model, recipe)
+    source, plan, _ = open_plan(model, recipe)
+    budgets = None
+    if recipe.budget.limits:
+        curves = read_curves(source, plan, recipe)
+        if curves is None:
+            raise OptionError(
+                "designs for a budget follow from measurements that have not been made yet; run the command once without "
+                "--dry-run, then a dry run shows any budget"
+            )
+        plan, budgets = curves.allocate(recipe.budget).plan, compare_budgets(curves)
     destination = str(output or default_output(model))
     if as_json:
         calibrated = recipe.calibration.file is not None
@@ -129,11 +139,14 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> 
                 "output_bytes": plan.output_bytes,
                 "predicted_seconds": plan.predicted_seconds(recipe),
                 "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
+                "budgets": budgets,
                 "recipe": recipe.model_dump(mode="json", exclude={"finetune"}),
             }
         )
     else:
         console.show_plan(plan, recipe, destination)
+        if budgets is not None:
+            console.show_budgets(budgets)
 
 
 def _convert(

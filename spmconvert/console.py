@@ -194,6 +194,19 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
     )
 
 
+def show_budgets(rows: list[dict[str, Any]]) -> None:
+    """What other budgets would buy."""
+    table = Table(box=None, pad_edge=False)
+    columns = ("--keep", "predicted loss", "low rank", "stages", "stages + companion", "left dense", "checkpoint")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for row in rows:
+        counts = (str(row[key]) for key in ("low_rank", "stages", "stages_with_companion", "dense"))
+        table.add_row(f"{row['keep']:.0%}", f"{row['predicted_loss']:.4g}", *counts, size(row["output_bytes"]))
+    _out.print(table)
+    _out.print("predicted loss: to second order, of the model against the dense one, before any finetune", soft_wrap=True)
+
+
 class StepProgress:
     """A live line with a bar for work of a known number of steps."""
 

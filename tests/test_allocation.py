@@ -1,6 +1,7 @@
 """A conversion to a budget: what is chosen, what it costs, curves that are measured once, and sequential fitting."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -188,3 +189,27 @@ def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
             checkpoints["bert"], tmp_path / "out", targets="*layer.0.output.dense,pooler.dense",
             calib=text, sequential=True, **{"fit.iterations": 2, "calibration.rows": 8},
         )  # fmt: skip
+
+
+def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cache):
+    quick = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
+    command = ["convert", checkpoints["gpt2"], "-o", tmp_path / "out", "--calib", text, *quick]
+    code, _, err = run(*command, "--keep", "0.5", "--dry-run")
+    assert code == OptionError.exit_code
+    assert "run the command once without --dry-run" in err
+    code, out, _ = run(*command, "--keep", "0.5")
+    assert code == 0
+    code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
+    assert code == 0
+    assert "predicted loss" in out
+    assert re.search(r"75% +[\d.e-]+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ kB", out), out
+    code, out, _ = run(*command, "--keep", "0.3", "--dry-run", "--json")
+    shown = json.loads(out)
+    losses = [row["predicted_loss"] for row in shown["budgets"]]
+    assert losses == sorted(losses, reverse=True)
+    assert all(row["kept"] <= row["keep"] for row in shown["budgets"])
+    code, _, err = run(*command, "--keep-bytes", "many")
+    assert code == OptionError.exit_code
+    assert "40MB" in err
+    code, out, _ = run(*command, "--keep-bytes", "20kB", "--force", "--json")
+    assert sum(layer["parameters"] for layer in json.loads(out)["layers"]) * 4 <= 20_000
