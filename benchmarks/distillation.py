@@ -13,6 +13,7 @@ below 4 % the model has rank to spare and low rank is nearly lossless whatever i
 import argparse
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,10 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.common import STRUCTURES, dense_layers, distil, left_by_half_rank, replace_layers, save_json
+from benchmarks.common import STRUCTURES, Layer, dense_layers, distil, left_by_half_rank, replace_layers, save_json
 from benchmarks.environment import environment
 from spmconvert.conversion import load
-from spmconvert.distill.data import TrainingData, load_training_data
+from spmconvert.distill.data import load_training_data
 from spmconvert.distill.objective import Distillation
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.fitting.statistics import collect
@@ -82,38 +83,46 @@ def parse() -> argparse.Namespace:
 
 @dataclass
 class Bench:
-    """The dense model, its layers to replace, and the text that only measures."""
+    """The dense model, its layers to replace, and its loss on the text that only measures."""
 
     directory: Path
     config: Any
     teacher: Any
-    layers: list[Any]
-    other: TrainingData
-    rows: int
-
-    @torch.no_grad()
-    def loss(self, model: Any) -> float:
-        """Cross-entropy in nats a token on the other text."""
-        own = Distillation(model, self.teacher, "logits", Training())
-        total = words = 0.0
-        for first in range(0, min(len(self.other.training), self.rows), 16):
-            indices = range(first, min(first + 16, len(self.other.training), self.rows))
-            loss = own.loss(self.other.training.batch(indices, model, 0), measure=True)
-            total += loss.parts["cross_entropy"].item()
-            words += loss.parts["words"].item()
-        return total / words
+    layers: list[Layer]
+    loss: Callable[[Any], float]
 
 
 def prepare(options: argparse.Namespace) -> Bench:
     """Load the model and gather statistics."""
     teacher = load(options.model, dtype=torch.float32).eval().requires_grad_(False)
-    config = load_config(options.model)
-    rows = load_rows(options.model, config, Calibration(file=options.train, rows=512), 0)
-    names = [target.name for target in select_targets(teacher, targets=("mlp",), ignore=(), layers=None).targets]
-    fitted, held_out = (collect(teacher, names, rows.batches(part, teacher)) for part in (rows.fitted, rows.held_out))
-    layers = dense_layers(teacher, {name: (fitted[name], held_out[name]) for name in names})
-    other = load_training_data(str(options.evaluate), options.model, config, Training())
-    return Bench(options.model, config, teacher, layers, other, options.evaluation_rows)
+    layers = calibrated_layers(options.model, teacher, options.train, 512)
+    loss = language_score(options.model, teacher, options.evaluate, options.evaluation_rows)
+    return Bench(options.model, load_config(options.model), teacher, layers, loss)
+
+
+def calibrated_layers(directory: Path, model: Any, text: Path, count: int) -> list[Layer]:
+    """The MLP layers of a model with the moments of their inputs on calibration rows."""
+    rows = load_rows(directory, load_config(directory), Calibration(file=text, rows=count), 0)
+    names = [target.name for target in select_targets(model, targets=("mlp",), ignore=(), layers=None).targets]
+    fitted, held_out = (collect(model, names, rows.batches(part, model)) for part in (rows.fitted, rows.held_out))
+    return dense_layers(model, {name: (fitted[name], held_out[name]) for name in names})
+
+
+def language_score(directory: Path, teacher: Any, text: Path, most: int) -> Callable[[Any], float]:
+    """A function that gives a model's cross-entropy in nats a token on the first rows of a text."""
+    rows = load_training_data(str(text), directory, load_config(directory), Training()).training
+
+    @torch.no_grad()
+    def score(model: Any) -> float:
+        own = Distillation(model, teacher, "logits", Training())
+        total = words = 0.0
+        for first in range(0, min(len(rows), most), 16):
+            loss = own.loss(rows.batch(range(first, min(first + 16, len(rows), most)), model, 0), measure=True)
+            total += loss.parts["cross_entropy"].item()
+            words += loss.parts["words"].item()
+        return total / words
+
+    return score
 
 
 def measure(bench: Bench, structure: str, keep: float, options: argparse.Namespace) -> list[dict[str, Any]]:

@@ -19,15 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.common import STRUCTURES, dense_layers, distil, replace_layers, save_json
+from benchmarks.common import STRUCTURES, distil, replace_layers, save_json
+from benchmarks.distillation import calibrated_layers
 from benchmarks.environment import environment
 from spmconvert.conversion import load
 from spmconvert.distill.data import load_training_data
-from spmconvert.fitting.calibration import load_rows
-from spmconvert.fitting.statistics import collect
-from spmconvert.recipe import Calibration, Training
+from spmconvert.recipe import Training
 from spmconvert.surgery.architecture import load_config
-from spmconvert.surgery.targets import select_targets
 from spmconvert.text import load_tokenizer
 
 SHORTEST_SENTENCE = 64
@@ -44,11 +42,7 @@ def main() -> None:
     training_text.write_text("\n".join(sentences(options.train)), encoding="utf-8")
     teacher = load(directory, dtype=torch.float32).eval().requires_grad_(False)
     config = load_config(directory)
-    calibration = Calibration(file=training_text, rows=options.calibration_rows)
-    rows = load_rows(directory, config, calibration, 0)
-    names = [target.name for target in select_targets(teacher, targets=("mlp",), ignore=(), layers=None).targets]
-    fitted, held_out = (collect(teacher, names, rows.batches(part, teacher)) for part in (rows.fitted, rows.held_out))
-    layers = dense_layers(teacher, {name: (fitted[name], held_out[name]) for name in names})
+    layers = calibrated_layers(directory, teacher, training_text, options.calibration_rows)
     examiner = Examiner(directory, sentences(options.evaluate)[: options.sentences], teacher)
     results = []
     for keep in options.keep:

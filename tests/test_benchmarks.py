@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -106,6 +107,40 @@ def test_distillation(text, tmp_path):
         share = (row["converted"] - row["finetuned"]) / (row["converted"] - result["teacher_loss"])
         assert row["gap_closed"] == share
     assert "gap closed" in out
+
+
+def test_quality(text, tmp_path):
+    sizes = ["--width", 64, "--layers", 1, "--steps", 2, "--batch-size", 2]
+    run("teacher", "--text", text, "--output", tmp_path / "t", *sizes)
+    methods = ["whitened SVD", "Monarch", "magnitude 2:4", "keep, low rank"]
+    out = run(
+        "quality", "--model", tmp_path / "t", "--calibration", text, "--evaluate", text, "--keep", 0.5, "--steps", 1,
+        "--rates", 1e-3, "--methods", *methods, "--batch-size", 2, "--evaluation-rows", 4, "--calibration-rows", 16,
+        "--work", tmp_path / "w", "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == methods
+    for row in rows:
+        assert 0.3 < row["kept"] <= 0.5
+        assert row["after"] > 0
+    assert "Monarch" in out
+
+
+def test_monarch_projection_recovers_its_own_kind():
+    from benchmarks.common import Layer
+    from benchmarks.quality import MonarchLinear
+    from spmconvert.fitting.statistics import ActivationStatistics
+
+    torch.manual_seed(0)
+    planted = MonarchLinear(torch.randn(4, 8, 4), torch.randn(8, 3, 4), torch.zeros(24))
+    weight = planted(torch.eye(16)).detach().t()
+    moments = ActivationStatistics.isotropic(16)
+    layer = Layer("planted", weight, torch.zeros(24), moments, moments)
+    # 4 blocks and 8 groups: 8 * 16 + 4 * 24 parameters
+    found = MonarchLinear.of(layer, keep=(8 * 16 + 4 * 24) / weight.numel())
+    assert sum(p.numel() for name, p in found.named_parameters() if name != "bias") == 8 * 16 + 4 * 24
+    x = torch.randn(5, 16)
+    torch.testing.assert_close(found(x), planted(x), rtol=1e-4, atol=1e-4)
 
 
 def test_step_time_and_memory(tmp_path):

@@ -59,7 +59,7 @@ def test_commands_and_python(run, workplace):
 
 
 def test_options_and_keys_of_the_tables_exist():
-    from spmconvert.recipe import Training
+    from spmconvert.recipe import Budget, Calibration, Fit, LayerDesign, Training
 
     help_texts = {name: _options(name) for name in ("convert", "finetune", "report", "export")}
     for option in re.findall(r"`(--[a-z-]+)", README):
@@ -67,6 +67,11 @@ def test_options_and_keys_of_the_tables_exist():
     table = README.partition("| key of the table `finetune`")[2].partition("\n\n")[0]
     named = set(re.findall(r"`([a-z_]+)`", table.partition("\n")[2]))
     assert set(Training.model_fields) <= named
+    table = README.partition("| recipe key")[2].partition("\n\n")[0]
+    for name, model in (("budget", Budget), ("fit", Fit), ("calibration", Calibration), ("design", LayerDesign)):
+        row = " ".join(line for line in table.splitlines() if f"`{name}." in line)
+        for key in model.model_fields:
+            assert re.search(rf"`({name})?\.{key}`", row), key
 
 
 def _options(command):

@@ -1,0 +1,264 @@
+"""What a parameter budget costs in quality: ``--keep`` beside whitened SVD and other structures, with its parts turned off.
+
+    python -m benchmarks.quality --model teachers/gpt2 --calibration wikitext-2-valid.txt --evaluate wikitext-2-test.txt
+    python -m benchmarks.quality --encoder --calibration wikitext-2-test.txt --evaluate wikitext-2-valid.txt
+
+All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
+truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change one thing: low rank
+only, relative errors in place of measured sensitivity, fits weighted by it, sequential fits. With --steps, every method is
+finetuned alike, at the best rate of a small grid by held-out loss. A language model is scored by its cross-entropy in
+nats a token on the other text (lower is better), an encoder by the Spearman correlation of its sentence similarities with
+the dense model's (higher is better).
+"""
+
+import argparse
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.common import STRUCTURES, Layer, distil, replace_layers, save_json
+from benchmarks.distillation import calibrated_layers, language_score
+from benchmarks.encoder import Examiner, packaged_model, sentences
+from benchmarks.environment import environment
+from spmconvert.conversion import convert, load
+from spmconvert.distill.data import load_training_data
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.recipe import Training
+from spmconvert.reporting.baselines import SparseLinear, keep_two_of_four
+from spmconvert.surgery.architecture import load_config
+from spmconvert.surgery.swap import replace_module
+
+# recipe changes of every method that goes through the converter
+CONVERTED: dict[str, dict[str, Any]] = {
+    "keep": {},
+    "keep, low rank": {"structures": "lowrank"},
+    "keep, relative error": {"sensitivity": "none"},
+    "keep, weighted fit": {"output_weighting": True},
+    "keep, sequential": {"sequential": True},
+    "keep, weighted, sequential": {"output_weighting": True, "sequential": True},
+}
+OTHERS = ("Monarch", "magnitude 2:4")
+METHODS = (*STRUCTURES, *OTHERS, *CONVERTED)
+
+
+@dataclass
+class Subject:
+    """A model to compress, and how it is scored.
+
+    Attributes:
+        directory: its checkpoint.
+        dense: the model itself.
+        layers: what is replaced, with the moments of its inputs.
+        calibration: text that is fitted and trained on.
+        rows: calibration rows.
+        score: of a model with some of the layers replaced.
+    """
+
+    directory: Path
+    dense: Any
+    layers: list[Layer]
+    calibration: Path
+    rows: int
+    score: Callable[[Any], float]
+
+
+def main() -> None:
+    """Measure, print the table, and write the JSON."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    options.work.mkdir(parents=True, exist_ok=True)
+    subject = encoder_subject(options) if options.encoder else language_subject(options)
+    result: dict[str, Any] = {
+        "environment": environment("cpu", "float32", options.threads),
+        "settings": {key: str(value) for key, value in vars(options).items() if key not in ("json", "work")},
+        "dense_score": subject.score(subject.dense),
+        "rows": [],
+    }
+    for keep in options.keep:
+        for method in options.methods:
+            for row in measure(subject, method, keep, options):
+                result["rows"].append(row)
+                print(row, flush=True)
+                save_json(options.json, result)
+    show(result)
+
+
+def parse() -> argparse.Namespace:
+    """Options of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="directory of the dense model; for an encoder that of the demo extra")
+    parser.add_argument("--encoder", action="store_true", help="score sentence similarities")
+    parser.add_argument("--calibration", type=Path, required=True, help="text to fit and train on")
+    parser.add_argument("--evaluate", type=Path, required=True, help="another text, only measured")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.05, 0.1, 0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--calibration-rows", type=int, default=512)
+    parser.add_argument("--evaluation-rows", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=0, help="of the finetune; 0 for none")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-3, 3e-3])
+    parser.add_argument("--other-rate", type=float, default=3e-4)
+    parser.add_argument("--scope", choices=["spm", "norms", "all"], default="spm")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("build/quality"), help="fits are kept there")
+    parser.add_argument("--json", type=Path)
+    return parser.parse_args()
+
+
+def language_subject(options: argparse.Namespace) -> Subject:
+    """A causal language model, scored by cross-entropy."""
+    dense = load(options.model, dtype=torch.float32).eval().requires_grad_(False)
+    layers = calibrated_layers(options.model, dense, options.calibration, options.calibration_rows)
+    score = language_score(options.model, dense, options.evaluate, options.evaluation_rows)
+    return Subject(options.model, dense, layers, options.calibration, options.calibration_rows, score)
+
+
+def encoder_subject(options: argparse.Namespace) -> Subject:
+    """A sentence encoder, scored by rank correlation with itself."""
+    directory = options.model or packaged_model()
+    text = options.work / "sentences.txt"
+    text.write_text("\n".join(sentences(options.calibration)), encoding="utf-8")
+    dense = load(directory, dtype=torch.float32).eval().requires_grad_(False)
+    layers = calibrated_layers(directory, dense, text, options.calibration_rows)
+    examiner = Examiner(directory, sentences(options.evaluate)[: 5 * options.evaluation_rows], dense)
+    return Subject(directory, dense, layers, text, options.calibration_rows, examiner.correlation)
+
+
+def measure(subject: Subject, method: str, keep: float, options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row a seed: the score before, and after a finetune at the best rate."""
+    began = time.monotonic()
+    student, names = build(subject, method, keep, options.work)
+    kept = sum(stored(module) for module in (student.get_submodule(layer.name) for layer in subject.layers))
+    row = {
+        "method": method,
+        "keep": keep,
+        "kept": kept / sum(layer.weight.numel() for layer in subject.layers),
+        "before": subject.score(student),
+        "seconds": round(time.monotonic() - began),
+    }
+    if not options.steps:
+        return [row]
+    return [{**row, "seed": seed, **finetuned(subject, student, names, seed, options)} for seed in options.seeds]
+
+
+def build(subject: Subject, method: str, keep: float, work: Path) -> tuple[Any, frozenset[str]]:
+    """A model with the method's layers, and the names of their parameters."""
+    if method in CONVERTED:
+        output = work / "converted"
+        changes = {"calib": subject.calibration, "calibration.rows": subject.rows, **CONVERTED[method]}
+        convert(subject.directory, output, keep=keep, force=output.exists(), **changes)
+        student = load(output, dtype=torch.float32)
+        layers = [name for name, module in student.named_modules() if isinstance(module, SPMLinear)]
+    else:
+        student = copy.deepcopy(subject.dense)
+        if method in STRUCTURES:
+            return student, replace_layers(student, subject.layers, method, keep, work / "fits")["names"]
+        layers = [layer.name for layer in subject.layers]
+        for layer in subject.layers:
+            replace_module(student, layer.name, MonarchLinear.of(layer, keep) if method == "Monarch" else sparse(layer))
+    names = [f"{name}.{part}" for name in layers for part, _ in student.get_submodule(name).named_parameters()]
+    return student, frozenset(names)
+
+
+def finetuned(subject: Subject, base: Any, names: frozenset[str], seed: int, options: argparse.Namespace) -> dict[str, Any]:
+    """The score after a finetune, with the rate of the least held-out loss."""
+    tried = []
+    for rate in options.rates:
+        training = Training(
+            steps=options.steps, batch_size=options.batch_size, learning_rate=rate, train=options.scope, seed=seed,
+            other_learning_rate=options.other_rate, block_size=64 if options.encoder else 128,
+            evaluate_every=max(1, options.steps // 4),
+        )  # fmt: skip
+        data = load_training_data(str(subject.calibration), subject.directory, load_config(subject.directory), training)
+        student = copy.deepcopy(base)
+        state = distil(student, subject.dense, data, training, names)
+        tried.append((state.best_loss, rate, subject.score(student)))
+    loss, rate, score = min(tried)
+    return {"after": score, "held_out_loss": loss, "rate": rate, "all_rates": {f"{r:g}": s for _, r, s in tried}}
+
+
+def stored(module: torch.nn.Module) -> int:
+    """Parameters of a layer in the place of a weight, its bias left out."""
+    if isinstance(module, SparseLinear):
+        return int((module.weight != 0).sum())
+    return sum(parameter.numel() for name, parameter in module.named_parameters() if name != "bias")
+
+
+class MonarchLinear(torch.nn.Module):
+    """Two block-diagonal factors with a permutation between them (Dao et al. 2022), as many blocks in each.
+
+    Args:
+        inner: [blocks, middle, in_features / blocks].
+        outer: [middle', out_features / middle', blocks] with as many rows as the inner factor has outputs a block.
+        bias: [out_features].
+    """
+
+    def __init__(self, inner: torch.Tensor, outer: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__()
+        self.inner, self.outer = torch.nn.Parameter(inner), torch.nn.Parameter(outer)
+        self.bias = torch.nn.Parameter(bias)
+
+    @classmethod
+    def of(cls, layer: Layer, keep: float) -> "MonarchLinear":
+        """Project a weight: every slice of it that two factors share is a matrix of rank one, found by its SVD.
+
+        The number of blocks is the power of two with the most parameters within the budget; no data is used except for
+        the bias, as in the projection of the paper.
+        """
+        out_features, in_features = layer.weight.shape
+        allowed = [
+            (blocks, groups)
+            for blocks in powers_of_two(in_features)
+            for groups in powers_of_two(out_features)
+            if groups * in_features + blocks * out_features <= keep * layer.weight.numel()
+        ]
+        blocks, groups = max(allowed, key=lambda pair: pair[0] * pair[1])
+        slices = layer.weight.view(out_features // groups, groups, blocks, in_features // blocks).permute(1, 2, 0, 3)
+        left, size, right = torch.linalg.svd(slices, full_matrices=False)
+        root = size[..., :1].sqrt()
+        outer = (left[..., 0] * root).transpose(1, 2)
+        inner = (right[..., 0, :] * root).transpose(0, 1)
+        matrix = torch.einsum("gob,bgi->ogbi", outer, inner).reshape(out_features, in_features)
+        bias = layer.bias + (layer.weight - matrix) @ layer.fitted.mean
+        return cls(inner.contiguous(), outer.contiguous(), bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., in_features] to [..., out_features]."""
+        blocks, _, width = self.inner.shape
+        hidden = torch.einsum("...bi,bgi->...gb", x.unflatten(-1, (blocks, width)), self.inner)
+        return torch.einsum("...gb,gob->...og", hidden, self.outer).flatten(-2) + self.bias
+
+
+def powers_of_two(size: int) -> list[int]:
+    """Powers of two that divide a size."""
+    return [2**power for power in range(size.bit_length()) if size % 2**power == 0]
+
+
+def sparse(layer: Layer) -> SparseLinear:
+    """Two of four weights by magnitude, whatever the budget, with the bias corrected."""
+    kept = keep_two_of_four(layer.weight)
+    return SparseLinear(kept, layer.bias + (layer.weight - kept) @ layer.fitted.mean)
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table."""
+    table = Table("budget", "method", "kept", "before", "after", "rate")
+    for row in result["rows"]:
+        after = (f"{row['after']:.4f}", f"{row['rate']:g}") if "after" in row else ("", "")
+        table.add_row(f"{row['keep']:.0%}", row["method"], f"{row['kept']:.1%}", f"{row['before']:.4f}", *after)
+    console = Console(width=140)
+    console.print(" ".join(f"{key}={value}" for key, value in result["environment"].items()))
+    console.print(f"dense {result['dense_score']:.4f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
