@@ -195,7 +195,7 @@ def _solve(
         start = problem.loss().item()
     best = _Best(problem, start)
     done = 0
-    # without stages the start is the best matrix of its rank, and the diagonal is worth less than half a percent of the rest
+    # without stages the start is the best matrix of its rank; the diagonal is worth less than half a percent of the rest
     if start > EXACT and iterations and layer.geometry.stages:
         polish = max(1, round(POLISH_SHARE * iterations))
         _adam(problem, best, iterations - polish)
