@@ -108,14 +108,13 @@ class ConversionProgress:
 def show_conversion(conversion: "Conversion", began: float) -> None:
     """The table at the end of a conversion, totals, and the next command."""
     table = Table(title=None, box=None, pad_edge=False)
-    for column, justify in (("layer", "left"), ("in x out", "right"), ("kept", "right"), ("error", "right")):
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("SVD same size", justify="right")
-    table.add_column("time", justify="right")
+    for column in ("layer", "in x out", "design", "kept", "error", "SVD same size", "time"):
+        table.add_column(column, justify="left" if column in ("layer", "design") else "right", overflow="fold")
     for record in conversion.layers:
         table.add_row(
             record.name,
             f"{record.in_features} x {record.out_features}",
+            record.design,
             f"{record.parameters / record.dense_parameters:.1%}",
             f"{record.error:.4f}",
             f"{record.baseline_error:.4f}",
@@ -130,6 +129,13 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
         f"{size(conversion.bytes_before)} -> {size(conversion.bytes_after)}; {duration(time.monotonic() - began)}"
     )
     _out.print(totals, soft_wrap=True)
+    if conversion.choice is not None:
+        dense = f"; {conversion.left_dense} layers stay dense" if conversion.left_dense else ""
+        _out.print(
+            f"budget: predicted loss {conversion.choice.loss:.4g}, no choice of these designs can go below "
+            f"{conversion.choice.bound:.4g}{dense}",
+            soft_wrap=True,
+        )
     _out.print(f"error: {conversion.measured_on}", soft_wrap=True)
     _out.print(f"next: spmconvert finetune {conversion.output} --data TEXT, or load it:", soft_wrap=True)
     _out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)
@@ -167,20 +173,17 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
     table = Table(box=None, pad_edge=False)
     for column in ("layer", "in x out", "design", "parameters", "bytes", "FLOPs/token"):
         table.add_column(column, justify="left" if column in ("layer", "design") else "right", overflow="fold")
-    for row in plan_rows(plan):
-        design = f"{row['stages']} stages, {row['variant']}"
-        design += f", block {row['block']}" if row["block"] > 1 else ""
-        design += f", rank {row['rank']}" if row["rank"] else ""
+    rows = plan_rows(plan)
+    for layer, row in zip(plan.layers, rows, strict=True):
         table.add_row(
             row["layer"],
             f"{row['in_features']} x {row['out_features']}",
-            design,
+            layer.spec.geometry.describe(),
             f"{count(row['parameters_before'])} -> {count(row['parameters_after'])}",
             f"{size(row['bytes_before'])} -> {size(row['bytes_after'])}",
             f"{count(row['flops_per_token_before'])} -> {count(row['flops_per_token_after'])}",
         )
     _out.print(table)
-    rows = plan_rows(plan)
     before, after = (sum(row[key] for row in rows) for key in ("parameters_before", "parameters_after"))
     _out.print(f"{len(rows)} layers, {count(before)} -> {count(after)} parameters ({after / before:.1%} kept)")
     for skipped in plan.selection.skipped:

@@ -24,6 +24,7 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.devices import check_device
 from spmconvert.errors import OptionError, OutputError
 from spmconvert.fitrun import FitRun, Progress, Silent, fit_all, load_dense_model
+from spmconvert.fitting.budget import Choice
 from spmconvert.fitting.calibration import CalibrationRows, load_rows
 from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments, statistics_groups
 from spmconvert.operator.linear import SPMLinear
@@ -48,6 +49,8 @@ class Conversion:
         bytes_after: bytes of its tensors after.
         fitted_rows: calibration rows that were fitted, 0 without data.
         held_out_rows: calibration rows on which errors were measured.
+        choice: what a budget was spent on, None without one.
+        left_dense: targeted layers that a budget left dense.
     """
 
     output: Path
@@ -58,6 +61,8 @@ class Conversion:
     bytes_after: int
     fitted_rows: int
     held_out_rows: int
+    choice: Choice | None = None
+    left_dense: int = 0
 
     @property
     def measured_on(self) -> str:
@@ -302,6 +307,8 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         bytes_after=run.plan.output_bytes,
         fitted_rows=0 if run.rows is None else len(run.rows.fitted),
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
+        choice=run.choice,
+        left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
     )
 
 

@@ -58,6 +58,7 @@ class LayerRecord:
         name: module name.
         in_features: size of the input.
         out_features: size of the output.
+        design: stages, variant, block and rank in words.
         dense_parameters: parameters before, bias included.
         parameters: parameters after, bias included.
         fitted_error: error on the fitted rows.
@@ -72,6 +73,7 @@ class LayerRecord:
     name: str
     in_features: int
     out_features: int
+    design: str
     dense_parameters: int
     parameters: int
     fitted_error: float
@@ -140,6 +142,7 @@ def _record(
         name=plan.target.name,
         in_features=plan.target.in_features,
         out_features=plan.target.out_features,
+        design=plan.spec.geometry.describe(),
         dense_parameters=plan.dense_parameters,
         parameters=plan.parameters,
         fitted_error=fitted.relative,

@@ -32,7 +32,7 @@ def test_convert_prints_a_table_and_writes(run, checkpoints, text, tmp_path):
     code, out, _ = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--targets", "mlp", "--calib", text, *QUICK)
     assert code == 0
     for name in ("transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj"):
-        assert re.search(rf"{re.escape(name)} +\d+ x \d+ +[\d.]+% +0\.\d+ +0\.\d+ +[\d.]+ s", out), out
+        assert re.search(rf"{re.escape(name)} +\d+ x \d+ +\d+ stages, general +[\d.]+% +0\.\d+ +0\.\d+ +[\d.]+ s", out), out
     assert "SVD same size" in out
     assert "held out, on 2 rows" in out
     assert "next:" in out

@@ -129,6 +129,15 @@ class Geometry:
         companion = self.rank * (self.in_features + self.out_features)
         return math.prod(self.weight_shape()) + 2 * self.width + companion + (self.out_features if bias else 0)
 
+    def describe(self) -> str:
+        """The design in words: stages, variant, block and rank."""
+        if not self.stages:
+            return f"rank {self.rank} and a diagonal" if self.rank else "a diagonal"
+        parts = [f"{self.stages} stages, {self.variant}"]
+        parts += [f"block {self.block}"] if self.block > 1 else []
+        parts += [f"rank {self.rank}"] if self.rank else []
+        return ", ".join(parts)
+
     def flops_per_token(self) -> int:
         """Floating-point operations a token costs in the merged form, two for a multiply and an add."""
         groups = merge_groups(self.blocks, self.stages)

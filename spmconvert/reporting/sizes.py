@@ -23,15 +23,12 @@ def replaced_layers(converted: Converted) -> tuple[Layer, ...]:
     layers = []
     for name, spec in converted.layers.items():
         g, record = spec.geometry, records[name]
-        parts = [f"{g.stages} stages, {g.variant}"]
-        parts += [f"block {g.block}"] if g.block > 1 else []
-        parts += [f"rank {g.rank}"] if g.rank else []
         layers.append(
             Layer(
                 name=name,
                 in_features=g.in_features,
                 out_features=g.out_features,
-                design=", ".join(parts),
+                design=g.describe(),
                 dense_parameters=record["dense_parameters"],
                 parameters=record["parameters"],
                 dense_flops=2 * g.in_features * g.out_features,

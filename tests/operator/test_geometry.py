@@ -75,6 +75,15 @@ def test_default_stages_are_one_pass():
 def test_flops_are_those_of_the_blocks():
     assert Geometry.create(1024, 1024).flops_per_token() == 2 * 1024 * (32 + 32)
     assert Geometry.create(64, 48).flops_per_token() == 2 * 64 * 48
+    # one stage of wide blocks is no dense matrix, and no stage at all is a diagonal
+    assert Geometry.create(256, 256, 1, block=16).flops_per_token() == 2 * 256 * 2 * 16
+    assert Geometry.create(64, 48, 0, rank=3).flops_per_token() == 2 * 64 + 2 * 3 * (64 + 48)
+
+
+def test_designs_in_words():
+    assert Geometry.create(64, 48, 5, block=2, rank=3).describe() == "5 stages, general, block 2, rank 3"
+    assert Geometry.create(64, 48, 4, "rotation").describe() == "4 stages, rotation"
+    assert Geometry.create(64, 48, 0, rank=3).describe() == "rank 3 and a diagonal"
 
 
 @pytest.mark.parametrize(
