@@ -53,7 +53,7 @@ def main() -> None:
             for rate in options.rates:
                 training = Training(
                     steps=options.steps, batch_size=options.batch_size, train=options.scope, learning_rate=rate,
-                    other_learning_rate=options.other_rate, evaluate_every=max(1, options.steps // 10), block_size=64,
+                    other_learning_rate=options.other_rate, evaluate_every=max(1, options.steps // 5), block_size=64,
                     layer_outputs=options.layer_outputs, hidden_states=options.hidden_states,
                     pooled_states=options.pooled_states,
                 )  # fmt: skip

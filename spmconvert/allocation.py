@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from spmconvert.distill.objective import Distillation, objective_for
 from spmconvert.errors import OptionError
 from spmconvert.fitting.budget import Choice, choose
 from spmconvert.fitting.calibration import CalibrationRows
-from spmconvert.fitting.curve import Candidate, candidate_geometries, measure_curve
+from spmconvert.fitting.curve import Candidate, Structure, candidate_geometries, measure_curve
 from spmconvert.fitting.solve import fit_
 from spmconvert.layerfit import Moments, gather_moments, statistics_groups
 from spmconvert.operator.linear import SPMLinear
@@ -33,7 +34,7 @@ from spmconvert.surgery.swap import replace_module
 from spmconvert.surgery.targets import Skipped
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 1
+CURVE_VERSION = 2
 # shares of the targeted parameters that a dry run compares
 COMPARED_BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)
 
@@ -87,9 +88,12 @@ class Allocation:
 
 def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe) -> Curves | None:
     """Curves of an earlier run, or None where one is missing."""
-    found = [_read(_curve_file(source, layer, recipe)) for layer in plan.layers]
-    complete = tuple(own for own in found if own is not None)
-    return Curves(plan, complete) if len(complete) == len(found) else None
+    structures = recipe.budget.structures
+    found = [[_read(_curve_file(source, layer, recipe, one)) for one in structures] for layer in plan.layers]
+    complete = [[part for part in own if part is not None] for own in found]
+    if any(len(own) < len(structures) for own in complete):
+        return None
+    return Curves(plan, tuple(tuple(chain.from_iterable(own)) for own in complete))
 
 
 def measure_curves(
@@ -126,15 +130,17 @@ def measure_curves(
     for group in statistics_groups(plan.layers, weighted=recipe.weighted):
         moments: dict[str, Moments] = {}
         for layer in group:
-            name, file = layer.target.name, _curve_file(source, layer, recipe)
-            kept = _read(file)
-            if kept is None:
+            name = layer.target.name
+            files = {one: _curve_file(source, layer, recipe, one) for one in recipe.budget.structures}
+            kept = {one: _read(file) for one, file in files.items()}
+            for structure in [one for one, curve in kept.items() if curve is None]:
                 model = model or load_dense()
                 if not moments and rows is not None:
                     moments = gather_moments(model, group, rows, calibrating, weighted=recipe.weighted, seed=recipe.seed)
-                kept = _measure_layer(model, layer, moments.get(name), recipe, rows)
-                _write(file, kept)
-            found[name] = kept
+                curve = _measure_layer(model, layer, moments.get(name), recipe, rows, structure)
+                _write(files[structure], curve)
+                kept[structure] = curve
+            found[name] = tuple(chain.from_iterable(curve or () for curve in kept.values()))
             report(name, len(found), len(plan.layers))
     return Curves(plan, tuple(found[layer.target.name] for layer in plan.layers))
 
@@ -167,13 +173,18 @@ def compare_budgets(curves: Curves) -> list[dict[str, Any]]:
 
 
 def _measure_layer(
-    model: Any, layer: LayerPlan, moments: Moments | None, recipe: Recipe, rows: CalibrationRows | None
+    model: Any,
+    layer: LayerPlan,
+    moments: Moments | None,
+    recipe: Recipe,
+    rows: CalibrationRows | None,
+    structure: Structure,
 ) -> tuple[Candidate, ...]:
     module = model.get_submodule(layer.target.name)
     weight = (module.weight.t() if layer.spec.fan_in_fan_out else module.weight).detach().float()
     bias = None if module.bias is None else module.bias.detach().float()
     own = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
-    geometries = candidate_geometries(weight.shape[1], weight.shape[0], recipe.budget.structures)
+    geometries = candidate_geometries(weight.shape[1], weight.shape[0], structure)
     predicts = recipe.budget.sensitivity == "gradient"
     own_metric = own.metric if predicts or recipe.fit.output_weighting else None
     curve = measure_curve(
@@ -255,7 +266,7 @@ def _planned(plan: ConversionPlan, picked: Sequence[Candidate | None]) -> Conver
     return ConversionPlan(tuple(layers), selection, plan.other_bytes + sum(layer.dense_bytes for layer in dense))
 
 
-def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe) -> Path:
+def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe, structure: Structure) -> Path:
     calibration = recipe.calibration
     text = "" if calibration.file is None else hashlib.sha256(calibration.file.read_bytes()).hexdigest()
     decides = {
@@ -265,7 +276,8 @@ def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe) -> Path:
         "text": text,
         "calibration": calibration.model_dump(exclude={"file"}),
         "seed": recipe.seed,
-        "budget": recipe.budget.model_dump(include={"sensitivity", "structures", "iterations"}),
+        "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
+        "structure": structure,
         "weighted": recipe.fit.output_weighting,
         "bias": layer.spec.bias,
     }

@@ -20,7 +20,6 @@ from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 
 Structure = Literal["spm", "block", "companion", "lowrank"]
-STRUCTURES: tuple[Structure, ...] = ("spm", "block", "companion", "lowrank")
 RANK_SHARES = (0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.12, 0.15, 0.18, 0.21, 0.25, 0.3, 0.35, 0.42, 0.5, 0.6, 0.75)
 COMPANION_SHARES = (0.1, 0.25, 0.5, 0.75)
 # share of the parameters that a single stage of wide blocks takes beside a companion
@@ -51,10 +50,10 @@ class Candidate:
         return Geometry.create(in_features, out_features, self.stages, "general", self.block, self.rank)
 
 
-def candidate_geometries(in_features: int, out_features: int, structures: Sequence[Structure]) -> list[Geometry]:
-    """All candidates of the given structures that have fewer parameters than the dense layer, each once."""
+def candidate_geometries(in_features: int, out_features: int, structure: Structure) -> list[Geometry]:
+    """All candidates of a structure that have fewer parameters than the dense layer, each once."""
     builders = {"spm": _plain, "block": _blocks, "companion": _with_companion, "lowrank": _low_rank}
-    found = [g for structure in structures for g in builders[structure](in_features, out_features)]
+    found = builders[structure](in_features, out_features)
     dense = in_features * out_features
     return [g for g in dict.fromkeys(found) if g.parameter_count(bias=False) < dense]
 
