@@ -90,7 +90,7 @@ def test_within_twice_the_error_of_the_merged_form(shape, tokens, dtype, design,
     monkeypatch.setattr(tiles, "FUSED_TOKENS", fused or tiles.FUSED_TOKENS)
     if fused:
         # fewer programs than tiles of tokens, so that programs go round
-        monkeypatch.setattr(tiles, "PROGRAMS", 1)
+        monkeypatch.setattr(tiles, "WARPS", 1)
         monkeypatch.setattr(launches, "INTERPRETED_MULTIPROCESSORS", 1)
     variant, block, stages = design
     assert_within_twice(Geometry.create(*shape, stages, variant, block), tokens, dtype)
@@ -106,8 +106,8 @@ def test_three_groups(shape, tokens, monkeypatch):
 
 
 def test_blocks_wider_than_a_tile(monkeypatch):
-    smaller = {key: tile._replace(columns=16, rows=16) for key, tile in tiles._LARGEST.items()}
-    monkeypatch.setattr(tiles, "_LARGEST", smaller)
+    smaller = {key: (entries[0]._replace(batches=16, columns=16, rows=16),) for key, entries in tiles._CANDIDATES.items()}
+    monkeypatch.setattr(tiles, "_CANDIDATES", smaller)
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
     for dtype in (torch.float16, torch.float32):
         assert_within_twice(Geometry.create(160, 150, block=5), 18, dtype)
@@ -161,7 +161,7 @@ def test_non_contiguous_inputs():
 def test_only_some_gradients(wanted, dtype, monkeypatch):
     # in float16 the passes are fused, and without gradients of the blocks nothing between them is kept
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
-    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "WARPS", 1)
     monkeypatch.setattr(launches, "INTERPRETED_MULTIPROCESSORS", 1)
     assert_within_twice(Geometry.create(96, 80), 40, dtype, wanted=wanted)
 
@@ -263,6 +263,14 @@ def test_second_derivative():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+def test_a_second_backward_is_the_first(merge_by_triton):
+    _, layer = layers(66, 66)
+    x = torch.randn(20, 66, requires_grad=True)
+    loss = layer(x).square().sum()
+    first, second = (torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
 def test_results_are_the_same_in_every_run():
     _, layer = layers(66, 66)
     x = torch.randn(70, 66)
@@ -270,10 +278,20 @@ def test_results_are_the_same_in_every_run():
     assert torch.equal(*runs)
 
 
-def test_refusals():
-    layer = SPMLinear(96, 96, backend="triton").requires_grad_(False).eval()
+def test_refusals(merge_by_triton):
+    layer = SPMLinear(66, 66, backend="triton")
     with pytest.raises(BackendError, match="input is float64"):
-        layer(torch.ones(2, 96, dtype=torch.double))
-    layer(torch.ones(2, 96))
-    with pytest.raises(BackendError, match=r"torch\.vmap"):
-        torch.vmap(layer)(torch.ones(3, 2, 96))
+        layer(torch.ones(2, 66, dtype=torch.double))
+    x = torch.ones(2, 66, requires_grad=True)
+    y = layer(x)
+    grads = torch.ones(3, *y.shape)
+    weights = {"weight": torch.stack([layer.weight.detach()] * 3)}
+    in_vmap = [
+        lambda: torch.vmap(layer)(torch.ones(3, 2, 66)),
+        lambda: torch.vmap(lambda weight: torch.func.functional_call(layer, weight, (x,)))(weights),
+        lambda: torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True),
+        lambda: torch.autograd.grad(y, layer.weight, grads, is_grads_batched=True),
+    ]
+    for run in in_vmap:
+        with pytest.raises(BackendError, match=r"cannot run under torch\.vmap; put the batch into the tokens"):
+            run()
