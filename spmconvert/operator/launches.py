@@ -85,7 +85,7 @@ def block_gradient(grad: Tensor, x: Tensor, p: Pass, dtype: torch.dtype) -> Tens
     if not x.shape[0]:
         return x.new_zeros(p.batches, p.rows, p.columns, dtype=dtype)
     arguments = {"grad": grad, "x": x, "tokens": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0)}
-    constants = {"PASS": tuple(p), "SOURCE": x.shape[1], "TARGET": grad.shape[1], **_arithmetic(x)}
+    constants: dict[str, Any] = {"PASS": tuple(p), "SOURCE": x.shape[1], "TARGET": grad.shape[1], **_arithmetic(x)}
 
     def run(found: Tiles) -> Tensor:
         (tile,) = found
@@ -119,7 +119,7 @@ class _Job(NamedTuple):
 
 
 def _launch_few(job: _Job, w: Tensor, p: Pass) -> None:
-    constants = {"PASS": tuple(p), **job.features()}
+    constants: dict[str, Any] = {"PASS": tuple(p), **job.features()}
 
     def run(found: Tiles) -> None:
         (tile,) = found
@@ -132,7 +132,7 @@ def _launch_few(job: _Job, w: Tensor, p: Pass) -> None:
 def _launch_mix(job: _Job, w: Tensor, p: Pass) -> None:
     x = job.x
     arguments = {**job.arguments(), "w": w, "tokens": x.shape[0]}
-    constants = {"PASS": tuple(p), "TRANSPOSED": job.transposed, **job.features(), **_arithmetic(x)}
+    constants: dict[str, Any] = {"PASS": tuple(p), "TRANSPOSED": job.transposed, **job.features(), **_arithmetic(x)}
 
     def run(found: Tiles) -> None:
         (tile,) = found
@@ -148,7 +148,7 @@ def _launch_fused(job: _Job, blocks: Sequence[Tensor], pair: Sequence[Pass], *, 
     x, (first, second) = job.x, pair
     width = first.batches * first.rows
     arguments = {**job.arguments(), "w": blocks[0], "next_w": blocks[1], "tokens": x.shape[0]}
-    constants = {"PASS": tuple(first), "NEXT_PASS": tuple(second), "HIDDEN": width, "KEEP": keep}
+    constants: dict[str, Any] = {"PASS": tuple(first), "NEXT_PASS": tuple(second), "HIDDEN": width, "KEEP": keep}
     constants |= {**job.features(), "TRANSPOSED": job.transposed, **_arithmetic(x)}
 
     def run(found: Tiles) -> Tensor:

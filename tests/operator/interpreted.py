@@ -10,9 +10,9 @@ from spmconvert.operator.dispatch import interprets_triton
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.merge_ops import merge_stages_triton
-from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
-from spmconvert.operator.triton_ops import apply_blocks_triton
-from tests.operator.test_merged import by_reference, relative, tensors
+from spmconvert.operator.merged import merge_plan, merge_stages
+from tests.operator.accuracy import assert_within_twice
+from tests.operator.test_merged import relative, tensors
 
 assert interprets_triton()
 
@@ -57,32 +57,6 @@ def merge_by_pytorch(monkeypatch):
 @pytest.fixture
 def merge_by_triton(merge_by_pytorch, monkeypatch):
     monkeypatch.setattr(tiles, "MERGED_SIDE", 128)
-
-
-def run(apply, inputs, geometry, wanted=range(5)):
-    """Output, and gradients of the wanted inputs."""
-    leaves = [p.detach().requires_grad_(index in wanted) for index, p in enumerate(inputs)]
-    x, *parameters, bias = leaves
-    if apply is by_reference:
-        y = by_reference(*leaves, geometry)
-    else:
-        plan = merge_plan(geometry)
-        y = apply(x, [block.to(x.dtype) for block in merge_stages(*parameters, plan)], bias, plan)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.double)
-    return [y.detach(), *torch.autograd.grad(y, [leaves[i] for i in wanted], grad.to(inputs[0].dtype).to(y.dtype))]
-
-
-def assert_within_twice(geometry, tokens, dtype, view=lambda x: x, wanted=range(5)):
-    """Errors of output and gradients are within twice those of the merged form in plain PyTorch."""
-    low = [p.detach().to(dtype) for p in tensors(geometry, tokens)]
-    low[0] = view(low[0])
-    target = run(by_reference, [p.double() for p in low], geometry, wanted)
-    plain, found = run(apply_blocks, low, geometry, wanted), run(apply_blocks_triton, low, geometry, wanted)
-    # the interpreter truncates to bfloat16 instead of rounding, which is one unit in the last place
-    slack = 2.0**-8 if dtype == torch.bfloat16 else 1e-7
-    for one, own, exact in zip(found, plain, target, strict=True):
-        assert one.dtype == dtype
-        assert relative(one.double(), exact) <= 2 * relative(own.double(), exact) + slack
 
 
 @pytest.mark.parametrize(("shape", "tokens", "dtype", "design", "fused"), CASES, ids=str)
@@ -223,12 +197,14 @@ def test_compiles_without_graph_breaks(training, monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_export():
+def test_export_with_any_number_of_tokens():
     _, layer = layers(66, 66)
-    x = torch.randn(4, 66)
-    program = torch.export.export(layer.eval(), (x,))
-    torch.testing.assert_close(program.module()(x), layer(x))
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(layer.eval(), (torch.randn(4, 66),), dynamic_shapes=({0: tokens},))
     assert "spmconvert.mix.default" in str(program.graph)
+    for count in (2, 18):
+        x = torch.randn(count, 66)
+        torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_operators_keep_their_promises():

@@ -11,7 +11,8 @@ from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.merged import merge_plan, merge_stages
 from spmconvert.operator.tiles import Pass
 from spmconvert.operator.triton_ops import _passes, mix
-from tests.operator.interpreted import assert_within_twice, layers, merge_by_pytorch, poison  # noqa: F401
+from tests.operator.accuracy import assert_within_twice
+from tests.operator.interpreted import layers, merge_by_pytorch, poison  # noqa: F401
 from tests.operator.test_merged import tensors
 
 assert interprets_triton()
