@@ -88,35 +88,35 @@ class Tile(NamedTuple):
 Tiles = tuple[Tile, ...]
 
 # the same for all dtypes: the sums are float32
-_FEW = (Tile(1, 1, 16, 1024, 2, 1, 8), Tile(1, 1, 8, 512, 1, 1, 8), Tile(1, 1, 32, 2048, 4, 1, 8))
+_FEW = (Tile(1, 1, 16, 1024, 2, 1, 2), Tile(1, 1, 8, 512, 1, 1, 2), Tile(1, 1, 32, 2048, 4, 1, 4))
 
 # (kernel, interleaved batches, bytes of a number) -> candidates before they are cut to a pass; the batches of contiguous
 # passes are batches * columns, and the columns of the kernel for few tokens are rows * columns. Candidates of the fused
 # kernel belong together in pairs and have the same number of tokens.
 _CANDIDATES: dict[tuple[str, bool, int], Tiles] = {
-    ("mix", False, 2): (Tile(64, 64, 64, 64, 8, 2, 0),),
+    ("mix", False, 2): (Tile(64, 64, 64, 64, 8, 2, 32),),
     ("mix", True, 2): (
-        Tile(0, 16, 32, 64, 8, 2, 0),
+        Tile(0, 16, 32, 64, 8, 2, 112),
         Tile(0, 32, 16, 64, 8, 2, 104),
         Tile(0, 16, 16, 64, 8, 2, 72),
         Tile(0, 16, 16, 32, 4, 2, 36),
     ),
-    ("mix", False, 4): (Tile(32, 32, 32, 32, 4, 1, 0), Tile(32, 16, 32, 32, 4, 1, 6)),
-    ("mix", True, 4): (Tile(0, 16, 16, 16, 4, 1, 0), Tile(0, 16, 16, 16, 8, 1, 16)),
-    ("fused", False, 2): (Tile(128, 32, 32, 64, 8, 2, 0), Tile(64, 16, 32, 64, 8, 2, 64), Tile(128, 32, 32, 64, 8, 1, 49)),
-    ("fused", True, 2): (Tile(0, 32, 32, 32, 8, 2, 0), Tile(0, 16, 32, 32, 8, 2, 64), Tile(0, 32, 16, 32, 8, 1, 49)),
+    ("mix", False, 4): (Tile(32, 32, 32, 32, 4, 1, 8), Tile(32, 16, 32, 32, 4, 1, 6)),
+    ("mix", True, 4): (Tile(0, 16, 16, 16, 4, 1, 17), Tile(0, 16, 16, 16, 8, 1, 16)),
+    ("fused", False, 2): (Tile(128, 32, 32, 64, 8, 2, 80), Tile(64, 16, 32, 64, 8, 2, 64), Tile(128, 32, 32, 64, 8, 1, 49)),
+    ("fused", True, 2): (Tile(0, 32, 32, 32, 8, 2, 80), Tile(0, 16, 32, 32, 8, 2, 64), Tile(0, 32, 16, 32, 8, 1, 49)),
     ("gradient", False, 2): (
-        Tile(128, 64, 64, 64, 8, 3, 0),
+        Tile(128, 64, 64, 64, 8, 3, 64),
         Tile(64, 64, 64, 64, 4, 3, 32),
         Tile(128, 32, 64, 64, 8, 3, 32),
     ),
-    ("gradient", True, 2): (Tile(0, 16, 32, 32, 8, 3, 0), Tile(0, 16, 16, 32, 4, 3, 40)),
+    ("gradient", True, 2): (Tile(0, 16, 32, 32, 8, 3, 64), Tile(0, 16, 16, 32, 4, 3, 40)),
     ("gradient", False, 4): (
-        Tile(32, 32, 32, 32, 4, 3, 0),
+        Tile(32, 32, 32, 32, 4, 3, 20),
         Tile(32, 16, 32, 32, 4, 3, 10),
         Tile(64, 32, 32, 32, 8, 3, 40),
     ),
-    ("gradient", True, 4): (Tile(0, 16, 16, 16, 4, 3, 0), Tile(0, 16, 16, 16, 8, 2, 24)),
+    ("gradient", True, 4): (Tile(0, 16, 16, 16, 4, 3, 40), Tile(0, 16, 16, 16, 8, 2, 24)),
     **dict.fromkeys(product(["few"], [False, True], [2, 4]), _FEW),
 }
 
@@ -176,7 +176,7 @@ def _cut(kernel: str, itemsize: int, p: Pass, largest: Tile) -> Tile:
 def merge_tile(middle: int) -> Tile:
     """Rows and columns that one program merges of a block, the rows all there are."""
     side = max(MERGED_COLUMNS, power_of_two(middle))
-    return Tile(1, 1, side, MERGED_COLUMNS, max(1, side // 32), 1, 16)
+    return Tile(1, 1, side, MERGED_COLUMNS, max(1, side // 32), 1, 8)
 
 
 def has_few_tokens(tokens: int, passes: list[Pass]) -> bool:

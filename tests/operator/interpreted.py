@@ -258,15 +258,17 @@ def test_refusals(merge_by_triton):
     layer = SPMLinear(66, 66, backend="triton")
     with pytest.raises(BackendError, match="input is float64"):
         layer(torch.ones(2, 66, dtype=torch.double))
-    x = torch.ones(2, 66, requires_grad=True)
-    y = layer(x)
-    grads = torch.ones(3, *y.shape)
+    x, plan = torch.ones(2, 66), layer.plan
+    parameters = [p.detach() for p in (layer.weight.view(-1, 2, layer.geometry.width), layer.scale_in, layer.scale_out)]
+    groups = [n for g in plan.groups for n in (g.first_stage, g.stages, g.outer, g.middle, g.inner)]
+    blocks = merge_ops.merge(*parameters, groups)
+    shape = [66, 66, 1, *(group.inner for group in plan.groups)]
     weights = {"weight": torch.stack([layer.weight.detach()] * 3)}
     in_vmap = [
         lambda: torch.vmap(layer)(torch.ones(3, 2, 66)),
         lambda: torch.vmap(lambda weight: torch.func.functional_call(layer, weight, (x,)))(weights),
-        lambda: torch.autograd.grad(y, x, grads, is_grads_batched=True, retain_graph=True),
-        lambda: torch.autograd.grad(y, layer.weight, grads, is_grads_batched=True),
+        lambda: torch.vmap(lambda g: triton_ops.mix_backward(g, x, blocks, [], shape, True, False))(torch.ones(3, 2, 66)),
+        lambda: torch.vmap(lambda g: merge_ops.merge_backward([g, blocks[1]], *parameters, groups))(blocks[0][None]),
     ]
     for run in in_vmap:
         with pytest.raises(BackendError, match=r"cannot run under torch\.vmap; put the batch into the tokens"):
