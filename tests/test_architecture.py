@@ -6,7 +6,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "spmconvert"
 # from the bottom up; a module may import from its own layer's package and from those before it
 LAYERS = [
-    ["version", "errors", "devices", "processes", "units", "fresh"],
+    ["version", "errors", "caches", "devices", "processes", "units", "fresh"],
     ["operator"],
     ["recipe", "checkpoint", "text"],
     ["fitting", "distill"],

@@ -72,6 +72,18 @@ def test_operator_refuses_a_device_that_is_not_there():
     assert "no CUDA device" in run.stderr
 
 
+def test_fit_time(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    arguments = ["--shape", "66x70", "--backends", "merged,triton", "--iterations", 1]
+    assert "merged/this" in run("fit_time", *arguments, "--json", tmp_path / "r.json")
+    merged, triton = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert (merged["backend"], triton["backend"]) == ("merged", "triton")
+    assert triton["merged/this"] == merged["seconds"] / triton["seconds"]
+    for error in ("fitted_error", "held_out_error"):
+        assert 0 < triton[error] < 1
+        assert triton[error] == pytest.approx(merged[error], rel=1e-3)
+
+
 def run(module, *arguments):
     # two threads on a busy machine wait for each other longer than they work
     threads = [] if module in ("teacher", "distillation_memory") else ["--threads", "1"]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from spmconvert.caches import cache_directory
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe import Training
 from spmconvert.text import DATASET_PREFIX, load_tokenizer, padded_batch, read_documents, row_length, token_rows
@@ -165,7 +166,7 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     splits = _split(len(documents), training)
     numbers = f"{config.architectures} {length} {training.column} {training.held_out} {training.seed}"
     key = f"{digest} {_vocabulary_hash(tokenizer)} {numbers}"
-    place = cache_directory() / hashlib.sha256(key.encode()).hexdigest()[:32]
+    place = cache_directory("tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     parts = []
     for part, chosen in splits.items():
@@ -175,14 +176,6 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
         ids, ends = (np.load(place / part / f"{name}.npy", mmap_mode="r") for name in ("ids", "ends"))
         parts.append(TokenRows(ids, ends, padding, masking))
     return TrainingData(parts[0], parts[1], digest)
-
-
-def cache_directory() -> Path:
-    """Where token rows are kept: ``SPMCONVERT_CACHE``, or ``spmconvert`` in the user's cache directory."""
-    chosen = os.environ.get("SPMCONVERT_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spmconvert" / "tokens"
 
 
 def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]:

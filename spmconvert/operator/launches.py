@@ -1,8 +1,9 @@
 """Which Triton kernels run for a layer: tokens through its passes, and the gradient of its blocks.
 
 Up to ``tiles.FEW_TOKENS`` tokens every pass is one launch of a kernel without padding; two passes over rows of up to
-``tiles.FUSED_WIDTH`` coordinates run in one launch; otherwise a pass is a launch. All sizes follow from shapes, so a
-launch sequence can be captured in a CUDA graph: no host synchronisation, no autotuning, no data-dependent allocation.
+``tiles.FUSED_WIDTH`` coordinates run in one launch; otherwise a pass is a launch. All sizes follow from shapes and from
+tiles that ``tuning`` never times during a capture, so a launch sequence can be captured in a CUDA graph: no host
+synchronisation, no data-dependent allocation.
 What remains of ``expand`` and ``fold`` is done by loads modulo the features and by a narrow second output, the tail, that
 is added at the end.
 
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from spmconvert.operator import tiles
 from spmconvert.operator.dispatch import interprets_triton
-from spmconvert.operator.tiles import Pass, Tile
+from spmconvert.operator.tiles import Pass, Tile, Tiles
+from spmconvert.operator.tuning import choose
 
 # offsets inside a tile are 32-bit; rows further apart than this are copied together first
 LARGEST_ROW_STRIDE = 1 << 24
@@ -80,17 +82,21 @@ def run_passes(
 def block_gradient(grad: Tensor, x: Tensor, p: Pass, dtype: torch.dtype) -> Tensor:
     """Output gradient times input, summed over tokens: [batches, rows, columns]."""
     grad, x = _rows(grad), _rows(x)
-    tile = tiles.choose_tile("gradient", p, x.element_size())
-    items = tiles.count(p.batches, tile.batches) * tiles.count(p.rows, tile.rows) * tiles.count(p.columns, tile.columns)
-    shares = tiles.token_shares(items, tiles.count(x.shape[0], tile.tokens), _multiprocessors(x))
-    parts = x.new_empty(shares, p.batches, p.rows, p.columns, dtype=torch.float32)
     if not x.shape[0]:
-        return parts.zero_()[0].to(dtype)
-    arguments = {"grad": grad, "x": x, "parts": parts, "tokens": x.shape[0]}
-    arguments |= {"grad_stride": grad.stride(0), "x_stride": x.stride(0)}
-    constants = {"PASS": tuple(p), "TILE": tile.sizes, "SOURCE": x.shape[1], "TARGET": grad.shape[1], **_arithmetic(x)}
-    launch("block_gradient_kernel", (items, shares), arguments, constants, tile)
-    return (parts[0] if shares == 1 else parts.sum(0)).to(dtype)
+        return x.new_zeros(p.batches, p.rows, p.columns, dtype=dtype)
+    arguments = {"grad": grad, "x": x, "tokens": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0)}
+    constants: dict[str, Any] = {"PASS": tuple(p), "SOURCE": x.shape[1], "TARGET": grad.shape[1], **_arithmetic(x)}
+
+    def run(found: Tiles) -> Tensor:
+        (tile,) = found
+        items = _items(p, tile) * tiles.count(p.columns, tile.columns)
+        shares = tiles.token_shares(tile, items, x.shape[0], _multiprocessors(x))
+        parts = x.new_empty(shares, p.batches, p.rows, p.columns, dtype=torch.float32)
+        constants_of_tile = {**constants, "TILE": tile.sizes}
+        launch("block_gradient_kernel", (items, shares), {**arguments, "parts": parts}, constants_of_tile, tile)
+        return (parts[0] if shares == 1 else parts.sum(0)).to(dtype)
+
+    return run(choose("gradient", (p,), x, constants, run))
 
 
 class _Job(NamedTuple):
@@ -113,39 +119,47 @@ class _Job(NamedTuple):
 
 
 def _launch_few(job: _Job, w: Tensor, p: Pass) -> None:
-    tile = tiles.few_tokens_tile(p)
-    items = tiles.count(p.batches, tile.batches) * tiles.count(p.rows, tile.rows)
-    constants = {"PASS": tuple(p), "TILE": tile.sizes, **job.features()}
-    launch("few_tokens_kernel", (items, job.x.shape[0]), {**job.arguments(), "w": w}, constants, tile)
+    constants: dict[str, Any] = {"PASS": tuple(p), **job.features()}
+
+    def run(found: Tiles) -> None:
+        (tile,) = found
+        grid = (_items(p, tile), job.x.shape[0])
+        launch("few_tokens_kernel", grid, {**job.arguments(), "w": w}, {**constants, "TILE": tile.sizes}, tile)
+
+    run(choose("few", (p,), job.x, constants, run))
 
 
 def _launch_mix(job: _Job, w: Tensor, p: Pass) -> None:
     x = job.x
-    tile = tiles.choose_tile("mix", p, x.element_size())
-    items = tiles.count(p.batches, tile.batches) * tiles.count(p.rows, tile.rows)
-    shares = tiles.token_shares(items, tiles.count(x.shape[0], tile.tokens), _multiprocessors(x))
-    constants: dict[str, Any] = {"PASS": tuple(p), "TILE": tile.sizes, "TRANSPOSED": job.transposed}
-    constants |= {**job.features(), **_arithmetic(x)}
-    launch("mix_kernel", (items, shares), {**job.arguments(), "w": w, "tokens": x.shape[0]}, constants, tile)
+    arguments = {**job.arguments(), "w": w, "tokens": x.shape[0]}
+    constants: dict[str, Any] = {"PASS": tuple(p), "TRANSPOSED": job.transposed, **job.features(), **_arithmetic(x)}
+
+    def run(found: Tiles) -> None:
+        (tile,) = found
+        items = _items(p, tile)
+        grid = (items, tiles.token_shares(tile, items, x.shape[0], _multiprocessors(x)))
+        launch("mix_kernel", grid, arguments, {**constants, "TILE": tile.sizes}, tile)
+
+    run(choose("mix", (p,), x, constants, run))
 
 
 def _launch_fused(job: _Job, blocks: Sequence[Tensor], pair: Sequence[Pass], *, keep: bool) -> list[Tensor]:
     """Two passes in one launch; returns the activations between them if they are kept."""
     x, (first, second) = job.x, pair
-    tile, next_tile = (tiles.choose_tile("fused", p, x.element_size()) for p in pair)
-    token_tiles = tiles.count(x.shape[0], tile.tokens)
-    programs = min(token_tiles, tiles.PROGRAMS * _multiprocessors(x))
     width = first.batches * first.rows
-    hidden = x.new_empty(x.shape[0] if keep else programs * tile.tokens, width)
-    arguments = {**job.arguments(), "w": blocks[0], "next_w": blocks[1], "hidden": hidden, "tokens": x.shape[0]}
-    constants: dict[str, Any] = {
-        "PASS": tuple(first),
-        "NEXT_PASS": tuple(second),
-        "TILE": tile.sizes,
-        "NEXT_TILE": next_tile.sizes,
-    }
-    constants |= {**job.features(), "HIDDEN": width, "KEEP": keep, "TRANSPOSED": job.transposed, **_arithmetic(x)}
-    launch("fused_kernel", (programs,), arguments, constants, tile)
+    arguments = {**job.arguments(), "w": blocks[0], "next_w": blocks[1], "tokens": x.shape[0]}
+    constants: dict[str, Any] = {"PASS": tuple(first), "NEXT_PASS": tuple(second), "HIDDEN": width, "KEEP": keep}
+    constants |= {**job.features(), "TRANSPOSED": job.transposed, **_arithmetic(x)}
+
+    def run(found: Tiles) -> Tensor:
+        tile, next_tile = found
+        programs = min(tiles.count(x.shape[0], tile.tokens), tiles.programs(tile, _multiprocessors(x)))
+        hidden = x.new_empty(x.shape[0] if keep else programs * tile.tokens, width)
+        sizes = {"TILE": tile.sizes, "NEXT_TILE": next_tile.sizes}
+        launch("fused_kernel", (programs,), {**arguments, "hidden": hidden}, {**constants, **sizes}, tile)
+        return hidden
+
+    hidden = run(choose("fused", (first, second), x, constants, run))
     return [hidden] if keep else []
 
 
@@ -156,6 +170,11 @@ def launch(kernel: str, grid: tuple[int, ...], arguments: dict[str, Any], consta
     options = {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
         function[grid](**arguments, **constants, **options)
+
+
+def _items(p: Pass, tile: Tile) -> int:
+    """Number of tiles of batches and rows."""
+    return tiles.count(p.batches, tile.batches) * tiles.count(p.rows, tile.rows)
 
 
 def _arithmetic(x: Tensor) -> dict[str, Any]:

@@ -145,7 +145,8 @@ class SPMLinear(nn.Module):
             blocks = self._merged_blocks(x.dtype, merge_stages_triton if by_triton else merge_stages)
             y = (apply_blocks_triton if by_triton else apply_blocks)(tokens, blocks, bias, self.plan)
         if self.low_rank_in is not None and self.low_rank_out is not None:
-            y = torch.addmm(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
+            # in place: nothing else reads y, and a sum beside it would be one more pass over the outputs
+            y = y.addmm_(linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
         return y.view(*x.shape[:-1], self.out_features)
 
     def _trains(self) -> bool:

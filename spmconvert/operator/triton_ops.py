@@ -6,8 +6,8 @@ gradient of the input, and sums output gradient times input over the tokens for 
 blocks to the stages the gradient goes through the merge, see ``merge_ops``.
 
 What it gives up: float64 and integers are refused; a second derivative is computed by plain PyTorch operations;
-``torch.vmap`` is refused, because the tokens are the batch. A dense plan has no passes, and its one matrix product is left
-to ``torch.nn.functional.linear``.
+``torch.vmap`` is refused, because the tokens are the batch, and ``torch.func.grad`` and its kin are, by torch, for every
+operator of this kind. A dense plan has no passes, and its one matrix product is left to ``torch.nn.functional.linear``.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,7 @@ from spmconvert.surgery.architecture import load_config
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    return tmp_path / "cache" / "tokens"
 
 
 def load(directory, file, **changes):
@@ -42,7 +42,7 @@ def test_cache_is_used_and_follows_the_content(checkpoints, text, tmp_path, cach
     monkeypatch.undo()
     other = tmp_path / "other.txt"
     other.write_text(text.read_text() + "\nanother line that makes this a different text altogether, and long enough")
-    monkeypatch.setenv("SPMCONVERT_CACHE", str(cache))
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(cache.parent))
     for changed in (lambda: load(checkpoints["gpt2"], other), lambda: load(checkpoints["gpt2"], text, seed=1)):
         before = len(list(cache.iterdir()))
         changed()

@@ -10,9 +10,9 @@ from spmconvert.operator.dispatch import interprets_triton
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.merge_ops import merge_stages_triton
-from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
-from spmconvert.operator.triton_ops import apply_blocks_triton
-from tests.operator.test_merged import by_reference, relative, tensors
+from spmconvert.operator.merged import merge_plan, merge_stages
+from tests.operator.accuracy import assert_within_twice
+from tests.operator.test_merged import relative, tensors
 
 assert interprets_triton()
 
@@ -59,38 +59,12 @@ def merge_by_triton(merge_by_pytorch, monkeypatch):
     monkeypatch.setattr(tiles, "MERGED_SIDE", 128)
 
 
-def run(apply, inputs, geometry, wanted=range(5)):
-    """Output, and gradients of the wanted inputs."""
-    leaves = [p.detach().requires_grad_(index in wanted) for index, p in enumerate(inputs)]
-    x, *parameters, bias = leaves
-    if apply is by_reference:
-        y = by_reference(*leaves, geometry)
-    else:
-        plan = merge_plan(geometry)
-        y = apply(x, [block.to(x.dtype) for block in merge_stages(*parameters, plan)], bias, plan)
-    grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(2), dtype=torch.double)
-    return [y.detach(), *torch.autograd.grad(y, [leaves[i] for i in wanted], grad.to(inputs[0].dtype).to(y.dtype))]
-
-
-def assert_within_twice(geometry, tokens, dtype, view=lambda x: x, wanted=range(5)):
-    """Errors of output and gradients are within twice those of the merged form in plain PyTorch."""
-    low = [p.detach().to(dtype) for p in tensors(geometry, tokens)]
-    low[0] = view(low[0])
-    target = run(by_reference, [p.double() for p in low], geometry, wanted)
-    plain, found = run(apply_blocks, low, geometry, wanted), run(apply_blocks_triton, low, geometry, wanted)
-    # the interpreter truncates to bfloat16 instead of rounding, which is one unit in the last place
-    slack = 2.0**-8 if dtype == torch.bfloat16 else 1e-7
-    for one, own, exact in zip(found, plain, target, strict=True):
-        assert one.dtype == dtype
-        assert relative(one.double(), exact) <= 2 * relative(own.double(), exact) + slack
-
-
 @pytest.mark.parametrize(("shape", "tokens", "dtype", "design", "fused"), CASES, ids=str)
 def test_within_twice_the_error_of_the_merged_form(shape, tokens, dtype, design, fused, monkeypatch):
     monkeypatch.setattr(tiles, "FUSED_TOKENS", fused or tiles.FUSED_TOKENS)
     if fused:
         # fewer programs than tiles of tokens, so that programs go round
-        monkeypatch.setattr(tiles, "PROGRAMS", 1)
+        monkeypatch.setattr(tiles, "WARPS", 1)
         monkeypatch.setattr(launches, "INTERPRETED_MULTIPROCESSORS", 1)
     variant, block, stages = design
     assert_within_twice(Geometry.create(*shape, stages, variant, block), tokens, dtype)
@@ -106,8 +80,8 @@ def test_three_groups(shape, tokens, monkeypatch):
 
 
 def test_blocks_wider_than_a_tile(monkeypatch):
-    smaller = {key: tile._replace(columns=16, rows=16) for key, tile in tiles._LARGEST.items()}
-    monkeypatch.setattr(tiles, "_LARGEST", smaller)
+    smaller = {key: (entries[0]._replace(batches=16, columns=16, rows=16),) for key, entries in tiles._CANDIDATES.items()}
+    monkeypatch.setattr(tiles, "_CANDIDATES", smaller)
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
     for dtype in (torch.float16, torch.float32):
         assert_within_twice(Geometry.create(160, 150, block=5), 18, dtype)
@@ -161,7 +135,7 @@ def test_non_contiguous_inputs():
 def test_only_some_gradients(wanted, dtype, monkeypatch):
     # in float16 the passes are fused, and without gradients of the blocks nothing between them is kept
     monkeypatch.setattr(tiles, "FUSED_TOKENS", 17)
-    monkeypatch.setattr(tiles, "PROGRAMS", 1)
+    monkeypatch.setattr(tiles, "WARPS", 1)
     monkeypatch.setattr(launches, "INTERPRETED_MULTIPROCESSORS", 1)
     assert_within_twice(Geometry.create(96, 80), 40, dtype, wanted=wanted)
 
@@ -223,12 +197,14 @@ def test_compiles_without_graph_breaks(training, monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
-def test_export():
+def test_export_with_any_number_of_tokens():
     _, layer = layers(66, 66)
-    x = torch.randn(4, 66)
-    program = torch.export.export(layer.eval(), (x,))
-    torch.testing.assert_close(program.module()(x), layer(x))
+    tokens = torch.export.Dim("tokens", min=2, max=4096)
+    program = torch.export.export(layer.eval(), (torch.randn(4, 66),), dynamic_shapes=({0: tokens},))
     assert "spmconvert.mix.default" in str(program.graph)
+    for count in (2, 18):
+        x = torch.randn(count, 66)
+        torch.testing.assert_close(program.module()(x), layer(x))
 
 
 def test_operators_keep_their_promises():
@@ -263,6 +239,14 @@ def test_second_derivative():
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
 
+def test_a_second_backward_is_the_first(merge_by_triton):
+    _, layer = layers(66, 66)
+    x = torch.randn(20, 66, requires_grad=True)
+    loss = layer(x).square().sum()
+    first, second = (torch.autograd.grad(loss, [x, *layer.parameters()], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
 def test_results_are_the_same_in_every_run():
     _, layer = layers(66, 66)
     x = torch.randn(70, 66)
@@ -270,10 +254,22 @@ def test_results_are_the_same_in_every_run():
     assert torch.equal(*runs)
 
 
-def test_refusals():
-    layer = SPMLinear(96, 96, backend="triton").requires_grad_(False).eval()
+def test_refusals(merge_by_triton):
+    layer = SPMLinear(66, 66, backend="triton")
     with pytest.raises(BackendError, match="input is float64"):
-        layer(torch.ones(2, 96, dtype=torch.double))
-    layer(torch.ones(2, 96))
-    with pytest.raises(BackendError, match=r"torch\.vmap"):
-        torch.vmap(layer)(torch.ones(3, 2, 96))
+        layer(torch.ones(2, 66, dtype=torch.double))
+    x, plan = torch.ones(2, 66), layer.plan
+    parameters = [p.detach() for p in (layer.weight.view(-1, 2, layer.geometry.width), layer.scale_in, layer.scale_out)]
+    groups = [n for g in plan.groups for n in (g.first_stage, g.stages, g.outer, g.middle, g.inner)]
+    blocks = merge_ops.merge(*parameters, groups)
+    shape = [66, 66, 1, *(group.inner for group in plan.groups)]
+    weights = {"weight": torch.stack([layer.weight.detach()] * 3)}
+    in_vmap = [
+        lambda: torch.vmap(layer)(torch.ones(3, 2, 66)),
+        lambda: torch.vmap(lambda weight: torch.func.functional_call(layer, weight, (x,)))(weights),
+        lambda: torch.vmap(lambda g: triton_ops.mix_backward(g, x, blocks, [], shape, True, False))(torch.ones(3, 2, 66)),
+        lambda: torch.vmap(lambda g: merge_ops.merge_backward([g, blocks[1]], *parameters, groups))(blocks[0][None]),
+    ]
+    for run in in_vmap:
+        with pytest.raises(BackendError, match=r"cannot run under torch\.vmap; put the batch into the tokens"):
+            run()

@@ -1,7 +1,7 @@
 """The Triton kernels' results, by Triton's interpreter in a process of its own; needs no GPU.
 
 The interpreter has to be chosen before Triton is imported, and a process that interprets cannot compile. So the cases are
-in ``interpreted.py``, which is not collected by itself.
+in ``interpreted.py`` and ``interpreted_launches.py``, which are not collected by themselves.
 """
 
 import os
@@ -19,8 +19,9 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]
 
 
-def test_results_under_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "tests/operator/interpreted.py", "-p", "no:cacheprovider"]
+@pytest.mark.parametrize("cases", ["interpreted", "interpreted_launches"])
+def test_results_under_the_interpreter(cases):
+    command = [sys.executable, "-m", "pytest", f"tests/operator/{cases}.py", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

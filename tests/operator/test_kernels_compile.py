@@ -1,4 +1,7 @@
-"""Every launch that a layer makes compiles for sm_80 and sm_90 without spills and within shared memory; needs no GPU."""
+"""Every launch that a layer makes compiles for sm_80 and sm_90 without spills and within shared memory; needs no GPU.
+
+Each with every candidate that the tuner may choose. A default run compiles a sample; ``-m slow`` compiles all.
+"""
 
 import os
 import re
@@ -7,7 +10,7 @@ import subprocess
 import pytest
 import torch
 
-from spmconvert.operator import launches, merge_ops, triton_ops
+from spmconvert.operator import launches, merge_ops, tiles, triton_ops
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.merged import merge_plan
 from spmconvert.operator.tiles import Pass, Tile
@@ -21,11 +24,19 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 MULTIPROCESSORS = 132
 
 
-def record(shape, tokens, dtype, monkeypatch, block=1):
-    """What forward and backward of a layer would launch, without running it."""
+def record(shape, tokens, dtype, monkeypatch, block=1, chosen=slice(None)):
+    """What forward and backward of a layer would launch with the chosen candidates of tiles, without running it."""
     geometry = Geometry.create(*shape, block=block)
     plan = merge_plan(geometry)
     recorded = []
+
+    def launch_candidates(kernel, passes, x, constants, run):
+        *others, last = tiles.candidates(kernel, passes, x.element_size())[chosen]
+        for option in others:
+            run(option)
+        return last
+
+    monkeypatch.setattr(launches, "choose", launch_candidates)
     monkeypatch.setattr(launches, "_multiprocessors", lambda x: MULTIPROCESSORS)
     for module in (launches, merge_ops):
         monkeypatch.setattr(module, "launch", lambda *parts: recorded.append(parts))
@@ -120,16 +131,17 @@ def assert_fits(recorded, capability, tmp_path):
         used = resources(compiled, tmp_path)
         told = f"sm_{capability} {name} {constants} {tile}: {used}, {compiled.metadata.shared} bytes of shared memory"
         assert used["STACK"] == used["LOCAL"] == 0, told
-        assert compiled.metadata.shared <= SHARED_MEMORY[capability], told
+        assert compiled.metadata.shared <= 1024 * tile.shared <= SHARED_MEMORY[capability], told
         multiplies = name in ("mix_kernel", "fused_kernel", "block_gradient_kernel")
         assert ("mma" in compiled.asm["ptx"]) == (multiplies and arguments["x"].dtype != torch.float32), told
 
 
+FIRST, OTHERS = slice(1), slice(1, None)
 QUICK = [
-    ((1024, 1024), 4096, torch.bfloat16, 1, 90),  # both passes in one launch
-    ((768, 3072), 256, torch.float16, 1, 80),  # stacked blocks, sizes that are no powers of two
-    ((4096, 4096), 1, torch.bfloat16, 1, 90),  # few tokens
-    ((100, 130), 40, torch.float32, 1, 80),
+    ((1024, 1024), 4096, torch.bfloat16, 1, FIRST, 90),  # both passes in one launch
+    ((768, 3072), 256, torch.float16, 1, FIRST, 80),  # stacked blocks, sizes that are no powers of two
+    ((4096, 4096), 1, torch.bfloat16, 1, OTHERS, 90),  # few tokens
+    ((100, 130), 40, torch.float32, 1, OTHERS, 80),
 ]
 SHAPES = [
     ((768, 768), 1),
@@ -157,9 +169,9 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(("shape", "tokens", "dtype", "block", "capability"), QUICK, ids=str)
-def test_launches_compile(shape, tokens, dtype, block, capability, monkeypatch, tmp_path):
-    assert_fits(record(shape, tokens, dtype, monkeypatch, block), capability, tmp_path)
+@pytest.mark.parametrize(("shape", "tokens", "dtype", "block", "chosen", "capability"), QUICK, ids=str)
+def test_launches_compile(shape, tokens, dtype, block, chosen, capability, monkeypatch, tmp_path):
+    assert_fits(record(shape, tokens, dtype, monkeypatch, block, chosen), capability, tmp_path)
 
 
 @pytest.mark.slow
@@ -183,9 +195,9 @@ def test_the_recorded_blocks_are_those_of_the_merge(monkeypatch):
 
 
 def test_a_spill_would_be_seen(monkeypatch, tmp_path):
-    recorded = record((4096, 4096), 4096, torch.bfloat16, monkeypatch)
+    recorded = record((4096, 4096), 4096, torch.bfloat16, monkeypatch, chosen=FIRST)
     name, grid, arguments, constants, _ = next(x for x in recorded if x[0] == "mix_kernel" and x[3]["PASS"][3] > 1)
-    too_large = Tile(16, 32, 64, 64, 4, 1)
+    too_large = Tile(16, 32, 64, 64, 4, 1, 160)
     assert Pass(*constants["PASS"]).columns == 64
     launch = (name, grid, arguments, {**constants, "TILE": too_large.sizes}, too_large)
     with pytest.raises(AssertionError):
