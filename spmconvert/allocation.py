@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from spmconvert.caches import cache_directory
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.distill.data import cache_directory
 from spmconvert.distill.objective import Distillation, objective_for
 from spmconvert.errors import OptionError
 from spmconvert.fitting.budget import Choice, choose
@@ -282,7 +282,7 @@ def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe, structure:
         "bias": layer.spec.bias,
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return cache_directory().parent / "curves" / f"{digest[:32]}.json"
+    return cache_directory("curves") / f"{digest[:32]}.json"
 
 
 def _read(file: Path) -> tuple[Candidate, ...] | None:
