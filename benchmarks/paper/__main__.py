@@ -110,9 +110,17 @@ def learn(task: Task, row: dict[str, Any], settings: Settings, seed: int) -> Non
 
 def summarise(row: dict[str, Any], measure: str) -> None:
     """Mean and standard deviation over seeds of what the experiment measures."""
-    values = [one["accuracy"] if measure == "accuracy" else one["test"] / math.log(2) for one in row["seeds"]]
-    row["mean"] = statistics.mean(values)
-    row["deviation"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    row["mean"], row["deviation"] = spread(measured(row, measure))
+
+
+def measured(row: dict[str, Any], measure: str) -> list[float]:
+    """What the experiment measures, a seed each."""
+    return [one["accuracy"] if measure == "accuracy" else one["test"] / math.log(2) for one in row["seeds"]]
+
+
+def spread(values: list[float]) -> tuple[float, float]:
+    """Mean and standard deviation."""
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def hidden_of(task: Task, width: int, structure: str) -> int:
@@ -129,14 +137,27 @@ def make(task: Task, width: int, structure: str, seed: int) -> nn.Module:
 
 def show(result: dict[str, Any]) -> None:
     """The table, and the claim that it is to be held against."""
-    table = Table("task", "width", "structure", "parameters", result["measure"], "rate", "ms a step", "dense time / time")
+    measure = result["measure"]
+    table = Table("task", "width", "structure", "parameters", measure, "minus dense", "rate", "ms a step", "dense/this")
+    dense = {(row["task"], row["width"]): row for row in result["rows"] if row["structure"] == DENSE}
     for row in result["rows"]:
-        learned = [f"{row['mean']:.3f} ± {row['deviation']:.3f}", f"{row['rate']:g}"] if "mean" in row else ["", ""]
+        learned = ["", "", ""]
+        if "seeds" in row:
+            pairs = zip(measured(row, measure), measured(dense[row["task"], row["width"]], measure), strict=True)
+            difference, deviation = spread([own - other for own, other in pairs])
+            learned = [
+                f"{row['mean']:.3f} ± {row['deviation']:.3f}",
+                f"{difference:+.3f} ± {deviation:.3f}",
+                f"{row['rate']:g}",
+            ]
         pace = [f"{row['milliseconds']:.1f}", f"{row['dense/this']:.2f}"]
         table.add_row(row["task"], str(row["width"]), row["structure"], f"{row['parameters']:,}", *learned, *pace)
-    console = Console(width=150)
+    console = Console(width=160)
     console.print(" ".join(f"{key}={value}" for key, value in result["environment"].items()))
     console.print(table)
+    console.print(
+        f"Mean ± standard deviation over {len(result['settings']['seeds'])} seeds; dense/this: ratio of step times."
+    )
     console.print(f"The paper's claim: {result['settings']['claim']}.")
 
 

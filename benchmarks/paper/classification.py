@@ -56,8 +56,11 @@ class Classification:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()
         rows = [rows[index] for index in order]
         held_out = len(rows) // 8
-        tested = rows[:held_out] if self.test is None else [row for row in read(self.test) if row[1] in names]
-        validation, trained = rows[held_out : 2 * held_out], rows[2 * held_out :]
+        validation, rows = rows[:held_out], rows[held_out:]
+        if self.test is None:
+            tested, trained = rows[:held_out], rows[held_out:]
+        else:
+            tested, trained = [row for row in read(self.test) if row[1] in names], rows
         parts = [encode(part, names, width) for part in (trained, validation, tested)]
         batch = partial(random_rows, parts[0], self.batch_size)
         name = f"{len(trained)} texts, {len(names)} labels"
