@@ -91,11 +91,12 @@ def test_sentences_of_articles(tmp_path):
 
 def test_shakespeare(tmp_path):
     (tmp_path / "text.txt").write_text("to be or not " * 400)
-    result = run(tmp_path, "shakespeare", "--data", tmp_path / "text.txt", "--widths", 16, "--steps", 60, *TINY)
+    few = ["--timed-widths", "--seeds", 0, "--repetitions", 2, "--steps", 50]
+    result = run(tmp_path, "shakespeare", "--data", tmp_path / "text.txt", "--widths", 16, *few)
     assert result["measure"] == "bits a character"
     for row in result["rows"]:
-        # without context this text has 2.9 bits a character
-        assert row["mean"] < 1.5
+        # without context this text has 2.6 bits a character
+        assert row["mean"] < 2.3
 
 
 @pytest.mark.parametrize("structure", LINEARS)
