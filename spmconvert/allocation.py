@@ -127,7 +127,8 @@ def measure_curves(
         )
     model: Any = None
     found: dict[str, tuple[Candidate, ...]] = {}
-    for group in statistics_groups(plan.layers, weighted=recipe.weighted):
+    weighted = recipe.predicts_loss or recipe.weights_fits
+    for group in statistics_groups(plan.layers, weighted=weighted):
         moments: dict[str, Moments] = {}
         for layer in group:
             name = layer.target.name
@@ -136,7 +137,7 @@ def measure_curves(
             for structure in [one for one, curve in kept.items() if curve is None]:
                 model = model or load_dense()
                 if not moments and rows is not None:
-                    moments = gather_moments(model, group, rows, calibrating, weighted=recipe.weighted, seed=recipe.seed)
+                    moments = gather_moments(model, group, rows, calibrating, weighted=weighted, seed=recipe.seed)
                 curve = _measure_layer(model, layer, moments.get(name), recipe, rows, structure)
                 _write(files[structure], curve)
                 kept[structure] = curve
@@ -185,13 +186,11 @@ def _measure_layer(
     bias = None if module.bias is None else module.bias.detach().float()
     own = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
     geometries = candidate_geometries(weight.shape[1], weight.shape[0], structure)
-    predicts = recipe.budget.sensitivity == "gradient"
-    own_metric = own.metric if predicts or recipe.fit.output_weighting else None
     curve = measure_curve(
-        geometries, (weight, bias), own.fitted, own.held_out, own_metric, recipe.budget.iterations,
-        weighted=recipe.fit.output_weighting,
+        geometries, (weight, bias), own.fitted, own.held_out, own.metric, recipe.budget.iterations,
+        weighted=recipe.weights_fits,
     )  # fmt: skip
-    if not predicts:
+    if not recipe.predicts_loss:
         curve = [replace(one, loss=one.error) for one in curve]
     if recipe.budget.sensitivity == "kl" and rows is not None:
         factor = _divergence_of(model, layer, own, (weight, bias), rows)
@@ -278,7 +277,7 @@ def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe, structure:
         "seed": recipe.seed,
         "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
         "structure": structure,
-        "weighted": recipe.fit.output_weighting,
+        "weighted": recipe.weights_fits,
         "bias": layer.spec.bias,
     }
     digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()

@@ -150,17 +150,19 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
         curves = measure_curves(source, plan, recipe, rows, lambda: model, silent.calibrating, silent.measured)
         plan = curves.allocate(recipe.budget).plan
     replacements: dict[str, SPMLinear] = {}
-    for group in statistics_groups(plan.layers, weighted=recipe.fit.output_weighting):
+    for group in statistics_groups(plan.layers, weighted=recipe.weights_fits):
         moments: dict[str, Moments] = {}
         if rows is not None:
-            weighted = recipe.fit.output_weighting
+            weighted = recipe.weights_fits
             moments = gather_moments(model, group, rows, silent.calibrating, weighted=weighted, seed=recipe.seed)
         for layer in group:
             name = layer.target.name
             module = model.get_submodule(name)
             weight = module.weight.detach().t() if layer.spec.fan_in_fan_out else module.weight.detach()
             bias = None if module.bias is None else module.bias.detach()
-            fitted, _ = fit_layer(layer, weight, bias, moments.get(name), fit=recipe.fit, seed=recipe.seed)
+            fitted, _ = fit_layer(
+                layer, weight, bias, moments.get(name), iterations=recipe.fit.iterations, seed=recipe.seed
+            )
             replacements[name] = fitted.to(module.weight.dtype if layer.spec.dtype is None else fitted.weight.dtype)
     # only now, so that every layer was calibrated on the dense model
     for name, replacement in replacements.items():

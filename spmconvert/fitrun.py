@@ -103,7 +103,7 @@ _Work = tuple[LayerPlan, Moments | None, Regression | None]
 def _independent(run: FitRun, records: dict[str, LayerRecord]) -> Iterable[_Work]:
     """Layers that are not stored, with the moments of what the dense model feeds them."""
     model = None
-    for group in statistics_groups(run.plan.layers, weighted=run.recipe.fit.output_weighting):
+    for group in statistics_groups(run.plan.layers, weighted=run.recipe.weights_fits):
         waiting = [layer for layer in group if layer.target.name not in records]
         moments: dict[str, Moments] = {}
         if waiting and run.rows is not None:
@@ -140,7 +140,7 @@ def _sequential(run: FitRun) -> Iterable[_Work]:
 
 def _gather(run: FitRun, model: Any, layers: list[LayerPlan]) -> dict[str, Moments]:
     assert run.rows is not None
-    weighted = run.recipe.fit.output_weighting
+    weighted = run.recipe.weights_fits
     return gather_moments(model, layers, run.rows, run.progress.calibrating, weighted=weighted, seed=run.recipe.seed)
 
 
@@ -149,7 +149,7 @@ def _fit_one(run: FitRun, layer: LayerPlan, moments: Moments | None, regression:
     weight = weight.t() if layer.spec.fan_in_fan_out else weight
     bias = None if layer.bias is None else run.source.read_finite(layer.bias).to(run.device)
     fitted, record = fit_layer(
-        layer, weight, bias, moments, fit=run.recipe.fit, seed=run.recipe.seed, regression=regression
+        layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed, regression=regression
     )
     tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in fitted.named_parameters()}
     run.target.store_layer(layer.target.name, tensors, asdict(record))

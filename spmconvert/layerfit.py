@@ -16,7 +16,6 @@ from spmconvert.fitting.solve import LayerError, fit_, measure_error
 from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import STATISTICS_BUDGET, LayerPlan
-from spmconvert.recipe import Fit
 from spmconvert.sensitivity import gather_curvatures
 from spmconvert.sequential import Regression
 from spmconvert.surgery.swap import layer_from_spec
@@ -91,7 +90,7 @@ def fit_layer(
     bias: Tensor | None,
     moments: Moments | None,
     *,
-    fit: Fit,
+    iterations: int,
     seed: int,
     regression: Regression | None = None,
 ) -> tuple[SPMLinear, LayerRecord]:
@@ -101,8 +100,8 @@ def fit_layer(
         plan: what to build.
         weight: dense weight [out_features, in_features], on the device to fit on.
         bias: dense bias [out_features], or None.
-        moments: input statistics, or None to fit in the Frobenius norm.
-        fit: how hard the solver tries, and whether the moments' metric weighs the fit.
+        moments: input statistics, or None to fit in the Frobenius norm; their metric weighs the fit.
+        iterations: most iterations of the solver.
         seed: the recipe's seed; every layer derives its own from it.
         regression: what the layer should do with the converted model's activations, in place of the dense layer;
             errors are still measured against the dense layer, on what the dense model feeds it.
@@ -121,8 +120,7 @@ def fit_layer(
     if regression is not None:
         moved = regression.to(weight.device)
         aim = (moved.weight, moved.bias, moved.inputs)
-    metric = known.metric if fit.output_weighting else None
-    result = fit_(layer, *aim, iterations=fit.iterations, seed=own_seed, metric=metric)
+    result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric)
     layer = layer.to(getattr(torch, plan.stored_dtype))
 
     dense = (weight, bias)

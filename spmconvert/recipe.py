@@ -76,12 +76,13 @@ class Fit(_Table):
 
     Attributes:
         iterations: most solver iterations a layer gets, Adam and L-BFGS together.
-        output_weighting: weigh output directions by what their errors cost the model; needs calibration rows.
+        output_weighting: weigh output directions by what their errors cost the model; needs calibration rows. None does
+            so where a budget measures these costs anyway.
         sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs.
     """
 
     iterations: Annotated[int, Field(ge=0)] = 200
-    output_weighting: bool = False
+    output_weighting: bool | None = None
     sequential: bool = False
 
 
@@ -214,9 +215,14 @@ class Recipe(_Table):
     finetune: Training = Training()
 
     @property
-    def weighted(self) -> bool:
-        """Whether the cost of output errors is measured."""
-        return self.fit.output_weighting or bool(self.budget.limits and self.budget.sensitivity == "gradient")
+    def predicts_loss(self) -> bool:
+        """Whether a budget is spent by the measured cost of output errors."""
+        return bool(self.budget.limits) and self.budget.sensitivity == "gradient"
+
+    @property
+    def weights_fits(self) -> bool:
+        """Whether fits are weighted by the measured cost of output errors."""
+        return self.predicts_loss if self.fit.output_weighting is None else self.fit.output_weighting
 
     @model_validator(mode="after")
     def _designs_are_named_or_chosen(self) -> "Recipe":
