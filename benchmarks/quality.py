@@ -5,10 +5,10 @@
 
 All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
 truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change one thing: low rank
-only, relative errors in place of measured sensitivity (which leaves fits unweighted, too), fits without its weights,
-sequential fits. With --steps, every method is finetuned alike, at the best rate of a small grid by held-out loss. A language
-model is scored by its cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman
-correlation of its sentence similarities with the dense model's (higher is better).
+only, stages or blocks beside a companion only, relative errors in place of measured sensitivity (which leaves fits
+unweighted, too), fits without its weights, sequential fits. With --steps, every method is finetuned alike, at the best rate
+of a small grid by held-out loss. A language model is scored by its cross-entropy in nats a token on the other text (lower is
+better), an encoder by the Spearman correlation of its sentence similarities with the dense model's (higher is better).
 """
 
 import argparse
@@ -39,6 +39,7 @@ from spmconvert.surgery.swap import replace_module
 CONVERTED: dict[str, dict[str, Any]] = {
     "keep": {},
     "keep, low rank": {"structures": "lowrank"},
+    "keep, companion": {"structures": "companion"},
     "keep, relative error": {"sensitivity": "none"},
     "keep, plain fit": {"output_weighting": False},
     "keep, sequential": {"sequential": True},
