@@ -7,8 +7,8 @@ All methods see the same calibration rows and may keep the same share of the sam
 truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change one thing: low rank
 only, stages or blocks beside a companion only, relative errors in place of measured sensitivity (which leaves fits
 unweighted, too), fits without its weights, sequential fits. With --steps, every method is finetuned alike, at the best rate
-of a small grid by held-out loss. A language model is scored by its cross-entropy in nats a token on the other text (lower is
-better), an encoder by the Spearman correlation of its sentence similarities with the dense model's (higher is better).
+of a small grid by held-out loss. A language model is scored by its cross-entropy in nats a token on the other text (lower
+is better), an encoder by the Spearman correlation of its sentence similarities with the dense model's (higher is better).
 """
 
 import argparse
