@@ -62,8 +62,10 @@ class Curves:
         losses = [[0.0 if one is None else one.loss for one in own] for own in options]
         if budget.max_error is not None:
             chosen = tuple(_smallest(layer, own, budget.max_error) for layer, own in zip(layers, options, strict=True))
-            total = sum(own[index] for own, index in zip(losses, chosen, strict=True))
-            choice = Choice(chosen, 0, total, total)
+            loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
+            picks = zip(layers, options, chosen, strict=True)
+            size = sum(_parameters(layer, own[index]) for layer, own, index in picks)
+            choice = Choice(chosen, size, loss, bound=0.0)
         else:
             costs = [[_cost(layer, one, budget) for one in own] for layer, own in zip(layers, options, strict=True)]
             choice = choose(costs, losses, _limit(layers, budget))
@@ -219,15 +221,18 @@ def _divergence_of(
     return total / positions / max(measured.error, 1e-12)
 
 
+def _parameters(layer: LayerPlan, candidate: Candidate | None) -> int:
+    """Parameters of a candidate; None is the dense layer."""
+    return layer.dense_parameters if candidate is None else _spec(layer, candidate).parameter_count()
+
+
 def _cost(layer: LayerPlan, candidate: Candidate | None, budget: Budget) -> int:
-    """Parameters, bytes or FLOPs per token, as the budget counts; None is the dense layer."""
-    spec = None if candidate is None else _spec(layer, candidate)
+    """Parameters, bytes or FLOPs per token, as the budget counts."""
     if budget.keep_flops is not None:
-        return layer.flops[0] if spec is None else spec.geometry.flops_per_token()
-    parameters = layer.dense_parameters if spec is None else spec.parameter_count()
+        return layer.flops[0] if candidate is None else _spec(layer, candidate).geometry.flops_per_token()
     if budget.keep_bytes is None:
-        return parameters
-    return layer.dense_bytes if spec is None else parameters * DTYPE_BYTES[layer.stored_dtype]
+        return _parameters(layer, candidate)
+    return layer.dense_bytes if candidate is None else _parameters(layer, candidate) * DTYPE_BYTES[layer.stored_dtype]
 
 
 def _limit(layers: Sequence[LayerPlan], budget: Budget) -> int:
@@ -241,8 +246,7 @@ def _limit(layers: Sequence[LayerPlan], budget: Budget) -> int:
 def _smallest(layer: LayerPlan, options: Sequence[Candidate | None], max_error: float) -> int:
     """Index of the smallest candidate whose error is allowed; the dense layer is one."""
     allowed = [index for index, one in enumerate(options) if one is None or one.error <= max_error]
-    sizes = Budget(keep=0.5)
-    return min(allowed, key=lambda index: _cost(layer, options[index], sizes))
+    return min(allowed, key=lambda index: _parameters(layer, options[index]))
 
 
 def _spec(layer: LayerPlan, candidate: Candidate) -> LayerSpec:

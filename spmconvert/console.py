@@ -130,12 +130,11 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
     )
     _out.print(totals, soft_wrap=True)
     if conversion.choice is not None:
-        dense = f"; {conversion.left_dense} layers stay dense" if conversion.left_dense else ""
-        _out.print(
-            f"budget: predicted loss {conversion.choice.loss:.4g}, no choice of these designs can go below "
-            f"{conversion.choice.bound:.4g}{dense}",
-            soft_wrap=True,
-        )
+        bound = conversion.choice.bound
+        parts = [f"budget: predicted loss {conversion.choice.loss:.4g}"]
+        parts += [f"no choice of these designs is below {bound:.4g}"] if bound else []
+        parts += [f"{conversion.left_dense} layers stay dense"] if conversion.left_dense else []
+        _out.print(", ".join(parts), soft_wrap=True)
     _out.print(f"error: {conversion.measured_on}", soft_wrap=True)
     _out.print(f"next: spmconvert finetune {conversion.output} --data TEXT, or load it:", soft_wrap=True)
     _out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)

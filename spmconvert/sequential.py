@@ -11,7 +11,7 @@ in each model. Errors that no later layer can undo are still there, and a finetu
 0.837 before a finetune of 150 steps, 0.906 instead of 0.920 after it).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,8 +166,11 @@ def _block_calls(model: Any, blocks: nn.ModuleList, batch: dict[str, Any]) -> li
 @contextmanager
 def _caught(module: nn.Module, *, outputs: bool) -> Iterator[list[Tensor]]:
     found: list[Tensor] = []
-    hook: Callable[..., None] = lambda _, inputs, output: found.append(output if outputs else inputs[0])  # noqa: E731
-    handle = module.register_forward_hook(hook)
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        found.append(output if outputs else inputs[0])
+
+    handle = module.register_forward_hook(keep)
     try:
         yield found
     finally:

@@ -213,3 +213,31 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     assert "40MB" in err
     code, out, _ = run(*command, "--keep-bytes", "20kB", "--force", "--json")
     assert sum(layer["parameters"] for layer in json.loads(out)["layers"]) * 4 <= 20_000
+
+
+def test_budget_while_loading(checkpoints, text, tmp_path, cache):
+    from transformers import AutoModelForCausalLM
+
+    config = spmconvert.SPMConfig(keep=0.4, calib=str(text), **QUICK)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=config)
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, **QUICK)
+    for record in result.layers:
+        layer = model.get_submodule(record.name)
+        assert layer.geometry.describe() == record.design
+        torch.testing.assert_close(
+            layer.to_dense(), spmconvert.load(tmp_path / "out").get_submodule(record.name).to_dense()
+        )
+    with pytest.raises(OptionError, match="sequential fitting needs a second"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **QUICK)
+        )
+
+
+def test_largest_error_is_kept(checkpoints, text, tmp_path, cache):
+    result = spmconvert.convert(checkpoints["llama"], tmp_path / "out", max_error=0.3, calib=text, **QUICK)
+    assert result.choice.cost == sum(record.parameters for record in result.layers) + sum(
+        layer.dense_parameters for layer in curves_of(checkpoints, text, "llama")[0].plan.layers
+        if layer.target.name not in {record.name for record in result.layers}
+    )  # fmt: skip
+    # final fits have more iterations than the measured candidates
+    assert all(record.error < 0.33 for record in result.layers)
