@@ -68,3 +68,11 @@ def test_weighted_fit_costs_the_model_less_than_a_plain_one(rank):
         found.append(energies(metric, weight - layer.to_dense().detach(), root))
     assert found[0] < 0.9 * found[1]
     assert result.end <= result.start
+
+
+def test_factors_of_a_weighted_fit_have_equal_norms():
+    torch.manual_seed(0)
+    weight, rows = torch.randn(24, 32), torch.randn(300, 32)
+    layer = SPMLinear(32, 24, stages=0, rank=5)
+    fit_(layer, weight, None, ActivationStatistics.of(rows), metric=OutputMetric.of(1e-6 * curvature(24, 6)))
+    torch.testing.assert_close(layer.low_rank_in.norm(dim=1), layer.low_rank_out.norm(dim=0))
