@@ -34,7 +34,7 @@ from spmconvert.surgery.swap import replace_module
 from spmconvert.surgery.targets import Skipped
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 2
+CURVE_VERSION = 3
 # shares of the targeted parameters that a dry run compares
 COMPARED_BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)
 

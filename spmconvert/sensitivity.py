@@ -2,9 +2,15 @@
 
 The curvature of a layer is gathered by one backward pass a batch through random probes of what the model puts out: words
 or classes drawn from the model's own distribution, so that the gradients' second moment is the Fisher matrix and
-trace(C D Σ Dᵀ) is the KL divergence to second order; or normal directions of the last hidden state, which gives the
-squared error relative to its mean square. One probe a row is enough, since a few hundred rows are averaged. What it gives
-up: third order, and the interplay of errors in several layers.
+trace(C D Σ Dᵀ) is the KL divergence to second order; or, for an encoder, normal directions of a row's mean hidden state at
+unit length, which gives the squared distance of these. On all-MiniLM-L6-v2, MLPs at 25 % by low rank, the correlation of
+similarities with the dense model is 0.854 with that probe, 0.793 with one of all tokens' states, 0.812 with one of their
+directions, and 0.836 for uniform whitened SVD. One probe a row is enough, since a few hundred rows are averaged.
+
+Positions whose inputs are small after a norm have gradients orders of magnitude above the others'. Curvature and input
+moments are averaged apart, so such a position would count as if its inputs were large; gradients are therefore clipped at a
+multiple of the median norm. On a small Llama, MLPs at 25 % by low rank, the loss is 4.68 nats with clipping and 7.36 without,
+5.53 for uniform whitened SVD and 4.14 dense; on a small GPT-2 clipping costs 0.01. What it gives up: third order, and the interplay of errors in several layers.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,13 +19,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import log_softmax
+from torch.nn.functional import log_softmax, normalize
 
-from spmconvert.distill.objective import Objective, class_logits, objective_for, real_positions
+from spmconvert.distill.objective import Objective, class_logits, objective_for, pooled, real_positions
 from spmconvert.errors import CalibrationError
 from spmconvert.fitting.statistics import attended
 
 _SEED_OFFSET = 7919
+# largest norm of a position's gradient, in medians of its batch
+CLIP = 3.0
 
 
 def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[str, Any]], seed: int) -> dict[str, Tensor]:
@@ -42,7 +50,6 @@ def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[s
     generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
     sums: dict[str, Tensor] = {}
     positions = 0
-    scale = 0.0
     trainable = [p for p in model.parameters() if p.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
@@ -50,16 +57,16 @@ def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[s
         for batch in batches:
             with _differentiated(model, names) as leaves, torch.enable_grad():
                 output = model(**batch)
-                probe, count, size = _probe(output, objective, batch, generator)
+                probe, count = _probe(output, objective, batch, generator)
                 probe.backward()
-            positions, scale = positions + count, scale + size
+            positions += count
             for name, found in leaves.items():
                 for leaf in found:
                     _add(sums, name, leaf.grad, batch)
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    factor = 0.5 if objective != "hidden" else positions / max(scale, 1e-30)
+    factor = 1.0 if objective == "hidden" else 0.5
     return {name: _checked(name, sums.get(name)) * (factor / positions) for name in names}
 
 
@@ -84,26 +91,27 @@ def _differentiated(model: Any, names: Sequence[str]) -> Iterator[dict[str, list
             handle.remove()
 
 
-def _probe(
-    output: Any, objective: Objective, batch: dict[str, Any], generator: torch.Generator
-) -> tuple[Tensor, int, float]:
-    """A random scalar of the output, the number of its positions, and the sum of squares of what is probed."""
+def _probe(output: Any, objective: Objective, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, int]:
+    """A random scalar of the output, and the number of positions that it sums over."""
     if objective == "hidden":
-        states = real_positions(output[0], batch).float()
-        directions = torch.randn(states.shape, generator=generator).to(states.device)
-        return (states * directions).sum(), len(states), states.detach().square().sum().item()
+        means = normalize(pooled(output[0], batch).float(), dim=-1)
+        directions = torch.randn(means.shape, generator=generator).to(means.device)
+        return (means * directions).sum(), len(means)
     logits = class_logits(output, batch) if objective == "classes" else real_positions(output.logits, batch)
     log_probabilities = log_softmax(logits.float(), dim=-1)
     if logits.shape[-1] == 1:
-        return logits.float().mul(torch.randn(logits.shape, generator=generator).to(logits.device)).sum(), len(logits), 1.0
+        return logits.float().mul(torch.randn(logits.shape, generator=generator).to(logits.device)).sum(), len(logits)
     drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
-    return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits), 1.0
+    return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits)
 
 
 def _add(sums: dict[str, Tensor], name: str, gradient: Tensor | None, batch: dict[str, Any]) -> None:
     if gradient is None:
         return
     rows = attended(gradient, batch.get("attention_mask")).float()
+    norms = rows.norm(dim=1, keepdim=True)
+    if norms.any():
+        rows = rows * (CLIP * norms[norms > 0].median() / norms.clamp_min(1e-30)).clamp_max(1.0)
     product = (rows.t() @ rows).cpu()
     sums[name] = sums[name] + product if name in sums else product
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.nn.functional import normalize
 
 import spmconvert
-from spmconvert.distill.objective import Distillation, objective_for
+from spmconvert import sensitivity
+from spmconvert.distill.objective import Distillation, objective_for, pooled
 from spmconvert.errors import CalibrationError
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.fitting.curve import predicted_loss
@@ -19,6 +21,23 @@ LAYERS = {
     "bert": "encoder.layer.1.output.dense",
     "llama": "model.layers.0.mlp.up_proj",
 }
+
+
+@torch.no_grad()
+def divergence(dense, changed, batches):
+    distillation = Distillation(changed, dense, objective_for(dense.config), Training())
+    losses = [distillation.loss(batch) for batch in batches]
+    return sum(loss.total.item() for loss in losses) / sum(loss.positions for loss in losses)
+
+
+@torch.no_grad()
+def distance_of_rows(dense, changed, batches):
+    """Mean squared distance of mean states at unit length."""
+    found = []
+    for batch in batches:
+        means = [normalize(pooled(model(**batch)[0], batch), dim=-1) for model in (dense, changed)]
+        found.append((means[0] - means[1]).square().sum(-1))
+    return torch.cat(found).mean().item()
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -38,10 +57,7 @@ def test_predicted_loss_is_the_divergence_of_a_small_change(checkpoints, text, n
     flip = name == "gpt2"
     own, other = (weight.detach().t() if flip else weight.detach() for weight in (before, module.weight))
     predicted = [predicted_loss(metric, (own, None), (other, None), statistics) for metric in metrics]
-    distillation = Distillation(changed, dense, objective_for(config), Training())
-    with torch.no_grad():
-        losses = [distillation.loss(batch) for batch in batches]
-    measured = sum(loss.total.item() for loss in losses) / sum(loss.positions for loss in losses)
+    measured = distance_of_rows(dense, changed, batches) if name == "bert" else divergence(dense, changed, batches)
     # inputs and gradients are not independent, so the prediction is one of size
     assert 0.4 * measured < predicted[0] < 2.5 * measured
     assert predicted[1] == pytest.approx(predicted[0], rel=0.15)
@@ -63,3 +79,16 @@ def test_layer_without_influence_is_named(checkpoints, text):
         model.transformer.h[1].mlp.c_proj.weight.zero_()
     with pytest.raises(CalibrationError, match=r"h\.1\.mlp\.c_fc has no influence .*--ignore"):
         gather_curvatures(model, [LAYERS["gpt2"]], rows.batches(rows.fitted, model), seed=0)
+
+
+def test_no_position_counts_for_more_than_a_few(checkpoints, text, monkeypatch):
+    model = spmconvert.load(checkpoints["llama"], dtype=torch.float32)
+    rows = load_rows(checkpoints["llama"], model.config, Calibration(file=text, rows=8), seed=0)
+    layer = LAYERS["llama"]
+    traces = []
+    for clip in (1e-3, 1.0, 1e9):
+        monkeypatch.setattr(sensitivity, "CLIP", clip)
+        found = gather_curvatures(model, [layer], rows.batches(rows.fitted, model), seed=0)
+        traces.append(found[layer].trace().item())
+    assert traces[0] < 1e-4 * traces[1]
+    assert traces[1] < 0.99 * traces[2]

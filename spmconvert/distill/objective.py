@@ -182,7 +182,7 @@ class Distillation:
         states = real_positions(own, batch)
         loss = _single("hidden", hidden_state_loss(states, real_positions(target, batch)), len(states))
         if self.training.pooled_states:
-            mean = hidden_state_loss(_pooled(own, batch), _pooled(target, batch)) / len(own)
+            mean = hidden_state_loss(pooled(own, batch), pooled(target, batch)) / len(own)
             _add(loss, "pooled_states", self.training.pooled_states, mean * loss.positions)
         return loss
 
@@ -255,7 +255,7 @@ def real_positions(states: Tensor, batch: dict[str, Any]) -> Tensor:
     return states.flatten(0, 1) if mask is None else states[mask]
 
 
-def _pooled(states: Tensor, batch: dict[str, Any]) -> Tensor:
+def pooled(states: Tensor, batch: dict[str, Any]) -> Tensor:
     """Mean state of every row over its real positions, [rows, features]."""
     mask = _mask(batch, states)
     weights = torch.ones_like(states[..., :1]) if mask is None else mask[..., None].to(states.dtype)
