@@ -46,17 +46,19 @@ def test_predicted_loss_is_the_divergence_of_a_small_change(checkpoints, text, n
     dense, changed = (spmconvert.load(checkpoints[name], dtype=torch.float32).eval() for _ in range(2))
     config = load_config(checkpoints[name])
     rows = load_rows(checkpoints[name], config, Calibration(file=text, rows=48), seed=0)
-    module = changed.get_submodule(layer)
-    before = module.weight.detach().clone()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        module.weight.add_(0.03 * before.norm() / before.numel() ** 0.5 * torch.randn_like(before))
+    module, source = changed.get_submodule(layer), dense.get_submodule(layer)
     batches = list(rows.batches(rows.fitted, dense))
     metrics = [OutputMetric.of(gather_curvatures(dense, [layer], batches * 6, seed=seed)[layer]) for seed in (0, 1)]
     statistics = collect(dense, [layer], batches)[layer]
-    flip = name == "gpt2"
-    own, other = (weight.detach().t() if flip else weight.detach() for weight in (before, module.weight))
-    predicted = [predicted_loss(metric, (own, None), (other, None), statistics) for metric in metrics]
+    torch.manual_seed(0)
+    size = source.weight.detach().square().mean().sqrt()
+    with torch.no_grad():
+        module.weight.add_(0.03 * size * torch.randn_like(module.weight))
+        own, other = (one.weight.detach().t() if name == "gpt2" else one.weight.detach() for one in (source, module))
+        if module.bias is not None:
+            # as a fit does: an error of the mean would add up over all tokens of a row
+            module.bias.copy_(statistics.corrected_bias(own, other, source.bias))
+    predicted = [predicted_loss(m, (own, source.bias), (other, module.bias), statistics) for m in metrics]
     measured = distance_of_rows(dense, changed, batches) if name == "bert" else divergence(dense, changed, batches)
     # inputs and gradients are not independent, so the prediction is one of size
     assert 0.4 * measured < predicted[0] < 2.5 * measured
