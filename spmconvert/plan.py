@@ -94,7 +94,9 @@ class ConversionPlan:
 
     def predicted_seconds(self, recipe: Recipe) -> float:
         """Predicted time of all fits on this machine's CPU, without the calibration run."""
-        work = sum(3 * layer.spec.geometry.flops_per_token() * layer.target.in_features for layer in self.layers)
+        # low rank alone takes one decomposition and no iterations
+        fitted = [layer for layer in self.layers if layer.spec.geometry.stages]
+        work = sum(3 * layer.spec.geometry.flops_per_token() * layer.target.in_features for layer in fitted)
         return recipe.fit.iterations * work / (FIT_EFFICIENCY * _product_speed())
 
     def predicted_memory(self, *, calibrated: bool) -> int:

@@ -340,6 +340,9 @@ def _first_line(error: ValidationError, path: Path | None) -> str:
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}; known keys are {', '.join(_known_keys(item['loc'][:-1]))}")
+        elif item["type"] == "value_error":
+            # of several keys together, so the input would be a whole table
+            problems.append(": ".join(part for part in (key, str(item["ctx"]["error"])) if part))
         else:
             problems.append(f"{key} = {item['input']!r}: {item['msg'].lower()}")
     return f"{place}: " + " | ".join(problems)
