@@ -22,7 +22,7 @@ from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.distill.objective import Distillation, objective_for
 from spmconvert.errors import OptionError
-from spmconvert.fitting.budget import Choice, choose
+from spmconvert.fitting.budget import Choice, check_budget, choose
 from spmconvert.fitting.calibration import CalibrationRows
 from spmconvert.fitting.curve import Candidate, Structure, candidate_geometries, measure_curve
 from spmconvert.fitting.solve import fit_
@@ -120,7 +120,7 @@ def measure_curves(
 
     Raises:
         CalibrationError: when a layer has no influence or its statistics are not finite.
-        OptionError: when sensitivity needs calibration data and there is none.
+        OptionError: when sensitivity needs calibration data and there is none, or no candidates are within the budget.
     """
     if rows is None and recipe.budget.sensitivity != "none":
         raise OptionError(
@@ -129,6 +129,7 @@ def measure_curves(
         )
     model: Any = None
     found: dict[str, tuple[Candidate, ...]] = {}
+    _check_reachable(plan, recipe.budget)
     weighted = recipe.predicts_loss or recipe.weights_fits
     for group in statistics_groups(plan.layers, weighted=weighted):
         moments: dict[str, Moments] = {}
@@ -219,6 +220,19 @@ def _divergence_of(
             loss = distillation.loss(batch)
             total, positions = total + loss.total.item(), positions + loss.positions
     return total / positions / max(measured.error, 1e-12)
+
+
+def _check_reachable(plan: ConversionPlan, budget: Budget) -> None:
+    """Refuse a budget that the smallest designs exceed before anything is measured."""
+    if budget.max_error is not None:
+        return
+    costs = []
+    for layer in plan.layers:
+        sizes = (layer.target.in_features, layer.target.out_features)
+        found = [g for structure in budget.structures for g in candidate_geometries(*sizes, structure)]
+        options = [Candidate(g.stages, g.block, g.rank, 0.0, 0.0) for g in found]
+        costs.append([_cost(layer, option, budget) for option in (*options, None)])
+    check_budget(costs, _limit(plan.layers, budget))
 
 
 def _parameters(layer: LayerPlan, candidate: Candidate | None) -> int:

@@ -109,17 +109,18 @@ def convert(
         raise OptionError(f"the output {destination} is the source; choose another with -o")
     rows = _calibration_rows(source, config, resolved)
     listener = progress or Silent()
-    choice = None
-    if resolved.budget.limits:
-        load_dense = partial(load_dense_model, source.directory, config, device)
-        curves = measure_curves(source, plan, resolved, rows, load_dense, listener.calibrating, listener.measured)
-        allocation = curves.allocate(resolved.budget)
-        plan, choice = allocation.plan, allocation.choice
-    listener.planned(plan)
+    budgeted = bool(resolved.budget.limits)
+    # a budget is spent later; until then the output may be as large as the source
+    needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
     fingerprint = _fingerprint(source, resolved)
-    with OutputDirectory(
-        destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=plan.output_bytes
-    ) as target:
+    with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed) as target:
+        choice = None
+        if budgeted:
+            load_dense = partial(load_dense_model, source.directory, config, device)
+            curves = measure_curves(source, plan, resolved, rows, load_dense, listener.calibrating, listener.measured)
+            allocation = curves.allocate(resolved.budget)
+            plan, choice = allocation.plan, allocation.choice
+        listener.planned(plan)
         run = FitRun(source, config, plan, choice, resolved, rows, device, target, listener)
         records = fit_all(run)
         listener.writing(plan.output_bytes)

@@ -9,7 +9,7 @@ import torch
 import spmconvert
 from spmconvert import allocation
 from spmconvert.conversion import open_plan, resolve_recipe
-from spmconvert.errors import OptionError, RecipeError
+from spmconvert.errors import OptionError, OutputError, RecipeError
 from spmconvert.fitrun import load_dense_model
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.recipe import Budget
@@ -241,3 +241,12 @@ def test_largest_error_is_kept(checkpoints, text, tmp_path, cache):
     )  # fmt: skip
     # final fits have more iterations than the measured candidates
     assert all(record.error < 0.33 for record in result.layers)
+
+
+def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_path, cache):
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match="exists already"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+    with pytest.raises(OptionError, match="smallest candidates"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "new", keep=1e-4, calib=text, **QUICK)
+    assert not (cache / "curves").exists()

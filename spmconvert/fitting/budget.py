@@ -46,9 +46,7 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     Raises:
         OptionError: when even the cheapest candidates exceed the budget.
     """
-    least = sum(min(own) for own in costs)
-    if least > budget:
-        raise OptionError(f"the budget is {budget:,}, the smallest candidates of all layers need {least:,}; allow more")
+    least = check_budget(costs, budget)
     # where the cheapest ones nearly fill the budget, units of what is left are finer than units of all
     spare = max(1, budget - least)
     # costs of layers have large divisors in common, and in multiples of those nothing is rounded
@@ -73,6 +71,18 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
     loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
     return Choice(tuple(chosen), cost, loss, min(loss, lower_bound(costs, losses, budget)))
+
+
+def check_budget(costs: Sequence[Sequence[int]], budget: int) -> int:
+    """The cost of the cheapest candidates of all layers together.
+
+    Raises:
+        OptionError: when they exceed the budget.
+    """
+    least = sum(min(own) for own in costs)
+    if least > budget:
+        raise OptionError(f"the budget is {budget:,}, the smallest candidates of all layers need {least:,}; allow more")
+    return least
 
 
 def lower_bound(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> float:
