@@ -5,36 +5,38 @@ sensitivity, structures), so a second budget costs seconds. Layers whose dense f
 alone.
 """
 
-import copy
 import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
+from torch import Tensor
 
 from spmconvert.caches import cache_directory
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.distill.objective import Distillation, objective_for
+from spmconvert.distill.objective import objective_of
 from spmconvert.errors import OptionError
 from spmconvert.fitting.budget import Choice, check_budget, choose
 from spmconvert.fitting.calibration import CalibrationRows
 from spmconvert.fitting.curve import Candidate, Structure, candidate_geometries, measure_curve
+from spmconvert.fitting.lowrank import rank_at
 from spmconvert.fitting.solve import fit_
 from spmconvert.layerfit import Moments, gather_moments, statistics_groups
+from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import DTYPE_BYTES, ConversionPlan, LayerPlan
-from spmconvert.recipe import Budget, Recipe, Training
-from spmconvert.surgery.swap import replace_module
+from spmconvert.recipe import Budget, Recipe
+from spmconvert.response import MEASURED_ROWS, MEASURED_SHARES, Response, divergence
 from spmconvert.surgery.targets import Skipped
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 3
+CURVE_VERSION = 4
+# name of what is measured beside the curves of all structures
+RESPONSE = "response"
 # shares of the targeted parameters that a dry run compares
 COMPARED_BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)
 
@@ -90,12 +92,10 @@ class Allocation:
 
 def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe) -> Curves | None:
     """Curves of an earlier run, or None where one is missing."""
-    structures = recipe.budget.structures
-    found = [[_read(_curve_file(source, layer, recipe, one)) for one in structures] for layer in plan.layers]
-    complete = [[part for part in own if part is not None] for own in found]
-    if any(len(own) < len(structures) for own in complete):
+    found = [{part: _read(file) for part, file in _files(source, layer, recipe).items()} for layer in plan.layers]
+    if any(part is None for own in found for part in own.values()):
         return None
-    return Curves(plan, tuple(tuple(chain.from_iterable(own)) for own in complete))
+    return Curves(plan, tuple(_assembled(own) for own in found))
 
 
 def measure_curves(
@@ -135,16 +135,20 @@ def measure_curves(
         moments: dict[str, Moments] = {}
         for layer in group:
             name = layer.target.name
-            files = {one: _curve_file(source, layer, recipe, one) for one in recipe.budget.structures}
-            kept = {one: _read(file) for one, file in files.items()}
-            for structure in [one for one, curve in kept.items() if curve is None]:
+            files = _files(source, layer, recipe)
+            parts = {part: _read(file) for part, file in files.items()}
+            for part in [part for part, kept in parts.items() if kept is None]:
                 model = model or load_dense()
                 if not moments and rows is not None:
                     moments = gather_moments(model, group, rows, calibrating, weighted=weighted, seed=recipe.seed)
-                curve = _measure_layer(model, layer, moments.get(name), recipe, rows, structure)
-                _write(files[structure], curve)
-                kept[structure] = curve
-            found[name] = tuple(chain.from_iterable(curve or () for curve in kept.values()))
+                subject = _Subject.of(model, layer, moments.get(name), recipe)
+                if part == RESPONSE:
+                    assert rows is not None
+                    parts[part] = _measure_response(model, subject, rows)
+                else:
+                    parts[part] = [asdict(one) for one in _measure_structure(subject, part)]
+                _write(files[part], parts[part])
+            found[name] = _assembled(parts)
             report(name, len(found), len(plan.layers))
     return Curves(plan, tuple(found[layer.target.name] for layer in plan.layers))
 
@@ -176,50 +180,66 @@ def compare_budgets(curves: Curves) -> list[dict[str, Any]]:
     return rows
 
 
-def _measure_layer(
-    model: Any,
-    layer: LayerPlan,
-    moments: Moments | None,
-    recipe: Recipe,
-    rows: CalibrationRows | None,
-    structure: Structure,
-) -> tuple[Candidate, ...]:
-    module = model.get_submodule(layer.target.name)
-    weight = (module.weight.t() if layer.spec.fan_in_fan_out else module.weight).detach().float()
-    bias = None if module.bias is None else module.bias.detach().float()
-    own = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
-    geometries = candidate_geometries(weight.shape[1], weight.shape[0], structure)
-    curve = measure_curve(
-        geometries, (weight, bias), own.fitted, own.held_out, own.metric, recipe.budget.iterations,
-        weighted=recipe.weights_fits,
-    )  # fmt: skip
-    if not recipe.predicts_loss:
-        curve = [replace(one, loss=one.error) for one in curve]
-    if recipe.budget.sensitivity == "kl" and rows is not None:
-        factor = _divergence_of(model, layer, own, (weight, bias), rows)
-        curve = [replace(one, loss=one.error * factor) for one in curve]
-    return tuple(curve)
+@dataclass(frozen=True)
+class _Subject:
+    """A dense layer at work, with what is known about it: weight [out_features, in_features], bias, and moments."""
+
+    name: str
+    weight: Tensor
+    bias: Tensor | None
+    moments: Moments
+    recipe: Recipe
+
+    @classmethod
+    def of(cls, model: Any, layer: LayerPlan, moments: Moments | None, recipe: Recipe) -> "_Subject":
+        module = model.get_submodule(layer.target.name)
+        weight = (module.weight.t() if layer.spec.fan_in_fan_out else module.weight).detach().float()
+        bias = None if module.bias is None else module.bias.detach().float()
+        known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
+        return cls(layer.target.name, weight, bias, known, recipe)
+
+    def measure(self, geometries: Sequence[Geometry]) -> list[Candidate]:
+        """Candidates with the predicted loss, or with the relative error where none is predicted."""
+        found = measure_curve(
+            geometries, (self.weight, self.bias), self.moments.fitted, self.moments.held_out, self.moments.metric,
+            self.recipe.budget.iterations, weighted=self.recipe.weights_fits,
+        )  # fmt: skip
+        return found if self.recipe.predicts_loss else [replace(one, loss=one.error) for one in found]
+
+    def built(self, geometry: Geometry) -> SPMLinear:
+        """A candidate as a layer."""
+        layer = SPMLinear(
+            geometry.in_features, geometry.out_features, device=self.weight.device,
+            stages=geometry.stages, block=geometry.block, rank=geometry.rank,
+        )  # fmt: skip
+        metric = self.moments.metric if self.recipe.weights_fits else None
+        fit_(layer, self.weight, self.bias, self.moments.fitted, iterations=self.recipe.budget.iterations, metric=metric)
+        return layer
 
 
-def _divergence_of(
-    model: Any, layer: LayerPlan, moments: Moments, dense: tuple[torch.Tensor, torch.Tensor | None], rows: CalibrationRows
-) -> float:
-    """Measured loss of the model on held-out rows a unit of relative error, when only this layer has lost some rank."""
-    out_features, in_features = dense[0].shape
-    rank = max(1, in_features * out_features // (4 * (in_features + out_features)))
-    candidate = SPMLinear(in_features, out_features, stages=0, rank=rank, device=dense[0].device)
-    geometry = candidate.geometry
-    (measured,) = measure_curve([geometry], dense, moments.fitted, moments.held_out, None, 0, weighted=False)
-    fit_(candidate, dense[0], dense[1], moments.fitted, iterations=0)
-    student = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    replace_module(student, layer.target.name, candidate.eval())
-    distillation = Distillation(student, model, objective_for(model.config), Training())
-    total = positions = 0.0
-    with torch.no_grad():
-        for batch in rows.batches(rows.held_out, model):
-            loss = distillation.loss(batch)
-            total, positions = total + loss.total.item(), positions + loss.positions
-    return total / positions / max(measured.error, 1e-12)
+def _measure_structure(subject: _Subject, structure: str) -> list[Candidate]:
+    out_features, in_features = subject.weight.shape
+    return subject.measure(candidate_geometries(in_features, out_features, cast(Structure, structure)))
+
+
+def _measure_response(model: Any, subject: _Subject, rows: CalibrationRows) -> list[tuple[float, float]]:
+    out_features, in_features = subject.weight.shape
+    ranks = {max(1, rank_at(int(share * subject.weight.numel()), in_features, out_features)) for share in MEASURED_SHARES}
+    geometries = [Geometry.create(in_features, out_features, 0, "general", 1, rank) for rank in sorted(ranks)]
+    batches = list(rows.batches(rows.held_out[:MEASURED_ROWS], model))
+    return [
+        (candidate.loss, divergence(model, subject.name, subject.built(geometry), batches))
+        for geometry, candidate in zip(geometries, subject.measure(geometries), strict=True)
+    ]
+
+
+def _assembled(parts: dict[str, Any]) -> tuple[Candidate, ...]:
+    """Candidates of all structures, their losses as the model was measured to respond."""
+    found = [Candidate(**one) for part, kept in parts.items() if part != RESPONSE for one in kept]
+    if RESPONSE not in parts:
+        return tuple(found)
+    response = Response.of(parts[RESPONSE])
+    return tuple(replace(one, loss=response.loss(one.loss)) for one in found)
 
 
 def _check_reachable(plan: ConversionPlan, budget: Budget) -> None:
@@ -283,7 +303,9 @@ def _planned(plan: ConversionPlan, picked: Sequence[Candidate | None]) -> Conver
     return ConversionPlan(tuple(layers), selection, plan.other_bytes + sum(layer.dense_bytes for layer in dense))
 
 
-def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe, structure: Structure) -> Path:
+def _files(source: Checkpoint, layer: LayerPlan, recipe: Recipe) -> dict[str, Path]:
+    """Where the curves of a layer by structure, and the model's response to its errors, are kept."""
+    parts = [*recipe.budget.structures, *([RESPONSE] if _measures_response(source, recipe) else [])]
     calibration = recipe.calibration
     text = "" if calibration.file is None else hashlib.sha256(calibration.file.read_bytes()).hexdigest()
     decides = {
@@ -294,22 +316,28 @@ def _curve_file(source: Checkpoint, layer: LayerPlan, recipe: Recipe, structure:
         "calibration": calibration.model_dump(exclude={"file"}),
         "seed": recipe.seed,
         "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
-        "structure": structure,
         "weighted": recipe.weights_fits,
         "bias": layer.spec.bias,
     }
-    digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    return cache_directory("curves") / f"{digest[:32]}.json"
+    shared = json.dumps(decides, sort_keys=True)
+    digests = {part: hashlib.sha256(f"{shared}:{part}".encode()).hexdigest() for part in parts}
+    return {part: cache_directory("curves") / f"{digest[:32]}.json" for part, digest in digests.items()}
 
 
-def _read(file: Path) -> tuple[Candidate, ...] | None:
-    if not file.exists():
-        return None
-    return tuple(Candidate(**one) for one in json.loads(file.read_text(encoding="utf-8")))
+def _measures_response(source: Checkpoint, recipe: Recipe) -> bool:
+    """Whether losses are scaled by what a model with one replaced layer loses; see ``spmconvert.response``."""
+    if recipe.budget.sensitivity != "gradient":
+        return recipe.budget.sensitivity == "kl"
+    return objective_of((source.config.get("architectures") or [""])[0]) != "hidden"
 
 
-def _write(file: Path, curve: Sequence[Candidate]) -> None:
+def _read(file: Path) -> list[Any] | None:
+    found: list[Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    return found
+
+
+def _write(file: Path, content: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_text(json.dumps([asdict(one) for one in curve]), encoding="utf-8")
+    temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(file)

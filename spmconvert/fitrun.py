@@ -1,7 +1,7 @@
 """All fits of one conversion, stored one by one, so that a run can be interrupted anywhere and go on to the same bytes.
 
 Only the weight of the layer at work is in memory while layers are fitted; the whole model is loaded for the calibration
-run alone, twice for sequential fitting, and not at all without calibration data.
+run alone (sequential fitting replaces layers in a copy that shares all others), and not at all without calibration data.
 """
 
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from spmconvert.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe import Recipe
 from spmconvert.sequential import Regression, Streams, layer_blocks, regress
 from spmconvert.surgery.architecture import model_class
-from spmconvert.surgery.swap import layer_from_spec, replace_module
+from spmconvert.surgery.swap import copy_sharing_tensors, layer_from_spec, replace_module
 
 
 class Progress(Protocol):
@@ -119,7 +119,8 @@ def _independent(run: FitRun, records: dict[str, LayerRecord]) -> Iterable[_Work
 def _sequential(run: FitRun) -> Iterable[_Work]:
     """All layers, block by block, with regressions on what the layers stored so far make of the rows."""
     assert run.rows is not None
-    dense, converted = (load_dense_model(run.source.directory, run.config, run.device) for _ in range(2))
+    dense = load_dense_model(run.source.directory, run.config, run.device)
+    converted = copy_sharing_tensors(dense)
     plans = {layer.target.name: layer for layer in run.plan.layers}
     container, blocks = layer_blocks(dense, list(plans))
     streams = Streams(dense, converted, container, list(run.rows.batches(run.rows.fitted, dense)))

@@ -94,8 +94,9 @@ class Budget(_Table):
         keep_bytes: bytes of the targeted layers in the output.
         keep_flops: share of the targeted layers' floating-point operations a token.
         max_error: largest held-out relative error of a layer; the smallest design within it is taken.
-        sensitivity: what errors of a layer cost: by the ``gradient`` of the model's outputs, by the measured divergence
-            when only that layer is replaced (``kl``), or ``none``, which takes relative errors of all layers alike.
+        sensitivity: what errors of a layer cost: by the ``gradient`` of the model's outputs and, for words and classes,
+            its divergence when only that layer is replaced; by that divergence alone (``kl``); or ``none``, which takes
+            relative errors of all layers alike.
         structures: what layers may be built of: ``spm`` stages, ``block`` stages, stages or wide blocks with a
             ``companion``, ``lowrank`` alone.
         iterations: most solver iterations of each candidate that is measured.

@@ -110,13 +110,31 @@ def test_limits_of_other_kinds(checkpoints, text, cache):
             )
 
 
-def test_measured_divergence_as_sensitivity(checkpoints, text, tmp_path, cache):
-    curves, *_ = curves_of(checkpoints, text, **{"budget.sensitivity": "kl"})
-    factors = [own[0].loss / own[0].error for own in curves.candidates]
-    assert all(factor > 0 for factor in factors)
-    assert len({round(factor, 9) for factor in factors}) == len(factors)
-    for own, factor in zip(curves.candidates, factors, strict=True):
-        assert all(one.loss == pytest.approx(one.error * factor) for one in own)
+@pytest.mark.parametrize(("name", "sensitivity"), [("gpt2", "kl"), ("bert", "kl"), ("gpt2", "gradient")])
+def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monkeypatch, name, sensitivity):
+    curves, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
+    monkeypatch.setattr(allocation, "_measures_response", lambda *_: False)
+    plain, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
+    spread = []
+    for scaled, own in zip(curves.candidates, plain.candidates, strict=True):
+        factors = [a.loss / b.loss for a, b in zip(scaled, own, strict=True)]
+        assert all(factor > 0 for factor in factors)
+        # of the least accurate candidate and of the most accurate one
+        ends = [factor for _, factor in sorted(zip([one.loss for one in own], factors, strict=True))]
+        low, high = sorted((ends[0], ends[-1]))
+        assert all(low * (1 - 1e-9) <= factor <= high * (1 + 1e-9) for factor in factors)
+        spread.append(round(low, 9))
+    assert len(set(spread)) == len(spread)
+
+
+def test_encoders_respond_as_predicted(checkpoints, text, cache):
+    curves_of(checkpoints, text, "bert", structures="lowrank")
+    curves_of(checkpoints, text, "gpt2", structures="lowrank")
+    layers = {
+        name: len(curves_of(checkpoints, text, name, structures="lowrank")[0].plan.layers) for name in ("bert", "gpt2")
+    }
+    # a model of words has a second file a layer
+    assert len(list((cache / "curves").glob("*.json"))) == layers["bert"] + 2 * layers["gpt2"]
 
 
 @pytest.mark.parametrize(

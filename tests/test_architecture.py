@@ -12,7 +12,7 @@ LAYERS = [
     ["fitting", "distill"],
     ["surgery"],
     ["plan"],
-    ["sensitivity", "sequential"],
+    ["sensitivity", "response", "sequential"],
     ["layerfit"],
     ["allocation"],
     ["fitrun"],

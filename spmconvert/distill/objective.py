@@ -27,8 +27,12 @@ _PROBE_TOKENS = 8
 
 
 def objective_for(config: Any) -> Objective:
+    """What is matched for a model's config."""
+    return objective_of((getattr(config, "architectures", None) or [""])[0])
+
+
+def objective_of(name: str) -> Objective:
     """What is matched for an architecture."""
-    name = (getattr(config, "architectures", None) or [""])[0]
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")):
         return "logits"
     return "classes" if "Classification" in name or name.endswith("ForQuestionAnswering") else "hidden"

@@ -21,7 +21,7 @@ from spmconvert.operator.linear import SPMLinear
 
 Structure = Literal["spm", "block", "companion", "lowrank"]
 RANK_SHARES = (0.02, 0.03, 0.04, 0.055, 0.07, 0.085, 0.1, 0.12, 0.15, 0.18, 0.21, 0.25, 0.3, 0.35, 0.42, 0.5, 0.6, 0.75)
-COMPANION_SHARES = (0.1, 0.25, 0.5, 0.75)
+COMPANION_SHARES = (0.05, 0.075, 0.1, 0.15, 0.25, 0.37, 0.5, 0.75)
 # share of the parameters that a single stage of wide blocks takes beside a companion
 WIDE_BLOCK_SHARE = 1 / 3
 PASSES = (1, 2)

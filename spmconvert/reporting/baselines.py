@@ -8,7 +8,6 @@ Both get the exact bias correction that an SPM layer gets, and neither is finetu
 not change.
 """
 
-import copy
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -21,7 +20,7 @@ from spmconvert.fitting.calibration import CalibrationRows
 from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
 from spmconvert.layerfit import whitened_svd
 from spmconvert.plan import STATISTICS_BUDGET
-from spmconvert.surgery.swap import replace_module
+from spmconvert.surgery.swap import copy_sharing_tensors, replace_module
 
 METHODS = {"svd": "whitened SVD, equal parameters", "2:4": "magnitude 2:4"}
 
@@ -82,8 +81,7 @@ def build_baselines(dense: Any, specs: Mapping[str, LayerSpec], rows: Calibratio
     Returns:
         Model and number of parameters in the replaced layers, by method.
     """
-    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
-    models = {method: copy.deepcopy(dense, dict(shared)) for method in METHODS}
+    models = {method: copy_sharing_tensors(dense) for method in METHODS}
     parameters = dict.fromkeys(METHODS, 0)
     for name, statistics in _statistics(dense, specs, rows):
         module = dense.get_submodule(name)

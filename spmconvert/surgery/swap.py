@@ -4,7 +4,9 @@ Names in a map are those of the architecture the checkpoint was converted as. Th
 heads, where every name gains or loses the base model's prefix, so names are resolved both ways.
 """
 
+import copy
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +29,11 @@ def resolve_name(model: nn.Module, name: str) -> str | None:
             continue
         return candidate
     return None
+
+
+def copy_sharing_tensors(model: Any) -> Any:
+    """Modules of their own, parameters and buffers of the model: what is replaced in one is not in the other."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
 
 
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:

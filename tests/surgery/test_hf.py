@@ -17,10 +17,12 @@ from transformers import (
     QuantoConfig,
     pipeline,
 )
+from transformers.pytorch_utils import Conv1D
 
 import spmconvert
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError, RecipeError
 from spmconvert.surgery.hf import SPMConfig, random_model
+from spmconvert.surgery.swap import copy_sharing_tensors, replace_module, swap_layers
 
 
 @pytest.fixture(scope="module")
@@ -148,8 +150,6 @@ def test_other_head_on_a_base_checkpoint(converted):
 
 
 def test_model_without_any_converted_layer_is_refused(converted):
-    from spmconvert.surgery.swap import swap_layers
-
     with pytest.raises(CheckpointError, match="none of the"):
         swap_layers(
             torch.nn.Sequential(),
@@ -294,3 +294,13 @@ def test_config_errors():
     with pytest.raises(CheckpointError, match="needs"):
         SPMConfig(layers={"a": {"in": 3}})
     assert SPMConfig(targets="mlp").to_dict()["layers"] is None
+
+
+def test_a_copy_shares_tensors_but_not_modules(checkpoints):
+    model = spmconvert.load(checkpoints["gpt2"])
+    copied = copy_sharing_tensors(model)
+    name = "transformer.h.0.mlp.c_fc"
+    replace_module(copied, name, torch.nn.Identity())
+    assert isinstance(model.get_submodule(name), Conv1D)
+    for key, parameter in copied.named_parameters():
+        assert parameter is model.get_parameter(key)
