@@ -34,7 +34,7 @@ from spmconvert.response import MEASURED_ROWS, MEASURED_SHARES, Response, diverg
 from spmconvert.surgery.targets import Skipped
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 4
+CURVE_VERSION = 5
 # name of what is measured beside the curves of all structures
 RESPONSE = "response"
 # shares of the targeted parameters that a dry run compares

@@ -112,7 +112,7 @@ class Budget(_Table):
         "companion",
         "lowrank",
     )
-    iterations: Annotated[int, Field(ge=1)] = 40
+    iterations: Annotated[int, Field(ge=1)] = 100
 
     @property
     def limits(self) -> dict[str, float]:

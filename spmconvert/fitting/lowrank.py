@@ -61,12 +61,24 @@ def truncated_svd(weight: Tensor, root: Tensor, rank: int, metric: OutputMetric 
         metric: weighs the outputs' errors; None counts all directions alike.
     """
     weight = weight.float()
-    if metric is None:
-        left = left_singular_vectors(weight, root, rank)
-        return left, left.t() @ weight
-    weighted = metric.root(weight.t()).t()
-    left = left_singular_vectors(weighted, root, rank)
-    return metric.inverse_root(left.t()).t(), left.t() @ weighted
+    return factors_on(left_singular_vectors(metric_weighted(weight, metric), root, rank), weight, metric)
+
+
+def metric_weighted(weight: Tensor, metric: OutputMetric | None) -> Tensor:
+    """C^(1/2) W for a weight [out_features, in_features]."""
+    return weight if metric is None else metric.root(weight.t()).t()
+
+
+def factors_on(basis: Tensor, weight: Tensor, metric: OutputMetric | None) -> tuple[Tensor, Tensor]:
+    """Factors U [out_features, rank], V [rank, in_features] of a weight's projection.
+
+    Args:
+        basis: orthonormal columns [out_features, rank], of the weighted outputs.
+        weight: [out_features, in_features].
+        metric: weighs the outputs' errors; None counts all directions alike.
+    """
+    left = basis if metric is None else metric.inverse_root(basis.t()).t()
+    return left, basis.t() @ metric_weighted(weight, metric)
 
 
 def rank_at(parameters: int, in_features: int, out_features: int) -> int:
