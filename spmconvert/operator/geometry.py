@@ -133,7 +133,7 @@ class Geometry:
         """The design in words: stages, variant, block and rank."""
         if not self.stages:
             return f"rank {self.rank} and a diagonal" if self.rank else "a diagonal"
-        parts = [f"{self.stages} stages, {self.variant}"]
+        parts = [f"{self.stages} stage{'s' * (self.stages > 1)}, {self.variant}"]
         parts += [f"block {self.block}"] if self.block > 1 else []
         parts += [f"rank {self.rank}"] if self.rank else []
         return ", ".join(parts)

@@ -83,6 +83,7 @@ def test_flops_are_those_of_the_blocks():
 def test_designs_in_words():
     assert Geometry.create(64, 48, 5, block=2, rank=3).describe() == "5 stages, general, block 2, rank 3"
     assert Geometry.create(64, 48, 4, "rotation").describe() == "4 stages, rotation"
+    assert Geometry.create(64, 48, 1, block=4).describe() == "1 stage, general, block 4"
     assert Geometry.create(64, 48, 0, rank=3).describe() == "rank 3 and a diagonal"
 
 
