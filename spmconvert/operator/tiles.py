@@ -98,7 +98,6 @@ _CANDIDATES: dict[tuple[str, bool, int], Tiles] = {
     ("mix", True, 2): (
         Tile(0, 16, 32, 64, 8, 2, 112),
         Tile(0, 32, 16, 64, 8, 2, 104),
-        Tile(0, 16, 16, 64, 8, 2, 72),
         Tile(0, 16, 16, 32, 4, 2, 36),
     ),
     ("mix", False, 4): (Tile(32, 32, 32, 32, 4, 1, 8), Tile(32, 16, 32, 32, 4, 1, 6)),
