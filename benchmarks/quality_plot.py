@@ -36,7 +36,8 @@ def main() -> None:
 def draw(axes: Axes, result: dict[str, Any]) -> None:
     """One model's panel."""
     encoder = result["settings"]["encoder"] == "True"
-    rows = result["rows"]
+    # rows with a note are from an earlier state of the converter; they stay in the table
+    rows = [row for row in result["rows"] if "note" not in row]
     for method in dict.fromkeys(row["method"] for row in rows):
         own = sorted((row["kept"], row["before"]) for row in rows if row["method"] == method)
         axes.plot(*zip(*own, strict=True), marker="o", markersize=4, linewidth=1.2, label=method)
