@@ -25,22 +25,30 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     figure, panels = pyplot.subplots(1, len(options.results), figsize=(5.2 * len(options.results), 4), squeeze=False)
-    for file, axes in zip(options.results, panels[0], strict=True):
-        draw(axes, json.loads(file.read_text(encoding="utf-8")))
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in options.results]
+    methods = sorted({row["method"] for result in results for row in current(result)})
+    colours = {method: f"C{index}" for index, method in enumerate(methods)}
+    for result, axes in zip(results, panels[0], strict=True):
+        draw(axes, result, colours)
+    entries = dict(pair for axes in panels[0] for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize="small", frameon=False)
     figure.set_layout_engine("constrained")
     figure.savefig(options.output, dpi=120)
 
 
-def draw(axes: Axes, result: dict[str, Any]) -> None:
-    """One model's panel."""
+def current(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows without a note; the others are from an earlier state of the converter and stay in the table alone."""
+    return [row for row in result["rows"] if "note" not in row]
+
+
+def draw(axes: Axes, result: dict[str, Any], colours: dict[str, str]) -> None:
+    """One model's panel; a method has the same colour in all of them."""
     encoder = result["settings"]["encoder"] == "True"
-    # rows with a note are from an earlier state of the converter; they stay in the table
-    rows = [row for row in result["rows"] if "note" not in row]
-    for method in dict.fromkeys(row["method"] for row in rows):
+    rows = current(result)
+    for method, colour in colours.items():
         own = sorted((row["kept"], row["before"]) for row in rows if row["method"] == method)
-        axes.plot(*zip(*own, strict=True), marker="o", markersize=4, linewidth=1.2, label=method)
+        if own:
+            axes.plot(*zip(*own, strict=True), marker="o", markersize=4, linewidth=1.2, label=method, color=colour)
     baseline = [row["before"] for row in rows if row["method"] == "whitened SVD"]
     margin = 0.15 * (max(baseline) - min(baseline))
     axes.set_ylim(min(*baseline, result["dense_score"]) - margin, max(*baseline, result["dense_score"]) + margin)
