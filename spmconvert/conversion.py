@@ -142,7 +142,7 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
         SpmconvertError: as for ``convert``.
     """
     if recipe.fit.sequential:
-        raise OptionError("sequential fitting needs a second, untouched model; use spmconvert.convert, or leave it out")
+        raise OptionError("sequential fits are not made while a model is loaded; use spmconvert.convert, or leave them out")
     source = open_checkpoint(model.config._name_or_path)
     plan = plan_conversion(source, model, recipe)
     rows = _calibration_rows(source, model.config, recipe)

@@ -4,11 +4,12 @@ With x the layer's input in the dense model, z its input in the model that is co
 regression of W x on z. It takes the place of the weight in the ordinary fit, with the moments of z as statistics, so every
 structure and the output metric work as they are. A ridge towards W keeps directions that the calibration rows hardly show.
 
-The calibration rows run through both models side by side, a block of the module list at a time; only their hidden states
-between two blocks are kept. What it gives up: targets outside of one list of blocks, and experts, which see other tokens
-in each model. Errors that no later layer can undo are still there, and a finetune gains less from such a start
-(all-MiniLM-L6-v2, MLPs at 22.8 % by low rank, Spearman correlation of similarities with the dense model: 0.861 instead of
-0.837 before a finetune of 150 steps, 0.906 instead of 0.920 after it).
+The calibration rows run twice through the one model, a block of the module list at a time, with and without the layers
+that are converted so far; only their hidden states between two blocks are kept, so that the blocks' weights may stay on
+disk. What it gives up: targets outside of one list of blocks, and experts, which see other tokens in each run. Errors that
+no later layer can undo are still there, and a finetune gains less from such a start (all-MiniLM-L6-v2, MLPs at 22.8 % by
+low rank, Spearman correlation of similarities with the dense model: 0.861 instead of 0.837 before a finetune of 150 steps,
+0.906 instead of 0.920 after it).
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from spmconvert.errors import CalibrationError, OptionError
 from spmconvert.fitting.statistics import ActivationStatistics, attended
-from spmconvert.plan import LayerPlan
+from spmconvert.surgery.swap import replace_module
 
 # of the mean variance of the inputs
 RIDGE = 0.01
@@ -67,8 +68,8 @@ class _Paired:
         return Regression(found, mean[size:] - found @ mean[:size], inputs)
 
 
-def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, list[list[str]]]:
-    """The module list that holds all layers, and the layers by block.
+def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]:
+    """The module list that holds all layers, and the block of every layer.
 
     Raises:
         OptionError: when they are not all inside of one list of blocks.
@@ -76,11 +77,7 @@ def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, list[list[str]]
     containers = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for container in sorted(containers, key=len):
         if all(name.startswith(f"{container}.") for name in names):
-            count = len(model.get_submodule(container))
-            blocks: list[list[str]] = [[] for _ in range(count)]
-            for name in names:
-                blocks[int(name.removeprefix(f"{container}.").split(".")[0])].append(name)
-            return container, blocks
+            return container, {name: int(name.removeprefix(f"{container}.").split(".")[0]) for name in names}
     raise OptionError(
         f"sequential fitting needs all layers in one list of blocks, {names[0]} and {names[-1]} have none in common; "
         "choose targets of one stack, or leave --sequential out"
@@ -90,30 +87,38 @@ def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, list[list[str]]
 class Streams:
     """Calibration rows on their way through the dense and the converted model, a block at a time.
 
+    Both are one model, in which the converted layers of the block at work take the place of dense ones for a moment.
+
     Args:
-        dense: the untouched model.
-        converted: the model whose layers are replaced while the rows move on.
-        container: name of the list of blocks in both.
-        batches: keyword arguments of the models.
+        model: the dense model; it is as it was between two calls.
+        container: name of its list of blocks.
+        batches: keyword arguments of the model.
     """
 
-    def __init__(self, dense: Any, converted: Any, container: str, batches: Sequence[dict[str, Any]]) -> None:
-        self._dense, self._converted = dense.get_submodule(container), converted.get_submodule(container)
+    def __init__(self, model: Any, container: str, batches: Sequence[dict[str, Any]]) -> None:
+        self._model, self._blocks = model, model.get_submodule(container)
+        self._converted: dict[str, nn.Module] = {}
         self._masks = [batch.get("attention_mask") for batch in batches]
-        self._calls = [_block_calls(dense, self._dense, batch) for batch in batches]
+        self._calls = [_block_calls(model, self._blocks, batch) for batch in batches]
         self._states = [[calls[0][0][0]] * 2 for calls in self._calls]
 
+    def convert(self, name: str, layer: nn.Module) -> None:
+        """Put a layer of the block at work in the place of the dense one, for the converted model."""
+        self._converted[name] = layer
+
     @torch.no_grad()
-    def pairs(self, index: int, own: str, dense_layer: nn.Module, layer: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs of a converted block's layer and outputs of the dense one, by batch: [rows, features] each."""
+    def pairs(self, index: int, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Inputs of a layer of block ``index`` when converted, its dense outputs, by batch: [rows, features] each."""
+        layer = self._model.get_submodule(name)
         for batch, (mask, states) in enumerate(zip(self._masks, self._states, strict=True)):
-            with _caught(dense_layer, outputs=True) as wanted, _caught(layer, outputs=False) as found:
-                self._run(self._dense[index], batch, index, states[0])
-                self._run(self._converted[index], batch, index, states[1])
+            with _caught(layer, outputs=True) as wanted:
+                self._run(batch, index, states[0])
+            with _replaced(self._model, self._converted), _caught(layer, outputs=False) as found:
+                self._run(batch, index, states[1])
             inputs, outputs = attended(found[0], mask), attended(wanted[0], mask)
             if len(inputs) != len(outputs):
                 raise CalibrationError(
-                    f"{own} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
+                    f"{name} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
                     "expert does; leave --sequential out"
                 )
             yield inputs.float().cpu(), outputs.float().cpu()
@@ -122,23 +127,30 @@ class Streams:
     def advance(self, index: int) -> None:
         """Move all rows through block ``index`` of both models."""
         for batch, states in enumerate(self._states):
-            blocks = (self._dense[index], self._converted[index])
-            self._states[batch] = [
-                self._run(block, batch, index, state) for block, state in zip(blocks, states, strict=True)
-            ]
+            states[0] = self._run(batch, index, states[0])
+            with _replaced(self._model, self._converted):
+                states[1] = self._run(batch, index, states[1])
+        self._converted.clear()
 
-    def _run(self, block: nn.Module, batch: int, index: int, state: Tensor) -> Tensor:
+    def _run(self, batch: int, index: int, state: Tensor) -> Tensor:
         arguments, keywords = self._calls[batch][index]
-        output = block(state, *arguments[1:], **keywords)
+        output = self._blocks[index](state, *arguments[1:], **keywords)
         found: Tensor = output if isinstance(output, Tensor) else output[0]
         return found
 
 
-def regress(streams: Streams, index: int, layer: LayerPlan, dense: Any, converted: Any, weight: Tensor) -> Regression:
-    """The regression of a layer in block ``index``; all layers before it are converted."""
-    name = layer.target.name
-    sums = _Paired(layer.target.in_features, layer.target.out_features)
-    for inputs, outputs in streams.pairs(index, name, dense.get_submodule(name), converted.get_submodule(name)):
+def regress(streams: Streams, index: int, name: str, weight: Tensor) -> Regression:
+    """The regression of a layer in block ``index``; all layers before it are converted.
+
+    Args:
+        streams: that have come to the block.
+        index: of the block.
+        name: of the layer.
+        weight: its dense weight, [out_features, in_features], float32.
+    """
+    out_features, in_features = weight.shape
+    sums = _Paired(in_features, out_features)
+    for inputs, outputs in streams.pairs(index, name):
         sums.add(inputs, outputs)
     return sums.regression(weight)
 
@@ -161,6 +173,18 @@ def _block_calls(model: Any, blocks: nn.ModuleList, batch: dict[str, Any]) -> li
         for handle in handles:
             handle.remove()
     return calls
+
+
+@contextmanager
+def _replaced(model: Any, layers: dict[str, nn.Module]) -> Iterator[None]:
+    dense = {name: model.get_submodule(name) for name in layers}
+    for name, layer in layers.items():
+        replace_module(model, name, layer)
+    try:
+        yield
+    finally:
+        for name, layer in dense.items():
+            replace_module(model, name, layer)
 
 
 @contextmanager

@@ -201,6 +201,36 @@ def test_sequential_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, m
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama-bf16", "llama-sharded", "bert", "mixtral"])
+def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, monkeypatch, name):
+    from spmconvert import fitrun
+    from tests.test_convert import files_of
+
+    changes = {
+        "targets": "attn", "calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True,
+    }  # fmt: skip
+    models = []
+
+    def kept(*arguments):
+        models.append(load(*arguments))
+        return models[-1]
+
+    load = fitrun.load_with_blocks_on_disk
+    monkeypatch.setattr(fitrun, "load_with_blocks_on_disk", kept)
+    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
+    (model,) = models
+    converted = [model.get_submodule(layer.name).weight for layer in result.layers]
+    assert all(weight.is_meta for weight in converted)
+    assert not model.get_input_embeddings().weight.is_meta
+    monkeypatch.setattr(
+        fitrun,
+        "load_with_blocks_on_disk",
+        lambda directory, config, device, *_: load_dense_model(directory, config, device),
+    )
+    spmconvert.convert(checkpoints[name], tmp_path / "memory", **changes)
+    assert files_of(tmp_path / "disk") == files_of(tmp_path / "memory")
+
+
 def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
     with pytest.raises(OptionError, match="one list of blocks"):
         spmconvert.convert(
@@ -245,7 +275,7 @@ def test_budget_while_loading(checkpoints, text, tmp_path, cache):
         torch.testing.assert_close(
             layer.to_dense(), spmconvert.load(tmp_path / "out").get_submodule(record.name).to_dense()
         )
-    with pytest.raises(OptionError, match="sequential fitting needs a second"):
+    with pytest.raises(OptionError, match="sequential fits are not made"):
         AutoModelForCausalLM.from_pretrained(
             checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **QUICK)
         )
