@@ -6,32 +6,35 @@
 All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
 truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change one thing: low rank
 only, stages or blocks beside a companion only, relative errors in place of measured sensitivity (which leaves fits
-unweighted, too), fits without its weights, sequential fits. With --steps, every method is finetuned alike, at the best rate
-of a small grid by held-out loss. A language model is scored by its cross-entropy in nats a token on the other text (lower
-is better), an encoder by the Spearman correlation of its sentence similarities with the dense model's (higher is better).
+unweighted, too), fits without its weights, sequential fits. With --steps, every method is finetuned alike, at all rates of
+a small grid; ``benchmarks.quality_table`` takes the best of them by held-out loss. A language model is scored by its
+cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman correlation of its sentence
+similarities with the dense model's (higher is better). The time is that of a forward pass over 1024 tokens, divided by the
+dense model's in the same run.
 """
 
 import argparse
 import copy
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from benchmarks.common import STRUCTURES, Layer, distil, replace_layers, save_json
 from benchmarks.distillation import calibrated_layers, language_score
 from benchmarks.encoder import Examiner, packaged_model, sentences
 from benchmarks.environment import environment
+from benchmarks.quality_table import show
 from spmconvert.conversion import convert, load
 from spmconvert.distill.data import load_training_data
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe import Training
 from spmconvert.reporting.baselines import SparseLinear, keep_two_of_four
+from spmconvert.reporting.timing import forward_call, interleaved, token_batch
 from spmconvert.surgery.architecture import load_config
 from spmconvert.surgery.swap import replace_module
 
@@ -46,6 +49,8 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "keep, plain, sequential": {"output_weighting": False, "sequential": True},
 }
 OTHERS = ("Monarch", "magnitude 2:4")
+TIMED_TOKENS = 1024
+TIMED_SECONDS = 4.0
 METHODS = (*STRUCTURES, *OTHERS, *CONVERTED)
 
 
@@ -133,8 +138,8 @@ def encoder_subject(options: argparse.Namespace) -> Subject:
     return Subject(directory, dense, layers, text, options.calibration_rows, examiner.correlation)
 
 
-def measure(subject: Subject, method: str, keep: float, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row a seed: the score before, and after a finetune at the best rate."""
+def measure(subject: Subject, method: str, keep: float, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The score before, and one row a finetune with the score after it."""
     began = time.monotonic()
     student, names = build(subject, method, keep, options.work)
     kept = sum(stored(module) for module in (student.get_submodule(layer.name) for layer in subject.layers))
@@ -144,10 +149,21 @@ def measure(subject: Subject, method: str, keep: float, options: argparse.Namesp
         "kept": kept / sum(layer.weight.numel() for layer in subject.layers),
         "before": subject.score(student),
         "seconds": round(time.monotonic() - began),
+        "time": relative_time(student.eval(), subject.dense),
     }
     if not options.steps:
-        return [row]
-    return [{**row, "seed": seed, **finetuned(subject, student, names, seed, options)} for seed in options.seeds]
+        yield row
+        return
+    for seed, rate in itertools.product(options.seeds, options.rates):
+        yield {**row, "seed": seed, "rate": rate, **finetuned(subject, student, names, seed, rate, options)}
+
+
+def relative_time(student: Any, dense: Any) -> float:
+    """Median time of a forward pass over the dense model's, both in turn."""
+    batch = token_batch(dense, TIMED_TOKENS)
+    calls = {"dense": forward_call(dense, batch), "student": forward_call(student, batch)}
+    latency = interleaved(calls, TIMED_SECONDS, "cpu")
+    return latency["student"].p50 / latency["dense"].p50
 
 
 def build(subject: Subject, method: str, keep: float, work: Path) -> tuple[Any, frozenset[str]]:
@@ -169,21 +185,20 @@ def build(subject: Subject, method: str, keep: float, work: Path) -> tuple[Any, 
     return student, frozenset(names)
 
 
-def finetuned(subject: Subject, base: Any, names: frozenset[str], seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """The score after a finetune, with the rate of the least held-out loss."""
-    tried = []
-    for rate in options.rates:
-        training = Training(
-            steps=options.steps, batch_size=options.batch_size, learning_rate=rate, train=options.scope, seed=seed,
-            other_learning_rate=options.other_rate, block_size=64 if options.encoder else 128,
-            evaluate_every=max(1, options.steps // 4),
-        )  # fmt: skip
-        data = load_training_data(str(subject.calibration), subject.directory, load_config(subject.directory), training)
-        student = copy.deepcopy(base)
-        state = distil(student, subject.dense, data, training, names)
-        tried.append((state.best_loss, rate, subject.score(student)))
-    loss, rate, score = min(tried)
-    return {"after": score, "held_out_loss": loss, "rate": rate, "all_rates": {f"{r:g}": s for _, r, s in tried}}
+def finetuned(
+    subject: Subject, base: Any, names: frozenset[str], seed: int, rate: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """The score after a finetune, and the least held-out loss of it."""
+    training = Training(
+        steps=options.steps, batch_size=options.batch_size, learning_rate=rate, train=options.scope, seed=seed,
+        other_learning_rate=options.other_rate, block_size=64 if options.encoder else 128,
+        evaluate_every=max(1, options.steps // 4),
+    )  # fmt: skip
+    data = load_training_data(str(subject.calibration), subject.directory, load_config(subject.directory), training)
+    student, began = copy.deepcopy(base), time.monotonic()
+    state = distil(student, subject.dense, data, training, names)
+    spent = round(time.monotonic() - began)
+    return {"after": subject.score(student), "held_out_loss": state.best_loss, "finetune_seconds": spent}
 
 
 def stored(module: torch.nn.Module) -> int:
@@ -243,22 +258,22 @@ def powers_of_two(size: int) -> list[int]:
     return [2**power for power in range(size.bit_length()) if size % 2**power == 0]
 
 
-def sparse(layer: Layer) -> SparseLinear:
+class MaskedLinear(SparseLinear):
+    """A sparse weight whose zeros stay zeros in a finetune."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        super().__init__(weight, bias)
+        self.register_buffer("mask", weight != 0, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map x [..., in_features] to [..., out_features]."""
+        return torch.nn.functional.linear(x, self.weight * self.mask, self.bias)
+
+
+def sparse(layer: Layer) -> MaskedLinear:
     """Two of four weights by magnitude, whatever the budget, with the bias corrected."""
     kept = keep_two_of_four(layer.weight)
-    return SparseLinear(kept, layer.bias + (layer.weight - kept) @ layer.fitted.mean)
-
-
-def show(result: dict[str, Any]) -> None:
-    """The table."""
-    table = Table("budget", "method", "kept", "before", "after", "rate")
-    for row in result["rows"]:
-        after = (f"{row['after']:.4f}", f"{row['rate']:g}") if "after" in row else ("", "")
-        table.add_row(f"{row['keep']:.0%}", row["method"], f"{row['kept']:.1%}", f"{row['before']:.4f}", *after)
-    console = Console(width=140)
-    console.print(" ".join(f"{key}={value}" for key, value in result["environment"].items()))
-    console.print(f"dense {result['dense_score']:.4f}")
-    console.print(table)
+    return MaskedLinear(kept, layer.bias + (layer.weight - kept) @ layer.fitted.mean)
 
 
 if __name__ == "__main__":

@@ -135,7 +135,30 @@ def test_quality(text, tmp_path):
     for row in rows:
         assert 0.3 < row["kept"] <= 0.5
         assert row["after"] > 0
+        assert row["time"] > 0
     assert "Monarch" in out
+
+
+def test_quality_table_takes_the_rate_of_the_least_held_out_loss():
+    from benchmarks.quality_table import show, summarise
+
+    row = {"method": "keep", "keep": 0.1, "kept": 0.09, "before": 5.0}
+    runs = [(0, 1e-3, 0.4, 4.6), (0, 3e-3, 0.3, 4.5), (0, 1e-2, 0.5, 4.1), (1, 3e-3, 0.3, 4.3)]
+    rows = [{**row, "seed": s, "rate": r, "held_out_loss": loss, "after": after} for s, r, loss, after in runs]
+    (found,) = summarise([*rows, {**rows[0], "note": "of long ago", "held_out_loss": 0.0}])
+    assert (found.rate, found.tried, found.after) == (3e-3, (1e-3, 3e-3, 1e-2), (4.5, 4.3))
+    assert (found.mean, found.spread) == (pytest.approx(4.4), pytest.approx(0.1))
+    show({"environment": {}, "dense_score": 4.0, "rows": [*rows, {**row, "method": "whitened SVD"}]})
+
+
+def test_masked_weights_stay_zero():
+    from benchmarks.quality import MaskedLinear
+
+    layer = MaskedLinear(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.0)
+    layer(torch.ones(3, 2)).square().sum().backward()
+    optimizer.step()
+    assert (layer.weight != 0).tolist() == [[True, False], [False, True]]
 
 
 def test_monarch_projection_recovers_its_own_kind():
