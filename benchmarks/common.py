@@ -22,8 +22,9 @@ from spmconvert.distill.guide import Guide
 from spmconvert.distill.loop import Run, match_layers, train
 from spmconvert.distill.objective import Distillation, objective_for
 from spmconvert.distill.state import State, restore
+from spmconvert.fitting.error import measure_error
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
-from spmconvert.fitting.solve import fit_, measure_error
+from spmconvert.fitting.solve import fit_
 from spmconvert.fitting.statistics import ActivationStatistics
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear

@@ -19,7 +19,8 @@ from rich.table import Table
 from benchmarks.common import save_json
 from benchmarks.environment import environment, synchronize
 from spmconvert.devices import check_device
-from spmconvert.fitting.solve import fit_, measure_error
+from spmconvert.fitting.error import measure_error
+from spmconvert.fitting.solve import fit_
 from spmconvert.fitting.statistics import ActivationStatistics
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe import Fit

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.fitting.calibration import CalibrationRows
+from spmconvert.fitting.error import LayerError, measure_error
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
 from spmconvert.fitting.metric import OutputMetric
-from spmconvert.fitting.solve import LayerError, fit_, measure_error
+from spmconvert.fitting.solve import fit_
 from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import STATISTICS_BUDGET, LayerPlan

@@ -12,9 +12,10 @@ from typing import Literal
 
 from torch import Tensor
 
+from spmconvert.fitting.error import measure_error
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
 from spmconvert.fitting.metric import OutputMetric
-from spmconvert.fitting.solve import fit_, measure_error
+from spmconvert.fitting.solve import fit_
 from spmconvert.fitting.statistics import ActivationStatistics
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear

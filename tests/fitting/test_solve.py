@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from spmconvert.errors import FitError
+from spmconvert.fitting.error import measure_error
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
 from spmconvert.fitting.metric import OutputMetric
-from spmconvert.fitting.solve import fit_, fit_linear, measure_error
+from spmconvert.fitting.solve import fit_, fit_linear
 from spmconvert.fitting.start import hierarchical_start_, identity_stages_
 from spmconvert.fitting.statistics import ActivationStatistics
 from spmconvert.operator.linear import SPMLinear
