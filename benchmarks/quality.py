@@ -54,6 +54,7 @@ from spmconvert.surgery.swap import replace_module
 CONVERTED: dict[str, dict[str, Any]] = {
     "keep": {},
     "keep, low rank": {"structures": "lowrank"},
+    "keep, low rank, plain fit": {"structures": "lowrank", "output_weighting": False},
     "keep, companion": {"structures": "companion"},
     "keep, relative error": {"sensitivity": "none"},
     "keep, plain fit": {"output_weighting": False},

@@ -4,6 +4,7 @@ Results go to standard output; progress, notes and errors go to standard error, 
 """
 
 import json
+import logging
 import sys
 import time
 from types import TracebackType
@@ -45,10 +46,11 @@ def data(value: Any) -> None:
 
 
 def silence_libraries() -> None:
-    """Turn off the progress bars of transformers, which would break into ours."""
-    from transformers.utils import logging
+    """Turn off the progress bars of transformers, which would break into ours, and news of weights that stay on disk."""
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def _live_bar() -> Progress:

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -229,6 +231,13 @@ def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, m
     )
     spmconvert.convert(checkpoints[name], tmp_path / "memory", **changes)
     assert files_of(tmp_path / "disk") == files_of(tmp_path / "memory")
+
+
+def test_sequential_run_says_nothing_of_weights_on_disk(checkpoints, text, tmp_path):
+    changes = ["--rank", "2", "--set", "fit.iterations=2", "--set", "calibration.rows=8", "--sequential"]
+    command = [sys.executable, "-m", "spmconvert", "convert", checkpoints["gpt2"], "-o", tmp_path / "out", "--calib", text]
+    found = subprocess.run([*map(str, command), *changes], capture_output=True, text=True, check=True)
+    assert "meta device" not in found.stderr
 
 
 def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
