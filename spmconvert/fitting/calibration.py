@@ -25,6 +25,7 @@ class CalibrationRows:
     Attributes:
         fitted: rows whose activations are fitted, each [tokens] (int64).
         held_out: rows that are only used to measure errors.
+        unused: rows of the text that were not drawn.
         padding: token id that fills short rows in a batch.
         batch_size: rows a batch.
         file_sha256: hash of the text file.
@@ -32,6 +33,7 @@ class CalibrationRows:
 
     fitted: list[Tensor]
     held_out: list[Tensor]
+    unused: list[Tensor]
     padding: int
     batch_size: int
     file_sha256: str
@@ -67,7 +69,13 @@ def load_rows(directory: Path, config: Any, calibration: Calibration, seed: int)
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out_count = max(1, round(calibration.held_out * min(calibration.rows, len(rows))))
-    chosen = [rows[i] for i in order[: calibration.rows + held_out_count]]
-    digest = hashlib.sha256(calibration.file.read_bytes()).hexdigest()
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    return CalibrationRows(chosen[held_out_count:], chosen[:held_out_count], padding, calibration.batch_size, digest)
+    drawn = [rows[i] for i in order]
+    fitted_end = calibration.rows + held_out_count
+    return CalibrationRows(
+        fitted=drawn[held_out_count:fitted_end],
+        held_out=drawn[:held_out_count],
+        unused=drawn[fitted_end:],
+        padding=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        batch_size=calibration.batch_size,
+        file_sha256=hashlib.sha256(calibration.file.read_bytes()).hexdigest(),
+    )

@@ -2,7 +2,7 @@
 
 Quality is never measured on rows that a fit or a finetune has used. A text is known by its hash:
 
-- the calibration text: only the rows that the conversion held out, drawn again with the recorded recipe and seed;
+- the calibration text: rows that the conversion did not fit, found by drawing again with the recorded recipe and seed;
 - a text that a finetune used: none. Its training rows were learned, and its held-out rows chose the state that was kept;
 - any other text: rows drawn from the whole of it.
 
@@ -77,7 +77,7 @@ def evaluation_rows(
         )
     calibration = converted.provenance.get("calibration") or {}
     if calibration.get("file_sha256") == digest:
-        return _held_out_rows(converted, config, file, domain, what)
+        return _rows_not_fitted(converted, config, file, domain, what, count)
     documents = read_documents(file)
     tokenizer = load_tokenizer(converted.directory)
     rows = token_rows(documents, tokenizer, config, row_length(config, ROW_TOKENS), file)
@@ -95,8 +95,8 @@ def recorded_calibration(converted: Converted, file: Path) -> tuple[Calibration,
     return recipe.calibration.model_copy(update={"file": file}), recipe.seed
 
 
-def _held_out_rows(
-    converted: Converted, config: Any, file: Path, domain: Domain, what: str
+def _rows_not_fitted(
+    converted: Converted, config: Any, file: Path, domain: Domain, what: str, count: int
 ) -> EvaluationRows | NotMeasured:
     settings, seed = recorded_calibration(converted, file)
     rows = load_rows(converted.directory, config, settings, seed)
@@ -107,5 +107,10 @@ def _held_out_rows(
             reason="it is the calibration text, and its split into fitted and held-out rows cannot be drawn again",
             remedy=f"give another text with {OPTIONS[domain]}",
         )
-    origin = f"the {len(rows.held_out)} rows that the conversion held out; the other {len(rows.fitted)} were fitted"
-    return EvaluationRows(file, domain, rows.file_sha256, rows.held_out, rows.padding, origin)
+    # lines such as headings may occur many times in a text
+    seen = {tuple(row.tolist()) for row in rows.fitted}
+    unseen = [row for row in (*rows.held_out, *rows.unused) if tuple(row.tolist()) not in seen]
+    origin = (
+        f"{min(count, len(unseen))} of {len(unseen)} rows that the conversion did not fit; it fitted {len(rows.fitted)}"
+    )
+    return EvaluationRows(file, domain, rows.file_sha256, unseen[:count], rows.padding, origin)

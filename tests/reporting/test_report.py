@@ -131,13 +131,15 @@ def test_another_teacher_is_refused(converted, checkpoints):
         report(converted, teacher=str(checkpoints["gpt2"].parent / "llama"), seconds=0)
 
 
-def test_only_held_out_rows_of_the_calibration_text_are_measured(converted, text):
+def test_rows_of_the_calibration_text_that_were_fitted_are_not_measured(converted, text):
     opened = open_converted(converted)
     config = load_config(converted)
-    rows = evaluation_rows(opened, config, text, "first", count=64)
-    fitted = opened.provenance["calibration"]["fitted_rows"]
-    assert len(rows.rows) == opened.provenance["calibration"]["held_out_rows"]
-    assert f"other {fitted} were fitted" in rows.origin
+    held_out, fitted = (opened.provenance["calibration"][f"{part}_rows"] for part in ("held_out", "fitted"))
+    rows = evaluation_rows(opened, config, text, "first", count=10_000)
+    assert len(rows.rows) > held_out
+    assert f"it fitted {fitted}" in rows.origin
+    few = evaluation_rows(opened, config, text, "first", count=held_out + 1)
+    assert [row.tolist() for row in few.rows] == [row.tolist() for row in rows.rows[: held_out + 1]]
     recipe = Recipe.model_validate(opened.provenance["recipe"])
     seen = {tuple(row.tolist()) for row in load_rows(converted, config, recipe.calibration, recipe.seed).fitted}
     assert seen
