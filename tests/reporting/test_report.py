@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -144,6 +145,18 @@ def test_rows_of_the_calibration_text_that_were_fitted_are_not_measured(converte
     seen = {tuple(row.tolist()) for row in load_rows(converted, config, recipe.calibration, recipe.seed).fitted}
     assert seen
     assert not seen & {tuple(row.tolist()) for row in rows.rows}
+
+
+def test_rows_equal_to_a_fitted_one_are_not_measured(converted, text, monkeypatch):
+    def repeated(*arguments):
+        found = load_rows(*arguments)
+        return replace(found, unused=[found.fitted[0], *found.unused])
+
+    arguments = (open_converted(converted), load_config(converted), text, "first")
+    expected = evaluation_rows(*arguments, count=10_000)
+    monkeypatch.setattr("spmconvert.reporting.rows.load_rows", repeated)
+    found = evaluation_rows(*arguments, count=10_000)
+    assert [row.tolist() for row in found.rows] == [row.tolist() for row in expected.rows]
 
 
 def test_a_calibration_split_that_cannot_be_drawn_again_is_refused(converted, text, tmp_path):
