@@ -70,7 +70,7 @@ class Curves:
             choice = Choice(chosen, size, loss, bound=0.0)
         else:
             costs = [[_cost(layer, one, budget) for one in own] for layer, own in zip(layers, options, strict=True)]
-            choice = choose(costs, losses, _limit(layers, budget))
+            choice = choose(costs, losses, _limit(layers, budget), budget.unit)
         picked = [own[index] for own, index in zip(options, choice.chosen, strict=True)]
         if not any(picked):
             raise OptionError("the budget leaves every layer dense; allow less, or leave --keep out")
@@ -252,7 +252,7 @@ def _check_reachable(plan: ConversionPlan, budget: Budget) -> None:
         found = [g for structure in budget.structures for g in candidate_geometries(*sizes, structure)]
         options = [Candidate(g.stages, g.block, g.rank, 0.0, 0.0) for g in found]
         costs.append([_cost(layer, option, budget) for option in (*options, None)])
-    check_budget(costs, _limit(plan.layers, budget))
+    check_budget(costs, _limit(plan.layers, budget), budget.unit)
 
 
 def _parameters(layer: LayerPlan, candidate: Candidate | None) -> int:
@@ -261,7 +261,7 @@ def _parameters(layer: LayerPlan, candidate: Candidate | None) -> int:
 
 
 def _cost(layer: LayerPlan, candidate: Candidate | None, budget: Budget) -> int:
-    """Parameters, bytes or FLOPs per token, as the budget counts."""
+    """In the budget's unit."""
     if budget.keep_flops is not None:
         return layer.flops[0] if candidate is None else _spec(layer, candidate).geometry.flops_per_token()
     if budget.keep_bytes is None:

@@ -120,6 +120,13 @@ class Budget(_Table):
         names = ("keep", "keep_bytes", "keep_flops", "max_error")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    @property
+    def unit(self) -> str:
+        """What the limit counts."""
+        if self.keep_flops is not None:
+            return "FLOPs a token"
+        return "parameters" if self.keep_bytes is None else "bytes"
+
     @model_validator(mode="after")
     def _has_one_limit(self) -> "Budget":
         if len(self.limits) > 1:

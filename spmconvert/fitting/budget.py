@@ -35,18 +35,19 @@ class Choice:
     bound: float
 
 
-def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int) -> Choice:
+def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int, unit: str) -> Choice:
     """The choice of least loss.
 
     Args:
         costs: cost of every candidate, by layer.
         losses: predicted loss of every candidate, by layer.
         budget: most that the chosen costs may add up to.
+        unit: what costs are counted in, for the error.
 
     Raises:
         OptionError: when even the cheapest candidates exceed the budget.
     """
-    least = check_budget(costs, budget)
+    least = check_budget(costs, budget, unit)
     # where the cheapest ones nearly fill the budget, units of what is left are finer than units of all
     spare = max(1, budget - least)
     # costs of layers have large divisors in common, and in multiples of those nothing is rounded
@@ -73,7 +74,7 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     return Choice(tuple(chosen), cost, loss, min(loss, lower_bound(costs, losses, budget)))
 
 
-def check_budget(costs: Sequence[Sequence[int]], budget: int) -> int:
+def check_budget(costs: Sequence[Sequence[int]], budget: int, unit: str) -> int:
     """The cost of the cheapest candidates of all layers together.
 
     Raises:
@@ -81,7 +82,9 @@ def check_budget(costs: Sequence[Sequence[int]], budget: int) -> int:
     """
     least = sum(min(own) for own in costs)
     if least > budget:
-        raise OptionError(f"the budget is {budget:,}, the smallest candidates of all layers need {least:,}; allow more")
+        raise OptionError(
+            f"the budget is {budget:,} {unit}, the smallest candidates of all layers need {least:,}; allow more"
+        )
     return least
 
 

@@ -29,7 +29,7 @@ def exhaustive(costs, losses, budget):
 def test_choice_is_the_best_one(seed, scale):
     costs, losses = problem(seed, layers=5, candidates=4, scale=scale)
     budget = int(0.4 * sum(max(own) for own in costs))
-    choice = choose(costs, losses, budget)
+    choice = choose(costs, losses, budget, "bytes")
     assert choice.cost <= budget
     assert choice.cost == sum(own[i] for own, i in zip(costs, choice.chosen, strict=True))
     best = exhaustive(costs, losses, budget)
@@ -41,13 +41,13 @@ def test_choice_is_the_best_one(seed, scale):
 def test_bound_is_tight_for_many_layers():
     costs, losses = problem(0, layers=200, candidates=12, scale=1000)
     budget = int(0.3 * sum(max(own) for own in costs))
-    choice = choose(costs, losses, budget)
+    choice = choose(costs, losses, budget, "bytes")
     assert choice.loss <= 1.01 * lower_bound(costs, losses, budget)
 
 
 def test_budget_edges():
     costs, losses = [[3, 5], [2, 9]], [[1.0, 0.5], [1.0, 0.0]]
-    assert choose(costs, losses, 5).chosen == (0, 0)
-    assert choose(costs, losses, 10**12).chosen == (1, 1)
-    with pytest.raises(OptionError, match="budget is 4, the smallest candidates of all layers need 5"):
-        choose(costs, losses, 4)
+    assert choose(costs, losses, 5, "bytes").chosen == (0, 0)
+    assert choose(costs, losses, 10**12, "bytes").chosen == (1, 1)
+    with pytest.raises(OptionError, match="budget is 4 bytes, the smallest candidates of all layers need 5"):
+        choose(costs, losses, 4, "bytes")
