@@ -30,6 +30,7 @@ from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments,
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
 from spmconvert.recipe import Recipe, recipe_from_keywords
+from spmconvert.sequential import on_one_path
 from spmconvert.surgery.architecture import load_config, model_class, skeleton
 from spmconvert.surgery.hf import SPMConfig
 from spmconvert.surgery.swap import layer_from_spec, replace_module
@@ -51,6 +52,7 @@ class Conversion:
         held_out_rows: calibration rows on which errors were measured.
         choice: what a budget was spent on, None without one.
         left_dense: targeted layers that a budget left dense.
+        sequential: whether layers were fitted on what the ones converted before feed them.
     """
 
     output: Path
@@ -63,6 +65,7 @@ class Conversion:
     held_out_rows: int
     choice: Choice | None = None
     left_dense: int = 0
+    sequential: bool = False
 
     @property
     def measured_on(self) -> str:
@@ -104,6 +107,7 @@ def convert(
     resolved = resolve_recipe(recipe, changes)
     check_device(device)
     source, plan, config = open_plan(str(model), resolved)
+    resolved = _with_order(resolved, config, plan)
     destination = default_output(str(model)) if output is None else Path(output)
     if destination.resolve() == source.directory.resolve():
         raise OptionError(f"the output {destination} is the source; choose another with -o")
@@ -180,6 +184,14 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     source = open_checkpoint(model)
     config = load_config(source.directory)
     return source, plan_conversion(source, skeleton(config), recipe), config
+
+
+def _with_order(recipe: Recipe, config: Any, plan: ConversionPlan) -> Recipe:
+    """The recipe with ``fit.sequential`` decided."""
+    if recipe.fit.sequential is not None:
+        return recipe
+    sequential = recipe.prefers_sequence and on_one_path(skeleton(config), [layer.target.name for layer in plan.layers])
+    return recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"sequential": sequential})})
 
 
 def default_output(model: str) -> Path:
@@ -312,6 +324,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=run.choice,
         left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
+        sequential=bool(run.recipe.fit.sequential),
     )
 
 

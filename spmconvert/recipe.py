@@ -78,12 +78,14 @@ class Fit(_Table):
         iterations: most solver iterations a layer gets, Adam and L-BFGS together.
         output_weighting: weigh output directions by what their errors cost the model; needs calibration rows. None does
             so where a budget measures these costs anyway.
-        sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs.
+        sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs; needs
+            calibration rows. None does so where a share or a size is kept and the targets are on one path through one
+            list of blocks.
     """
 
     iterations: Annotated[int, Field(ge=0)] = 200
     output_weighting: bool | None = None
-    sequential: bool = False
+    sequential: bool | None = None
 
 
 class Budget(_Table):
@@ -231,6 +233,14 @@ class Recipe(_Table):
     def weights_fits(self) -> bool:
         """Whether fits are weighted by the measured cost of output errors."""
         return self.predicts_loss if self.fit.output_weighting is None else self.fit.output_weighting
+
+    @property
+    def prefers_sequence(self) -> bool:
+        """Whether layers are fitted one after the other where the model allows it and nothing is said about it.
+
+        A largest error is one of each layer on the dense model's activations, so it wants each fitted on these.
+        """
+        return bool(self.budget.limits) and self.budget.max_error is None and self.calibration.file is not None
 
     @model_validator(mode="after")
     def _designs_are_named_or_chosen(self) -> "Recipe":

@@ -29,6 +29,8 @@ from spmconvert.surgery.swap import replace_module
 
 # of the mean variance of the inputs
 RIDGE = 0.01
+# what half precision may differ by between two runs, as a share of the norm
+CHAIN_TOLERANCE = 0.01
 
 
 @dataclass(frozen=True)
@@ -83,8 +85,17 @@ def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]
             return container, {name: int(name.removeprefix(f"{container}.").split(".")[0]) for name in names}
     raise OptionError(
         f"sequential fitting needs all layers in one list of blocks, {names[0]} and {names[-1]} have none in common; "
-        "choose targets of one stack, or leave --sequential out"
+        "choose targets of one stack, or --independent"
     )
+
+
+def on_one_path(model: Any, names: Sequence[str]) -> bool:
+    """Whether all layers are in one list of blocks, and none is an expert."""
+    try:
+        layer_blocks(model, names)
+    except OptionError:
+        return False
+    return not any(".experts." in name for name in names)
 
 
 class Streams:
@@ -100,6 +111,7 @@ class Streams:
 
     def __init__(self, model: Any, container: str, batches: Sequence[dict[str, Any]]) -> None:
         self._model, self._blocks = model, model.get_submodule(container)
+        _check_chain(model, container, batches[0])
         self._converted: dict[str, nn.Module] = {}
         self._masks = [batch.get("attention_mask") for batch in batches]
         self._calls = [_block_calls(model, self._blocks, batch) for batch in batches]
@@ -122,7 +134,7 @@ class Streams:
             if len(inputs) != len(outputs):
                 raise CalibrationError(
                     f"{name} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
-                    "expert does; leave --sequential out"
+                    "expert does; choose --independent"
                 )
             yield inputs.float().cpu(), outputs.float().cpu()
 
@@ -137,9 +149,7 @@ class Streams:
 
     def _run(self, batch: int, index: int, state: Tensor) -> Tensor:
         arguments, keywords = self._calls[batch][index]
-        output = self._blocks[index](state, *arguments[1:], **keywords)
-        found: Tensor = output if isinstance(output, Tensor) else output[0]
-        return found
+        return _state_after(self._blocks[index], state, arguments[1:], keywords)
 
 
 def regress(streams: Streams, index: int, name: str, weight: Tensor) -> Regression:
@@ -158,15 +168,51 @@ def regress(streams: Streams, index: int, name: str, weight: Tensor) -> Regressi
     return sums.regression(weight)
 
 
-def _block_calls(model: Any, blocks: nn.ModuleList, batch: dict[str, Any]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
-    """How the model calls its blocks for a batch; the state that moves on is the first argument."""
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+_Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _state_after(block: nn.Module, state: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    output = block(state, *arguments, **keywords)
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
+
+
+@torch.no_grad()
+def _check_chain(model: Any, container: str, batch: dict[str, Any]) -> None:
+    """Refuse blocks that do not take what the block before them puts out, by the first row of a batch.
+
+    Raises:
+        CalibrationError: when they take something else, or are not called once each.
+    """
+    blocks = model.get_submodule(container)
+    row = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    calls = _block_calls(model, blocks, row, states=True)
+    chained = len(calls) == len(blocks) and all(isinstance(call[0][0], Tensor) for call in calls)
+    if chained:
+        found = [_state_after(block, call[0][0], call[0][1:], call[1]) for block, call in zip(blocks, calls, strict=True)]
+        chained = all(map(_agree, found, (call[0][0] for call in calls[1:])))
+    if not chained:
+        raise CalibrationError(
+            f"the blocks of {container} do not each take what the one before them puts out, so their layers cannot be "
+            "fitted one after the other; choose --independent"
+        )
+
+
+def _agree(found: Tensor, wanted: Tensor) -> bool:
+    return found.shape == wanted.shape and bool((found - wanted).norm() <= CHAIN_TOLERANCE * wanted.norm())
+
+
+def _block_calls(model: Any, blocks: nn.ModuleList, batch: dict[str, Any], *, states: bool = False) -> list[_Call]:
+    """How the model calls its blocks for a batch; the state that moves on is the first argument.
+
+    It is None in all calls but the first, unless ``states`` are asked for: they are computed here, block by block.
+    """
+    calls: list[_Call] = []
 
     def keep(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         others = dict(keywords)
-        state, *rest = arguments or (others.pop("hidden_states"),)
-        # later states are computed here, block by block
-        calls.append(((None if calls else state, *rest), others))
+        state, *rest = arguments or (others.pop("hidden_states", None),)
+        calls.append(((state if states or not calls else None, *rest), others))
 
     handles = [block.register_forward_pre_hook(keep, with_kwargs=True) for block in blocks]
     try:

@@ -11,10 +11,12 @@ import torch
 import spmconvert
 from spmconvert import allocation
 from spmconvert.conversion import open_plan, resolve_recipe
-from spmconvert.errors import OptionError, OutputError, RecipeError
+from spmconvert.errors import CalibrationError, OptionError, OutputError, RecipeError
 from spmconvert.fitrun import load_dense_model
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.recipe import Budget
+from spmconvert.sequential import on_one_path
+from spmconvert.surgery.architecture import load_config, skeleton
 
 QUICK = {"fit.iterations": 6, "budget.iterations": 4, "calibration.rows": 16}
 
@@ -242,6 +244,53 @@ def test_sequential_run_says_nothing_of_weights_on_disk(checkpoints, text, tmp_p
     assert "meta device" not in found.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("gpt2", {"keep": 0.5}, True),
+        ("bert", {"keep_bytes": 9000}, True),
+        ("llama", {"keep": 0.5, "sequential": False}, False),
+        ("llama", {"max_error": 0.3}, False),
+        ("llama", {"rank": 2}, False),
+        ("bert", {"keep": 0.5, "sensitivity": "none", "targets": "*layer.0.output.dense,pooler.dense"}, False),
+        ("gpt2", {"keep": 0.5, "sensitivity": "none", "calib": None}, False),
+    ],
+)
+def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, cache, name, changes, expected):
+    changes = {"calib": text, "structures": "lowrank", **QUICK, **changes}
+    result = spmconvert.convert(checkpoints[name], tmp_path / "out", **changes)
+    assert result.sequential == expected
+    recorded = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]["sequential"]
+    assert recorded == expected
+
+
+def test_experts_are_not_on_one_path(checkpoints):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    model = skeleton(load_config(checkpoints["llama"]))
+    assert on_one_path(model, names)
+    assert not on_one_path(model, [*names, "model.layers.1.mlp.experts.3.up_proj"])
+    assert not on_one_path(model, [*names, "lm_head"])
+
+
+@pytest.mark.parametrize("change", ["states", "calls"])
+def test_blocks_that_pass_on_something_else_are_refused(checkpoints, text, tmp_path, cache, monkeypatch, change):
+    def load(*arguments):
+        model = load_dense_model(*arguments)
+        block = model.transformer.h[1]
+        if change == "states":
+            block.register_forward_pre_hook(lambda _, given: (given[0] + 1.0, *given[1:]))
+        else:
+            block.register_forward_hook(lambda own, given, output: output if given[0] is None else own.forward(*given))
+            model.transformer.h.append(block)
+            model.config.num_hidden_layers += 1
+        return model
+
+    monkeypatch.setattr("spmconvert.fitrun.load_dense_model", load)
+    with pytest.raises(CalibrationError, match=r"transformer\.h do not .* choose --independent"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, structures="lowrank", **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
 def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
     with pytest.raises(OptionError, match="one list of blocks"):
         spmconvert.convert(
@@ -279,7 +328,7 @@ def test_budget_while_loading(checkpoints, text, tmp_path, cache):
 
     config = spmconvert.SPMConfig(keep=0.4, calib=str(text), **QUICK)
     model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=config)
-    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, **QUICK)
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, sequential=False, **QUICK)
     for record in result.layers:
         layer = model.get_submodule(record.name)
         assert layer.geometry.describe() == record.design

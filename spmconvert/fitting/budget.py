@@ -1,6 +1,6 @@
 """Choose one candidate a layer so that the predicted losses add up to the least under a budget.
 
-This is the multiple-choice knapsack problem. It is solved by dynamic programming over costs in whole units, rounded up, so
+This is the multiple-choice knapsack problem. It is solved by dynamic programming over costs in whole steps, rounded up, so
 the choice never exceeds the budget; what rounding gives away is bounded from below by the Lagrangian relaxation, whose
 bound comes with the answer. Integers and floats only.
 """
@@ -13,8 +13,8 @@ import torch
 
 from spmconvert.errors import OptionError
 
-# units that a budget is counted in; a layer's cost is rounded up by less than one of them
-UNITS = 1 << 15
+# steps that a budget is counted in; a layer's cost is rounded up by less than one of them
+STEPS = 1 << 15
 _HALVINGS = 60
 
 
@@ -48,26 +48,26 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
         OptionError: when even the cheapest candidates exceed the budget.
     """
     least = check_budget(costs, budget, unit)
-    # where the cheapest ones nearly fill the budget, units of what is left are finer than units of all
+    # where the cheapest ones nearly fill the budget, steps of what is left are finer than steps of all
     spare = max(1, budget - least)
     # costs of layers have large divisors in common, and in multiples of those nothing is rounded
     common = math.gcd(*(cost - min(own) for own in costs for cost in own)) or 1
-    unit = max(common, -(-spare // UNITS))
-    best = torch.zeros(spare // unit + 1, dtype=torch.float64)
+    step = max(common, -(-spare // STEPS))
+    best = torch.zeros(spare // step + 1, dtype=torch.float64)
     picks: list[tuple[torch.Tensor, list[int]]] = []
     for own_costs, own_losses in zip(costs, losses, strict=True):
-        units = [-(-(cost - min(own_costs)) // unit) for cost in own_costs]
-        options = torch.full((len(units), len(best)), float("inf"), dtype=torch.float64)
-        for row, (need, loss) in enumerate(zip(units, own_losses, strict=True)):
+        steps = [-(-(cost - min(own_costs)) // step) for cost in own_costs]
+        options = torch.full((len(steps), len(best)), float("inf"), dtype=torch.float64)
+        for row, (need, loss) in enumerate(zip(steps, own_losses, strict=True)):
             if need < len(best):
                 options[row, need:] = best[: len(best) - need] + loss
         best, pick = options.min(0)
-        picks.append((pick, units))
+        picks.append((pick, steps))
     left = len(best) - 1
     chosen = []
-    for pick, units in reversed(picks):
+    for pick, steps in reversed(picks):
         chosen.append(int(pick[left]))
-        left -= units[chosen[-1]]
+        left -= steps[chosen[-1]]
     chosen.reverse()
     cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
     loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
