@@ -4,11 +4,11 @@
     python -m benchmarks.quality --encoder --calibration wikitext-2-test.txt --evaluate wikitext-2-valid.txt
 
 All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
-truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change one thing: low rank
-only, stages or blocks beside a companion only, relative errors in place of measured sensitivity (which leaves fits
-unweighted, too), fits without its weights, sequential fits. With --steps, every method is finetuned alike, at all rates of
-a small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored by its
-cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman correlation of its sentence
+truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it turn parts off: low rank
+only, stages or blocks beside a companion only, fits without output weights, layers fitted each alone, relative errors in
+place of measured sensitivity (which leaves fits unweighted, too). With --steps, every method is finetuned alike, at all
+rates of a small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored
+by its cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman correlation of its sentence
 similarities with the dense model's (higher is better). The time is that of a forward pass over 1024 tokens, divided by the
 dense model's in the same run. The energy that whitened SVD leaves at half of the parameters says how fair the model is:
 below 4 % on the median layer it has rank to spare, and low rank is nearly lossless whatever it is compared with.
@@ -53,12 +53,13 @@ from spmconvert.surgery.swap import replace_module
 CONVERTED: dict[str, dict[str, Any]] = {
     "keep": {},
     "keep, low rank": {"structures": "lowrank"},
-    "keep, low rank, plain fit": {"structures": "lowrank", "output_weighting": False},
     "keep, companion": {"structures": "companion"},
-    "keep, relative error": {"sensitivity": "none"},
     "keep, plain fit": {"output_weighting": False},
-    "keep, sequential": {"sequential": True},
-    "keep, plain, sequential": {"output_weighting": False, "sequential": True},
+    "keep, independent": {"sequential": False},
+    "keep, independent, low rank": {"sequential": False, "structures": "lowrank"},
+    "keep, independent, low rank, plain fit": {"sequential": False, "structures": "lowrank", "output_weighting": False},
+    "keep, independent, plain fit": {"sequential": False, "output_weighting": False},
+    "keep, independent, relative error": {"sequential": False, "sensitivity": "none"},
 }
 OTHERS = ("Monarch", "magnitude 2:4")
 # what a budget leaves as it is

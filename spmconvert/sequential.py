@@ -27,8 +27,6 @@ from spmconvert.errors import CalibrationError, OptionError
 from spmconvert.fitting.statistics import ActivationStatistics, attended
 from spmconvert.surgery.swap import replace_module
 
-# of the mean variance of the inputs
-RIDGE = 0.01
 # what half precision may differ by between two runs, as a share of the norm
 CHAIN_TOLERANCE = 0.01
 
@@ -66,7 +64,8 @@ class _Paired:
         size, mean, covariance = self.in_features, self.joint.mean, self.joint.covariance
         inputs = ActivationStatistics(self.joint.rows, mean[:size], self.joint.scatter[:size, :size])
         own = covariance[:size, :size].double()
-        ridge = RIDGE * own.diagonal().mean()
+        # of the mean variance: as noise of the moments grows, with unknowns to each row
+        ridge = size / self.joint.rows * own.diagonal().mean()
         cross = covariance[size:, :size].double() + ridge * weight.double()
         own = own + ridge * torch.eye(size, dtype=own.dtype)
         found = torch.linalg.solve(own, cross.t()).t().float()
