@@ -8,10 +8,11 @@ truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods 
 only, stages or blocks beside a companion only, fits without output weights, layers fitted each alone, relative errors in
 place of measured sensitivity (which leaves fits unweighted, too). With --steps, every method is finetuned alike, at all
 rates of a small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored
-by its cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman correlation of its sentence
-similarities with the dense model's (higher is better). The time is that of a forward pass over 1024 tokens, divided by the
-dense model's in the same run. The energy that whitened SVD leaves at half of the parameters says how fair the model is:
-below 4 % on the median layer it has rank to spare, and low rank is nearly lossless whatever it is compared with.
+by its cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman correlation of its
+sentence similarities with the dense model's (higher is better). The time is that of a forward pass over 1024 tokens,
+divided by the dense model's in the same run. The energy that whitened SVD leaves at half of the parameters says how fair
+the model is: below 4 % on the median layer it has rank to spare, and low rank is nearly lossless whatever it is compared
+with.
 """
 
 import argparse
