@@ -51,25 +51,31 @@ class Regression:
 
 
 class _Paired:
-    """Moments of inputs and outputs together, so that the cross moment is centred as well as the others."""
+    """Moments of inputs, and of outputs with them; those of outputs alone nobody needs."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
-        self.in_features = in_features
-        self.joint = ActivationStatistics.empty(in_features + out_features)
+        self.inputs = ActivationStatistics.empty(in_features)
+        self.mean = torch.zeros(out_features)
+        self.scatter = torch.zeros(out_features, in_features)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
-        self.joint.merge_(ActivationStatistics.of(torch.cat([inputs, outputs], dim=1)))
+        part, mean = ActivationStatistics.of(inputs), outputs.mean(0)
+        share = len(inputs) / (self.inputs.rows + len(inputs))
+        difference = mean - self.mean
+        self.scatter.addmm_((outputs - mean).t(), inputs - part.mean)
+        # centred on the means of all rows
+        self.scatter.addr_(difference, part.mean - self.inputs.mean, alpha=self.inputs.rows * share)
+        self.mean += difference * share
+        self.inputs.merge_(part)
 
     def regression(self, weight: Tensor) -> Regression:
-        size, mean, covariance = self.in_features, self.joint.mean, self.joint.covariance
-        inputs = ActivationStatistics(self.joint.rows, mean[:size], self.joint.scatter[:size, :size])
-        own = covariance[:size, :size].double()
+        own = self.inputs.covariance.double()
         # of the mean variance: as noise of the moments grows, with unknowns to each row
-        ridge = size / self.joint.rows * own.diagonal().mean()
-        cross = covariance[size:, :size].double() + ridge * weight.double()
-        own = own + ridge * torch.eye(size, dtype=own.dtype)
+        ridge = len(own) / self.inputs.rows * own.diagonal().mean()
+        cross = self.scatter.double() / self.inputs.rows + ridge * weight.double()
+        own.diagonal().add_(ridge)
         found = torch.linalg.solve(own, cross.t()).t().float()
-        return Regression(found, mean[size:] - found @ mean[:size], inputs)
+        return Regression(found, self.mean - found @ self.inputs.mean, self.inputs)
 
 
 def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]:
