@@ -137,8 +137,7 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
         parts += [f"no choice of these designs is below {bound:.4g}"] if bound else []
         parts += [f"{conversion.left_dense} layers stay dense"] if conversion.left_dense else []
         _out.print(", ".join(parts), soft_wrap=True)
-    order = "; each was fitted on what the converted ones before feed it" if conversion.sequential else ""
-    _out.print(f"error: {conversion.measured_on}{order}", soft_wrap=True)
+    _out.print(f"error: {conversion.measured_on}", soft_wrap=True)
     _out.print(f"next: spmconvert finetune {conversion.output} --data TEXT, or load it:", soft_wrap=True)
     _out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)
 

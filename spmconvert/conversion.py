@@ -52,6 +52,7 @@ class Conversion:
         held_out_rows: calibration rows on which errors were measured.
         choice: what a budget was spent on, None without one.
         left_dense: targeted layers that a budget left dense.
+        weighted: whether fits weighed outputs by what their errors cost the model.
         sequential: whether layers were fitted on what the ones converted before feed them.
     """
 
@@ -65,14 +66,18 @@ class Conversion:
     held_out_rows: int
     choice: Choice | None = None
     left_dense: int = 0
+    weighted: bool = False
     sequential: bool = False
 
     @property
     def measured_on(self) -> str:
-        """What the records' errors were measured on, in words."""
+        """What the records' errors were measured on, in words, and what fits were aimed at instead."""
         if not self.held_out_rows:
             return "relative squared Frobenius norm of the weight's error, no data was used"
-        return f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
+        measured = f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
+        aims = ["weigh outputs by what their errors cost the model"] if self.weighted else []
+        aims += ["make up for the layers converted before"] if self.sequential else []
+        return f"{measured}; fits {' and '.join(aims)}, which these errors do not show" if aims else measured
 
 
 def convert(
@@ -107,7 +112,7 @@ def convert(
     resolved = resolve_recipe(recipe, changes)
     check_device(device)
     source, plan, config = open_plan(str(model), resolved)
-    resolved = _with_order(resolved, config, plan)
+    resolved = _settled(resolved, config, plan)
     destination = default_output(str(model)) if output is None else Path(output)
     if destination.resolve() == source.directory.resolve():
         raise OptionError(f"the output {destination} is the source; choose another with -o")
@@ -186,12 +191,14 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     return source, plan_conversion(source, skeleton(config), recipe), config
 
 
-def _with_order(recipe: Recipe, config: Any, plan: ConversionPlan) -> Recipe:
-    """The recipe with ``fit.sequential`` decided."""
-    if recipe.fit.sequential is not None:
-        return recipe
-    sequential = recipe.prefers_sequence and on_one_path(skeleton(config), [layer.target.name for layer in plan.layers])
-    return recipe.model_copy(update={"fit": recipe.fit.model_copy(update={"sequential": sequential})})
+def _settled(recipe: Recipe, config: Any, plan: ConversionPlan) -> Recipe:
+    """The recipe with what it leaves open about the fits decided, so that it is recorded as it was done."""
+    sequential = recipe.fit.sequential
+    if sequential is None:
+        names = [layer.target.name for layer in plan.layers]
+        sequential = recipe.prefers_sequence and on_one_path(skeleton(config), names)
+    settled = {"output_weighting": recipe.weights_fits, "sequential": sequential}
+    return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled)})
 
 
 def default_output(model: str) -> Path:
@@ -324,6 +331,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=run.choice,
         left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
+        weighted=run.recipe.weights_fits,
         sequential=bool(run.recipe.fit.sequential),
     )
 

@@ -262,6 +262,9 @@ def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, cache, name, 
     assert result.sequential == expected
     recorded = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]["sequential"]
     assert recorded == expected
+    assert ("make up for" in result.measured_on) == expected
+    assert ("weigh outputs" in result.measured_on) == result.weighted
+    assert ("do not show" in (tmp_path / "out" / "README.md").read_text()) == (expected or result.weighted)
 
 
 def test_experts_are_not_on_one_path(checkpoints):
