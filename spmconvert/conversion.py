@@ -52,8 +52,7 @@ class Conversion:
         held_out_rows: calibration rows on which errors were measured.
         choice: what a budget was spent on, None without one.
         left_dense: targeted layers that a budget left dense.
-        weighted: whether fits weighed outputs by what their errors cost the model.
-        sequential: whether layers were fitted on what the ones converted before feed them.
+        aims: what fits went for beside each layer's own error, in words.
     """
 
     output: Path
@@ -66,18 +65,15 @@ class Conversion:
     held_out_rows: int
     choice: Choice | None = None
     left_dense: int = 0
-    weighted: bool = False
-    sequential: bool = False
+    aims: str = ""
 
     @property
     def measured_on(self) -> str:
-        """What the records' errors were measured on, in words, and what fits were aimed at instead."""
+        """What the records' errors were measured on, in words, and what fits went for beside them."""
         if not self.held_out_rows:
             return "relative squared Frobenius norm of the weight's error, no data was used"
         measured = f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
-        aims = ["weigh outputs by what their errors cost the model"] if self.weighted else []
-        aims += ["make up for the layers converted before"] if self.sequential else []
-        return f"{measured}; fits {' and '.join(aims)}, which these errors do not show" if aims else measured
+        return f"{measured}; {self.aims}" if self.aims else measured
 
 
 def convert(
@@ -331,8 +327,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=run.choice,
         left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
-        weighted=run.recipe.weights_fits,
-        sequential=bool(run.recipe.fit.sequential),
+        aims=run.recipe.fit.aims,
     )
 
 

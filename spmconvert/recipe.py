@@ -87,6 +87,13 @@ class Fit(_Table):
     output_weighting: bool | None = None
     sequential: bool | None = None
 
+    @property
+    def aims(self) -> str:
+        """What settled fits go for beside each layer's own error, in words; empty for nothing."""
+        aims = ["weigh outputs by what their errors cost the model"] if self.output_weighting else []
+        aims += ["make up for the layers converted before"] if self.sequential else []
+        return f"fits {' and '.join(aims)}, which these errors do not show" if aims else ""
+
 
 class Budget(_Table):
     """How much of the targeted layers may be left; the designs of all layers are chosen together. At most one limit.

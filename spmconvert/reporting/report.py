@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.devices import check_device
 from spmconvert.errors import CheckpointError, OptionError
+from spmconvert.recipe import Fit
 from spmconvert.reporting import timing
 from spmconvert.reporting.candidates import measure_candidates
 from spmconvert.reporting.harness import check_harness, run_tasks
@@ -171,7 +172,9 @@ def _layer_errors_on(converted: Converted) -> str:
     if calibration is None:
         return "relative squared Frobenius error of the weight; the fit used no data"
     held_out, fitted = calibration["held_out_rows"], calibration["fitted_rows"]
-    return f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
+    measured = f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
+    aims = Fit.model_validate(converted.provenance["recipe"]["fit"]).aims
+    return f"{measured}; {aims}" if aims else measured
 
 
 def _training(run: Run) -> tuple[Training, ...]:

@@ -7,7 +7,8 @@ would have been better. Each names what it was measured on; none of them is roun
 from dataclasses import dataclass
 from typing import Literal
 
-from spmconvert.reporting.schema import Candidate, Layer, Metric, Report, TimingRow, Training
+from spmconvert.recipe import Fit
+from spmconvert.reporting.schema import Candidate, Metric, Report, TimingRow, Training
 from spmconvert.units import count, measured, milliseconds, size
 
 Tone = Literal["good", "bad", "plain"]
@@ -51,7 +52,7 @@ def findings(report: Report) -> list[str]:
     if slower:
         sizes = ", ".join(describe_call(row) for row in slower)
         said.append(f"The converted model is slower than the dense one for {sizes}.")
-    said.append(_layer_sentence(report.layers))
+    said.append(_layer_sentence(report))
     said += _candidate_sentences(report.candidates)
     said.append(_training_sentence(report.training))
     said += [f"Not measured: {one.what}. {one.reason[:1].upper()}{one.reason[1:]}." for one in report.not_measured]
@@ -134,12 +135,13 @@ def _baseline_figure(report: Report) -> KeyFigure:
             f"{values}: {own.title}, on {report.quality[0].text}; SPM is {by_key['spm'].note}",
             {"better": "good", "worse": "bad"}.get(outcome, "plain"),  # type: ignore[arg-type]
         )
-    won = sum(layer.error < layer.baseline_error for layer in report.layers)
+    won, aims = sum(layer.error < layer.baseline_error for layer in report.layers), _aims(report)
+    tone: Tone = "good" if 2 * won > len(report.layers) else "bad"
     return KeyFigure(
         "against SVD of equal size",
         f"{won} of {len(report.layers)}",
-        "layers where SPM has the lower held-out error, before any finetuning",
-        "good" if 2 * won > len(report.layers) else "bad",
+        f"layers where SPM has the lower held-out error, before any finetuning{f'; {aims}' if aims else ''}",
+        "plain" if aims else tone,
     )
 
 
@@ -154,12 +156,17 @@ def _training_sentence(training: tuple[Training, ...]) -> str:
     return f"Finetuning for {steps} steps did not lower the held-out loss of {start:.4g} a token; its start was kept."
 
 
-def _layer_sentence(layers: tuple[Layer, ...]) -> str:
-    won = sum(layer.error < layer.baseline_error for layer in layers)
+def _layer_sentence(report: Report) -> str:
+    won = sum(layer.error < layer.baseline_error for layer in report.layers)
+    aims = _aims(report)
     return (
         f"Layer by layer, before any finetuning, SPM has a lower error than whitened SVD of equal size on {won} of "
-        f"{len(layers)} layers."
+        f"{len(report.layers)} layers{f'; {aims}' if aims else ''}."
     )
+
+
+def _aims(report: Report) -> str:
+    return Fit.model_validate(report.model.recipe["fit"]).aims
 
 
 def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:

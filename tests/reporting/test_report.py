@@ -17,6 +17,7 @@ from spmconvert.reporting import files
 from spmconvert.reporting.report import report
 from spmconvert.reporting.rows import evaluation_rows
 from spmconvert.reporting.schema import NotMeasured, read_report
+from spmconvert.reporting.summary import findings, key_figures
 from spmconvert.surgery.architecture import load_config
 from tests.reporting.conftest import QUICK
 
@@ -203,6 +204,18 @@ def test_a_bare_calibration_compares_with_unweighted_svd(checkpoints, other_text
     assert found.model.calibration is None
     assert "Frobenius" in found.layer_errors_on
     assert [candidate.latency for candidate in found.candidates] == [None] * 4
+
+
+def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, text, tmp_path, monkeypatch):
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
+    convert(checkpoints["gpt2"], tmp_path / "o", keep=0.5, structures="lowrank", calib=text, **{"calibration.rows": 16})
+    found = report(tmp_path / "o", seconds=0)
+    aims = "fits weigh outputs by what their errors cost the model and make up for the layers converted before, which"
+    assert aims in found.layer_errors_on
+    assert any(aims in sentence for sentence in findings(found) if sentence.startswith("Layer by layer"))
+    figure = key_figures(found)[-1]
+    assert aims in figure.detail
+    assert figure.tone == "plain"
 
 
 def test_baselines_without_the_calibration_text_are_named(converted, other_text, tmp_path):
