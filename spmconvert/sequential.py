@@ -60,9 +60,9 @@ class _Paired:
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         part, mean = ActivationStatistics.of(inputs), outputs.mean(0)
-        share = len(inputs) / (self.inputs.rows + len(inputs))
-        difference = mean - self.mean
-        self.scatter.addmm_((outputs - mean).t(), inputs - part.mean)
+        self.scatter += ((outputs - mean).t() @ (inputs - part.mean)).cpu()
+        part, difference = part.to("cpu"), mean.cpu() - self.mean
+        share = part.rows / (self.inputs.rows + part.rows)
         # centred on the means of all rows
         self.scatter.addr_(difference, part.mean - self.inputs.mean, alpha=self.inputs.rows * share)
         self.mean += difference * share
@@ -141,7 +141,7 @@ class Streams:
                     f"{name} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
                     "expert does; choose --independent"
                 )
-            yield inputs.float().cpu(), outputs.float().cpu()
+            yield inputs.float(), outputs.float()
 
     @torch.no_grad()
     def advance(self, index: int) -> None:
