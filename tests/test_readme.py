@@ -79,4 +79,5 @@ def _options(command):
 
     from spmconvert.cli import app
 
-    return {option for parameter in get_command(app).commands[command].params for option in parameter.opts}
+    parameters = get_command(app).commands[command].params
+    return {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
