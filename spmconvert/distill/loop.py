@@ -25,8 +25,9 @@ from spmconvert.distill.state import State, restore, snapshot
 from spmconvert.recipe import Training
 
 # a held-out loss above this multiple of the first one ends a run at once; above the first one, two measurements in a row of
-# its second half do. In the first half the rate is still high, and the better the start, the farther above it a run goes that
-# comes back: with 2.0 two of three seeds of a small GPT-2 that begins 0.008 from its teacher were ended, the third got to 0.004
+# its second half do. In the first half the rate is still high, and the better the start, the farther above it runs go that
+# come back: with 2.0 two of three seeds of a small GPT-2 that begins 0.008 from its teacher were ended, while the third got
+# to 0.004
 DIVERGED = 4.0
 
 
