@@ -4,7 +4,7 @@
     python -m benchmarks.quality --encoder --calibration wikitext-2-test.txt --evaluate wikitext-2-valid.txt
 
 All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
-truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it turn parts off: low rank
+truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change parts: low rank
 only, stages or blocks beside a companion only, fits without output weights, layers fitted each alone, relative errors in
 place of measured sensitivity (which leaves fits unweighted, too). With --steps, every method is finetuned alike, at all
 rates of a small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored
@@ -54,11 +54,11 @@ from spmconvert.surgery.swap import replace_module
 CONVERTED: dict[str, dict[str, Any]] = {
     "keep": {},
     "keep, low rank": {"structures": "lowrank"},
+    "keep, low rank, plain fit": {"structures": "lowrank", "output_weighting": False},
+    "keep, low rank, sequential": {"structures": "lowrank", "sequential": True},
     "keep, companion": {"structures": "companion"},
     "keep, plain fit": {"output_weighting": False},
     "keep, independent": {"sequential": False},
-    "keep, independent, low rank": {"sequential": False, "structures": "lowrank"},
-    "keep, independent, low rank, plain fit": {"sequential": False, "structures": "lowrank", "output_weighting": False},
     "keep, independent, plain fit": {"sequential": False, "output_weighting": False},
     "keep, independent, relative error": {"sequential": False, "sensitivity": "none"},
 }

@@ -79,8 +79,8 @@ class Fit(_Table):
         output_weighting: weigh output directions by what their errors cost the model; needs calibration rows. None does
             so where a budget measures these costs anyway.
         sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs; needs
-            calibration rows. None does so where a share or a size is kept and the targets are on one path through one
-            list of blocks.
+            calibration rows. None does so where a share or a size is kept, by more than low rank alone, and the targets
+            are on one path through one list of blocks.
     """
 
     iterations: Annotated[int, Field(ge=0)] = 200
@@ -245,9 +245,12 @@ class Recipe(_Table):
     def prefers_sequence(self) -> bool:
         """Whether layers are fitted one after the other where the model allows it and nothing is said about it.
 
-        A largest error is one of each layer on the dense model's activations, so it wants each fitted on these.
+        A largest error is one of each layer on the dense model's activations, so it wants each fitted on these. Low rank
+        alone is worse in sequence (see ``spmconvert.sequential``).
         """
-        return bool(self.budget.limits) and self.budget.max_error is None and self.calibration.file is not None
+        budget = self.budget
+        wanted = bool(budget.limits) and budget.max_error is None and set(budget.structures) != {"lowrank"}
+        return wanted and self.calibration.file is not None
 
     @model_validator(mode="after")
     def _designs_are_named_or_chosen(self) -> "Recipe":

@@ -252,12 +252,13 @@ def test_sequential_run_says_nothing_of_weights_on_disk(checkpoints, text, tmp_p
         ("llama", {"keep": 0.5, "sequential": False}, False),
         ("llama", {"max_error": 0.3}, False),
         ("llama", {"rank": 2}, False),
+        ("llama", {"keep": 0.5, "structures": "lowrank"}, False),
         ("bert", {"keep": 0.5, "sensitivity": "none", "targets": "*layer.0.output.dense,pooler.dense"}, False),
         ("gpt2", {"keep": 0.5, "sensitivity": "none", "calib": None}, False),
     ],
 )
 def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, cache, name, changes, expected):
-    changes = {"calib": text, "structures": "lowrank", **QUICK, **changes}
+    changes = {"calib": text, "structures": "companion,lowrank", **QUICK, **changes}
     result = spmconvert.convert(checkpoints[name], tmp_path / "out", **changes)
     fit = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]
     assert fit["sequential"] is expected
@@ -289,7 +290,7 @@ def test_blocks_that_pass_on_something_else_are_refused(checkpoints, text, tmp_p
 
     monkeypatch.setattr("spmconvert.fitrun.load_dense_model", load)
     with pytest.raises(CalibrationError, match=r"transformer\.h do not .* choose --independent"):
-        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, structures="lowrank", **QUICK)
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
     assert not (tmp_path / "out").exists()
 
 

@@ -208,7 +208,15 @@ def test_a_bare_calibration_compares_with_unweighted_svd(checkpoints, other_text
 
 def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, text, tmp_path, monkeypatch):
     monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
-    convert(checkpoints["gpt2"], tmp_path / "o", keep=0.5, structures="lowrank", calib=text, **{"calibration.rows": 16})
+    convert(
+        checkpoints["gpt2"],
+        tmp_path / "o",
+        keep=0.5,
+        structures="lowrank",
+        sequential=True,
+        calib=text,
+        **{"calibration.rows": 16},
+    )
     found = report(tmp_path / "o", seconds=0)
     aims = "fits weigh outputs by what their errors cost the model and make up for the layers converted before, which"
     assert aims in found.layer_errors_on
