@@ -13,9 +13,9 @@ disk. What it gives up: targets outside of one list of blocks, experts, which se
 
 Default under a budget. Before a finetune it is better from 10 % on: a small GPT-2 at 10 % 4.595 nats instead of 4.685, the
 Llama at 25 % 4.533 instead of 4.601, MiniLM at 25 % 0.892 instead of 0.864; at 5 % the GPT-2 is worse, 5.532 instead of
-5.461. After it language models still are (4.423 instead of 4.432, 4.207 instead of 4.211) or level (Llama at 50 % 4.144 and
-4.143), the encoder is level (0.929 and 0.930). Low rank alone is worse with it (GPT-2 at 10 % 5.079 instead of 4.813, before
-a finetune), so there it is off.
+5.461. After it language models still are (4.423 instead of 4.432, 4.207 instead of 4.211) or level (Llama at 50 % 4.144
+and 4.143), the encoder is level (0.929 and 0.930). Low rank alone is worse with it (GPT-2 at 10 % 5.079 instead of 4.813,
+before a finetune), so there it is off.
 """
 
 from collections.abc import Iterator, Sequence
