@@ -36,13 +36,20 @@ def test_a_regression_is_never_worse_on_other_rows_than_the_weight(rows):
     assert errors[0] < errors[1]
 
 
-def test_many_rows_give_least_squares():
+def test_batches_add_up_to_ridge_regression():
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
-    x, z = drawn(20000, 2)
-    parts = [(z[first : first + 700], x[first : first + 700] @ weight.t()) for first in range(0, len(z), 700)]
+    x, z = drawn(2000, 2)
+    # in an order in which every batch has other means
+    order = z[:, -1].argsort()
+    x, z = x[order], z[order]
+    parts = [(z[first : first + 300], x[first : first + 300] @ weight.t()) for first in range(0, len(z), 300)]
     found = regress(FixedStreams(parts), 0, "layer", weight)
-    ones = torch.cat([z, torch.ones(len(z), 1)], dim=1)
-    solved = torch.linalg.lstsq(ones.double(), (x @ weight.t()).double()).solution.float()
-    torch.testing.assert_close(found.weight, solved[:-1].t(), rtol=0.05, atol=0.02)
-    torch.testing.assert_close(found.bias, solved[-1], rtol=0.05, atol=0.02)
+    inputs, outputs = z.double(), (x @ weight.t()).double()
+    centred = inputs - inputs.mean(0)
+    covariance = centred.t() @ centred / len(z)
+    ridge = 24 / 2000 * covariance.diagonal().mean()
+    cross = (outputs - outputs.mean(0)).t() @ centred / len(z) + ridge * weight.double()
+    expected = torch.linalg.solve(covariance + ridge * torch.eye(24).double(), cross.t()).t()
+    torch.testing.assert_close(found.weight.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found.bias.double(), outputs.mean(0) - expected @ inputs.mean(0), rtol=1e-4, atol=1e-4)
     assert found.inputs.rows == len(z)
