@@ -364,7 +364,12 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
 def _first_line(error: ValidationError, path: Path | None) -> str:
     place = "options" if path is None else f"recipe {path}"
     problems = []
-    for item in error.errors():
+    items = error.errors()
+    # a list whose items are all wrong is called too short besides
+    containers = {item["loc"][:-1] for item in items} - {()}
+    for item in items:
+        if item["loc"] in containers:
+            continue
         key = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}; known keys are {', '.join(_known_keys(item['loc'][:-1]))}")

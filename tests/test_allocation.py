@@ -150,7 +150,7 @@ def test_encoders_respond_as_predicted(checkpoints, text, cache):
         ({"keep": 1e-4}, OptionError, "parameters, the smallest candidates of all layers need"),
         ({"keep_flops": 1e-4}, OptionError, "FLOPs a token, the smallest candidates"),
         ({"keep_bytes": 9}, OptionError, "9 bytes, the smallest candidates"),
-        ({"keep": 0.5, "structures": "monarch"}, RecipeError, "monarch"),
+        ({"keep": 0.5, "structures": "monarch"}, RecipeError, "'monarch': input should be .* 'lowrank'$"),
         ({"sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
         ({"keep": 0.5, "calib": None}, OptionError, "sensitivity gradient is measured on calibration rows"),
     ],
