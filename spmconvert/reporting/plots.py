@@ -12,6 +12,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 from spmconvert.reporting.schema import Candidate, Layer, Report, TimingRow
 
@@ -87,7 +88,9 @@ def timing_plot(rows: Sequence[TimingRow]) -> Figure:
     axes.set_xticks(tokens, [str(number) for number in tokens])
     axes.set_xlabel("tokens in a call")
     axes.set_ylabel("milliseconds a call")
-    axes.yaxis.set_major_formatter("{x:g}")
+    # by default a log axis writes formulas
+    axes.yaxis.set_major_formatter(LogFormatter())
+    axes.yaxis.set_minor_formatter(LogFormatter())
     axes.legend()
     return figure
 

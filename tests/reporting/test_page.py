@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from spmconvert.reporting.html import render
-from spmconvert.reporting.plots import plots
-from spmconvert.reporting.schema import Training, TrainingPoint
+from spmconvert.reporting.plots import plots, timing_plot
+from spmconvert.reporting.schema import Latency, TimingRow, Training, TrainingPoint
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 WIDTHS = {"desktop": 1200, "phone": 360}
@@ -179,3 +179,21 @@ def test_missing_parts_are_said_on_the_page(quick_report):
     page = render([empty])
     assert page.count("Not measured; the reason is under") == 2
     assert "--baselines" in page
+
+
+@pytest.mark.parametrize(("fast", "slow"), [(18.0, 600.0), (12.0, 13.0), (0.02, 0.03), (0.5, 2000.0)])
+def test_numbers_beside_latencies_are_plain(fast, slow):
+    rows = [
+        TimingRow(what="forward", tokens=tokens, shape="", dense=latency, converted=latency)
+        for tokens, latency in ((1, steady(fast)), (1024, steady(slow)))
+    ]
+    assert not any("$" in text.get_text() for text in labels(timing_plot(rows)))
+
+
+def steady(milliseconds):
+    return Latency(p20=milliseconds, p50=milliseconds, p80=milliseconds, samples=3)
+
+
+def labels(figure):
+    figure.canvas.draw()
+    return [text for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis) for text in axis.get_ticklabels(which="both")]
