@@ -4,15 +4,15 @@
     python -m benchmarks.quality --encoder --calibration wikitext-2-test.txt --evaluate wikitext-2-valid.txt
 
 All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
-truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change parts: low rank
-only, stages or blocks beside a companion only, fits without output weights, layers fitted each alone, relative errors in
-place of measured sensitivity (which leaves fits unweighted, too). With --steps, every method is finetuned alike, at all
-rates of a small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored
-by its cross-entropy in nats a token on the other text (lower is better), an encoder by the Spearman correlation of its
-sentence similarities with the dense model's (higher is better). The time is that of a forward pass over 1024 tokens,
-divided by the dense model's in the same run. The energy that whitened SVD leaves at half of the parameters says how fair
-the model is: below 4 % on the median layer it has rank to spare, and low rank is nearly lossless whatever it is compared
-with.
+truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change parts: low rank only,
+stages or blocks beside a companion only, fits without output weights, layers fitted each alone, relative errors in place of
+measured sensitivity (which leaves fits unweighted, too). With --steps, every method is finetuned alike, at all rates of a
+small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored by its
+cross-entropy in nats a token on the other text (lower is better; its divergence from the dense model there is in the rows,
+too), an encoder by the Spearman correlation of its sentence similarities with the dense model's (higher is better). The
+time is that of a forward pass over 1024 tokens, divided by the dense model's in the same run. The energy that whitened SVD
+leaves at half of the parameters says how fair the model is: below 4 % on the median layer it has rank to spare, and low
+rank is nearly lossless whatever it is compared with.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Subject:
         layers: what is replaced, with the moments of its inputs.
         calibration: text that is fitted and trained on.
         rows: calibration rows.
-        score: of a model with some of the layers replaced.
+        score: of a model with some of the layers replaced; a language model's divergence from the dense one beside it.
     """
 
     directory: Path
@@ -88,7 +88,7 @@ class Subject:
     layers: list[Layer]
     calibration: Path
     rows: int
-    score: Callable[[Any], float]
+    score: Callable[[Any], dict[str, float]]
 
 
 def main() -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     result: dict[str, Any] = {
         "environment": environment("cpu", "float32", options.threads),
         "settings": {key: str(value) for key, value in vars(options).items() if key not in ("json", "work")},
-        "dense_score": subject.score(subject.dense),
+        "dense_score": subject.score(subject.dense)["score"],
         "left_by_half_rank": median(left_by_half_rank(layer) for layer in subject.layers),
         "rows": [],
     }
@@ -175,7 +175,7 @@ def measure(subject: Subject, method: str, keep: float, options: argparse.Namesp
         "keep": keep,
         "kept": sum(map(stored, modules.values())) / sum(layer.weight.numel() for layer in subject.layers),
         "layer_error": median(held_out_error(modules[layer.name], layer) for layer in subject.layers),
-        "before": subject.score(student),
+        **scores(subject, student, "before"),
         "seconds": round(time.monotonic() - began),
         "time": relative_time(student.eval(), subject.dense),
     }
@@ -191,6 +191,12 @@ def measure(subject: Subject, method: str, keep: float, options: argparse.Namesp
         yield {**row, "seed": first, "rate": one, **found}
     for seed in others:
         yield {**row, "seed": seed, "rate": rate, **finetuned(subject, student, names, seed, rate, options)}
+
+
+def scores(subject: Subject, model: Any, when: str) -> dict[str, float]:
+    """Fields of a row: the score before or after a finetune, and the divergence where there is one."""
+    found = subject.score(model)
+    return {when if name == "score" else f"{name}_{when}": value for name, value in found.items()}
 
 
 def relative_time(student: Any, dense: Any) -> float:
@@ -231,7 +237,7 @@ def finetuned(
     student, began = copy.deepcopy(base), time.monotonic()
     state = distil(student, subject.dense, data, training, names)
     spent = round(time.monotonic() - began)
-    return {"after": subject.score(student), "held_out_loss": state.best_loss, "finetune_seconds": spent}
+    return {**scores(subject, student, "after"), "held_out_loss": state.best_loss, "finetune_seconds": spent}
 
 
 def stored(module: torch.nn.Module) -> int:

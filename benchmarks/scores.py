@@ -17,19 +17,25 @@ SHORTEST_SENTENCE = 64
 PAIRS = 5000
 
 
-def language_score(directory: Path, teacher: Any, text: Path, most: int) -> Callable[[Any], float]:
-    """A function that gives a model's cross-entropy in nats a token on the first rows of a text."""
+def language_score(directory: Path, teacher: Any, text: Path, most: int) -> Callable[[Any], dict[str, float]]:
+    """A function that gives a model's cross-entropy and its divergence from the teacher on the first rows of a text.
+
+    Both in nats a token. They need not agree on which model is better: a teacher that has overfitted its own text is worse
+    on another one than models that differ from it a little.
+    """
     rows = load_training_data(str(text), directory, load_config(directory), Training()).training
 
     @torch.no_grad()
-    def score(model: Any) -> float:
+    def score(model: Any) -> dict[str, float]:
         own = Distillation(model, teacher, "logits", Training())
-        total = words = 0.0
+        total = words = divergence = positions = 0.0
         for first in range(0, min(len(rows), most), 16):
             loss = own.loss(rows.batch(range(first, min(first + 16, len(rows), most)), model, 0), measure=True)
             total += loss.parts["cross_entropy"].item()
             words += loss.parts["words"].item()
-        return total / words
+            divergence += loss.parts["kl"].item()
+            positions += loss.positions
+        return {"score": total / words, "divergence": divergence / positions}
 
     return score
 
@@ -57,9 +63,10 @@ class Examiner:
         self._pairs = torch.randint(len(held_out), (2, PAIRS), generator=torch.Generator().manual_seed(0))
         self._expected = ranks(self._similarities(teacher))
 
-    def correlation(self, model: Any) -> float:
+    def correlation(self, model: Any) -> dict[str, float]:
         """Spearman correlation with the teacher."""
-        return torch.corrcoef(torch.stack([ranks(self._similarities(model)), self._expected]))[0, 1].item()
+        found = torch.corrcoef(torch.stack([ranks(self._similarities(model)), self._expected]))[0, 1]
+        return {"score": found.item()}
 
     @torch.no_grad()
     def _similarities(self, model: Any) -> Tensor:
