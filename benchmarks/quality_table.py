@@ -19,7 +19,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-HEADINGS = ("budget", "method", "kept", "time / dense", "before", "after", "gap closed", "rate (all tried)", "seeds")
+HEADINGS = (
+    "budget", "method", "kept", "time / dense", "before", "after", "gap closed", "divergence", "rate (all tried)", "seeds"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Summary:
         before: score before any finetune.
         time: forward pass over the dense model's, None where it was not measured.
         after: scores by seed after a finetune at the best rate.
+        divergence: from the dense model on the scored text after it, mean over seeds, None where it was not measured.
         rate: that rate, None without a finetune.
         tried: all rates of the first seed.
     """
@@ -43,6 +46,7 @@ class Summary:
     before: float
     time: float | None
     after: tuple[float, ...]
+    divergence: float | None
     rate: float | None
     tried: tuple[float, ...]
 
@@ -80,10 +84,15 @@ def _summary(keep: float, method: str, rows: list[dict[str, Any]]) -> Summary:
     first = min((row["seed"] for row in runs), default=0)
     tried = {row["rate"]: row["held_out_loss"] for row in runs if row["seed"] == first}
     rate = min(tried, key=tried.__getitem__) if tried else None
-    after = tuple(row["after"] for row in runs if row["rate"] == rate)
-    times = [row["time"] for row in rows if "time" in row]
-    time = fmean(times) if times else None
-    return Summary(method, keep, rows[0]["kept"], rows[0]["before"], time, after, rate, tuple(sorted(tried)))
+    best = [row for row in runs if row["rate"] == rate]
+    after = tuple(row["after"] for row in best)
+    time, divergence = _mean(rows, "time"), _mean(best, "divergence_after")
+    return Summary(method, keep, rows[0]["kept"], rows[0]["before"], time, after, divergence, rate, tuple(sorted(tried)))
+
+
+def _mean(rows: Iterable[dict[str, Any]], key: str) -> float | None:
+    found = [row[key] for row in rows if key in row]
+    return fmean(found) if found else None
 
 
 def show(result: dict[str, Any]) -> None:
@@ -102,11 +111,13 @@ def _cells(entry: Summary, dense: float) -> tuple[str, ...]:
     time = "" if entry.time is None else f"{entry.time:.2f}"
     start = (f"{entry.keep:.0%}", entry.method, f"{entry.kept:.1%}", time, f"{entry.before:.4f}")
     if entry.mean is None:
-        return (*start, "", "", "", "")
+        return (*start, *[""] * (len(HEADINGS) - len(start)))
     spread = f" ± {entry.spread:.4f}" if len(entry.after) > 1 else ""
     closed = (entry.before - entry.mean) / (entry.before - dense)
     tried = ", ".join(f"{rate:g}" for rate in entry.tried)
-    return (*start, f"{entry.mean:.4f}{spread}", f"{closed:.1%}", f"{entry.rate:g} ({tried})", str(len(entry.after)))
+    divergence = "" if entry.divergence is None else f"{entry.divergence:.4f}"
+    end = (f"{entry.rate:g} ({tried})", str(len(entry.after)))
+    return (*start, f"{entry.mean:.4f}{spread}", f"{closed:.1%}", divergence, *end)
 
 
 if __name__ == "__main__":
