@@ -145,7 +145,12 @@ def rate(step: int, training: Training) -> float:
 def parameter_groups(
     trained: dict[str, nn.Parameter], structured: frozenset[str], training: Training
 ) -> list[dict[str, Any]]:
-    """Structured layers at their own rate and without decay; dense matrices decay, biases and norms do not."""
+    """Structured layers at their own rate and without decay; dense matrices decay, biases and norms do not.
+
+    Stages and companion share the rate, though entries of stages are ten times larger: five times the rate for stages gains
+    little under ``--keep`` (150 steps, one seed: small GPT-2 at 10 % 4.4229 nats instead of 4.4230, small Llama at 25 %
+    4.2047 instead of 4.2091, MiniLM at 25 % 0.9291 instead of 0.9288).
+    """
     others = [(name, parameter) for name, parameter in trained.items() if name not in structured]
     chosen = [
         ([p for name, p in trained.items() if name in structured], training.learning_rate, 0.0),
