@@ -273,6 +273,7 @@ def _peak_memory() -> float:
 _COMPARED = {
     "logits": "KL to the source's words",
     "classes": "KL to the source's classes",
+    "scores": "squared distance to the source's scores",
     "hidden": "distance of hidden states",
 }
 

@@ -52,7 +52,7 @@ class Finetuned:
         tokens: tokens trained on; rows for classifiers, images and sound.
         start_loss: held-out loss a token before.
         best_loss: held-out loss a token of what was written.
-        objective: what the loss compares: ``logits``, ``classes`` or ``hidden`` states.
+        objective: what the loss compares: ``logits``, ``classes``, ``scores`` or ``hidden`` states.
         history: all measurements on held-out rows.
         stopped: why the run ended early, or an empty string.
     """

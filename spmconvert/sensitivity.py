@@ -99,9 +99,9 @@ def _probe(output: Any, objective: Objective, batch: dict[str, Any], generator: 
         means = normalize(pooled(output[0], batch).float(), dim=-1)
         directions = torch.randn(means.shape, generator=generator).to(means.device)
         return (means * directions).sum(), len(means)
-    logits = class_logits(output, batch) if objective == "classes" else real_positions(output.logits, batch)
+    logits = real_positions(output.logits, batch) if objective == "logits" else class_logits(output, batch)
     log_probabilities = log_softmax(logits.float(), dim=-1)
-    if logits.shape[-1] == 1:
+    if objective == "scores":
         return logits.float().mul(torch.randn(logits.shape, generator=generator).to(logits.device)).sum(), len(logits)
     drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
     return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits)

@@ -209,7 +209,7 @@ def _shares(rows: list[int], size: int, accelerator: Any) -> Iterator[tuple[list
 
 def _positions(run: Run, rows: Sequence[int]) -> int:
     """What the rows weigh: their tokens, or their number where a row is one position."""
-    if run.distillation.objective == "classes":
+    if run.distillation.objective in ("classes", "scores"):
         return len(rows)
     return sum(run.data.training.size(index) for index in rows)
 

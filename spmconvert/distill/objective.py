@@ -1,7 +1,8 @@
-"""What a student is asked to match: the teacher's distribution over words, its classes, or its hidden states.
+"""What a student is asked to match: the teacher's distribution over words, its classes, its scores, or its hidden states.
 
 The objective follows from the architecture: KL on logits for causal, masked and encoder-decoder models and for classifiers,
-hidden states for encoders without a head. Words are compared in chunks of tokens from the hidden states on. That needs a
+squared distance for a classifier of one output (a regression, a reranker), whose one class has no distribution, and hidden
+states for encoders without a head. Words are compared in chunks of tokens from the hidden states on. That needs a
 head which is a plain linear layer on the last hidden state; whether the model is of that kind is checked against its own
 logits, and where it is not (soft caps, scaled logits, heads with layers of their own) chunks start from full logits.
 Hidden states of all layers, pooled states and the outputs of the converted layers can be matched beside any of these.
@@ -22,17 +23,19 @@ from spmconvert.distill.stored import StoredLogits
 from spmconvert.errors import OptionError
 from spmconvert.recipe import Training
 
-Objective = Literal["logits", "classes", "hidden"]
+Objective = Literal["logits", "classes", "scores", "hidden"]
 _PROBE_TOKENS = 8
 
 
 def objective_for(config: Any) -> Objective:
     """What is matched for a model's config."""
-    return objective_of((getattr(config, "architectures", None) or [""])[0])
+    name = (getattr(config, "architectures", None) or [""])[0]
+    scores = "Classification" in name and getattr(config, "num_labels", None) == 1
+    return "scores" if scores else objective_of(name)
 
 
 def objective_of(name: str) -> Objective:
-    """What is matched for an architecture."""
+    """What is matched for an architecture, whatever the number of its classes."""
     if name.endswith(("ForCausalLM", "LMHeadModel", "ForMaskedLM", "ForConditionalGeneration")):
         return "logits"
     return "classes" if "Classification" in name or name.endswith("ForQuestionAnswering") else "hidden"
@@ -110,7 +113,7 @@ class Distillation:
             target = None if self.teacher is None else self._run_teacher(batch)
         if self.objective == "logits":
             loss = self._words(own, target, batch, labels, measure=measure)
-        elif self.objective == "classes":
+        elif self.objective in ("classes", "scores"):
             loss = self._classes(own, target, batch)
         else:
             loss = self._hidden(own[0], _required(target)[0].to(own[0].device), batch)
@@ -199,7 +202,7 @@ class Distillation:
     def _classes(self, own: tuple[Tensor, Any], target: tuple[Tensor, Any] | None, batch: dict[str, Any]) -> Loss:
         found, wanted = (class_logits(run[1], batch) for run in (own, _required(target)))
         wanted = wanted.to(found.device)
-        if found.shape[-1] == 1:
+        if self.objective == "scores":
             return _single("square", mse_loss(found.float(), wanted.float(), reduction="sum"), len(found))
         return _single("kl", kl_divergence(found, wanted, self.training.temperature), len(found))
 

@@ -1,8 +1,9 @@
 """How far a model is from the dense one it came from, on rows that neither has been fitted on.
 
 What is compared follows from the architecture: distributions over words (KL a token in nats, top-1 agreement, and
-perplexity where the model is causal), classes (agreement and KL a row), or the representations of an encoder (cosine of
-states and of mean-pooled embeddings, and whether pairs of texts are as similar as before). Everything is computed in
+perplexity where the model is causal), classes (agreement and KL a row), the scores of a model with one output (whether rows
+rank as before, and by how much scores differ), or the representations of an encoder (cosine of states and of mean-pooled
+embeddings, and whether pairs of texts are as similar as before). Everything is computed in
 float32 from the outputs of the models as they are loaded; standard errors are over rows.
 """
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, normalize
 
-from spmconvert.distill.objective import objective_for
+from spmconvert.distill.objective import class_logits, objective_for
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Metric
 from spmconvert.text import padded_batch, reads_packed
@@ -56,6 +57,7 @@ def compare(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
     measures: dict[str, Callable[[Any, Any, EvaluationRows], tuple[Metric, ...]]] = {
         "logits": _compare_words,
         "classes": _compare_classes,
+        "scores": _compare_scores,
         "hidden": _compare_representations,
     }
     return measures[objective_for(dense.config)](dense, other, rows)
@@ -102,6 +104,43 @@ def _compare_classes(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metr
     return (
         _metric("agreement", "same class", "share", agreement, "decisions", higher=True),
         _metric("kl", "KL divergence a decision", "nats", divergence, "decisions", higher=False),
+    )
+
+
+def _compare_scores(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
+    targets, owns = [], []
+    for batch, target, own in _outputs(dense, other, rows):
+        targets.append(class_logits(target, batch).float().flatten().cpu())
+        owns.append(class_logits(own, batch).float().flatten().cpu())
+    wanted, found = torch.cat(targets), torch.cat(owns)
+    errors = (found - wanted).square() / wanted.var(correction=0).clamp_min(torch.finfo().tiny)
+    error = Metric(
+        key="score_error",
+        title="squared error of scores over their variance",
+        unit="",
+        dense=None,
+        converted=float(errors.mean()),
+        higher_is_better=False,
+        samples=len(errors),
+        sample="scores",
+        standard_error=float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else None,
+    )
+    return (_score_ranking(wanted, found), error) if len(wanted) >= 3 else (error,)
+
+
+def _score_ranking(dense: Tensor, own: Tensor) -> Metric:
+    """Spearman correlation of the scores [positions] of both models, its standard error a bootstrap."""
+    draws = torch.randint(0, len(dense), (BOOTSTRAP_DRAWS, len(dense)), generator=torch.Generator().manual_seed(0))
+    return Metric(
+        key="ranking",
+        title="ranking of scores (Spearman)",
+        unit="",
+        dense=None,
+        converted=_spearman(dense, own),
+        higher_is_better=True,
+        samples=len(dense),
+        sample="scores",
+        standard_error=float(torch.tensor([_spearman(dense[drawn], own[drawn]) for drawn in draws]).std()),
     )
 
 
@@ -154,8 +193,12 @@ def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
 
 
 def _spearman(one: Tensor, other: Tensor) -> float:
-    ranks = torch.stack([values.argsort().argsort().double() for values in (one, other)])
-    return float(torch.corrcoef(ranks)[0, 1])
+    """Rank correlation of two vectors; equal values share their mean rank, and what is all equal ranks nothing."""
+    ranks = []
+    for values in (one, other):
+        ordered = values.sort().values
+        ranks.append((torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double())
+    return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num(0.0))
 
 
 def _kl(target: Tensor, own: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def training_plot(report: Report) -> Figure:
         steps, losses = [point.step for point in run.history], [point.held_out_loss for point in run.history]
         axes.plot(steps, losses, color=colour, marker="o", label=f"run {index + 1}, {run.objective}")
     axes.set_xlabel("optimizer steps")
-    axes.set_ylabel("held-out loss a token")
+    axes.set_ylabel("held-out loss")
     axes.legend()
     return figure
 

@@ -283,7 +283,7 @@ class Training(_Part):
         steps: optimizer steps.
         tokens: tokens trained on.
         objective: what the loss compares.
-        start_loss: held-out loss a token before.
+        start_loss: held-out loss before, a token or a decision.
         best_loss: of the state that was kept.
         data_sha256: hash of the text.
         seed: seed of split and order.

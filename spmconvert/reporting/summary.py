@@ -151,9 +151,9 @@ def _training_sentence(training: tuple[Training, ...]) -> str:
     start, best = training[0].start_loss, training[-1].best_loss
     steps = sum(run.steps for run in training)
     if best < start:
-        loss = f"the held-out {training[-1].objective} loss a token from {start:.4g} to {best:.4g}"
+        loss = f"the held-out {training[-1].objective} loss from {start:.4g} to {best:.4g}"
         return f"Finetuning for {steps} steps lowered {loss}."
-    return f"Finetuning for {steps} steps did not lower the held-out loss of {start:.4g} a token; its start was kept."
+    return f"Finetuning for {steps} steps did not lower the held-out loss of {start:.4g}; its start was kept."
 
 
 def _layer_sentence(report: Report) -> str:

@@ -42,6 +42,12 @@ def test_objective_follows_the_architecture(architecture, objective):
     assert objective_for(type("Config", (), {"architectures": [architecture]})()) == objective
 
 
+def test_a_classifier_of_one_output_has_scores():
+    for architecture, objective in (("BertForSequenceClassification", "scores"), ("BertModel", "hidden")):
+        config = bert_config(num_labels=1, architectures=[architecture])
+        assert objective_for(config) == objective
+
+
 def token_batch(rows=2, tokens=10, real=6):
     ids = torch.arange(3, 3 + rows * tokens).view(rows, tokens)
     mask = torch.ones(rows, tokens, dtype=torch.long)
@@ -144,7 +150,8 @@ CASES = {
 def test_every_kind_of_model(case):
     make, batch, positions = CASES[case]
     student, teacher = pair(make)
-    objective = objective_for(type("Config", (), {"architectures": [type(student).__name__]})())
+    student.config.architectures = [type(student).__name__]
+    objective = objective_for(student.config)
     training = Training(hidden_states=0.5, cross_entropy=0.1)
     loss = Distillation(student, teacher, objective, training).loss(batch(), measure=True)
     assert loss.positions == positions

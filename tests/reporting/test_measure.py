@@ -8,12 +8,12 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
 from spmconvert.reporting.baselines import keep_two_of_four
-from spmconvert.reporting.measure import _similarity_ranking, compare
+from spmconvert.reporting.measure import _similarity_ranking, _spearman, compare
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Latency, Metric, TimingRow
 from spmconvert.reporting.summary import _outcome, break_even
 from spmconvert.reporting.timing import MOST_ROUNDS, interleaved, token_batch
-from tests.conftest import gpt2_config
+from tests.conftest import bert_config, gpt2_config
 
 
 def rows(*lengths):
@@ -61,6 +61,28 @@ def test_classifiers_are_compared_decision_by_decision():
     assert metrics["agreement"].samples == 3
     assert metrics["agreement"].converted in (0, pytest.approx(1 / 3), pytest.approx(2 / 3), 1)
     assert {metric.key: metric.converted for metric in compare(dense, dense, rows(9, 5))}["agreement"] == 1
+
+
+def test_scores_of_one_output_are_ranked_and_measured():
+    config = bert_config(num_labels=1, architectures=["BertForSequenceClassification"])
+    dense, other = pair(lambda: BertForSequenceClassification(config))
+    unseen = rows(9, 5, 12, 7, 3, 8)
+    with torch.no_grad():
+        wanted, found = (torch.cat([model(row[None]).logits[0] for row in unseen.rows]) for model in (dense, other))
+    metrics = {metric.key: metric for metric in compare(dense, other, unseen)}
+    error = ((found - wanted).square().mean() / wanted.var(correction=0)).item()
+    assert metrics["score_error"].converted == pytest.approx(error, rel=1e-3)
+    ranks = [values.argsort().argsort().numpy() for values in (wanted, found)]
+    assert metrics["ranking"].converted == pytest.approx(np.corrcoef(ranks)[0, 1])
+    assert metrics["ranking"].standard_error > 0
+    same = {metric.key: metric.converted for metric in compare(dense, dense, unseen)}
+    assert same == {"ranking": pytest.approx(1), "score_error": 0}
+
+
+def test_equal_values_rank_alike():
+    values = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert _spearman(values, torch.tensor([5.0, 6.0, 6.0, 7.0])) == pytest.approx(3 / 10**0.5)
+    assert _spearman(values, torch.ones(4)) == 0
 
 
 def test_ranking_of_similarities_is_spearman():
