@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from spmconvert.caches import cache_directory
+from spmconvert.caches import cache_directory, check_cache
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.distill.objective import objective_of
@@ -32,6 +32,7 @@ from spmconvert.plan import DTYPE_BYTES, ConversionPlan, LayerPlan
 from spmconvert.recipe import Budget, Recipe
 from spmconvert.response import MEASURED_ROWS, MEASURED_SHARES, Response, divergence
 from spmconvert.surgery.targets import Skipped
+from spmconvert.text import tokenizer_hash
 
 # changes with anything that changes what a curve holds
 CURVE_VERSION = 5
@@ -71,10 +72,11 @@ class Curves:
         else:
             costs = [[_cost(layer, one, budget) for one in own] for layer, own in zip(layers, options, strict=True)]
             choice = choose(costs, losses, _limit(layers, budget), budget.unit)
-        picked = [own[index] for own, index in zip(options, choice.chosen, strict=True)]
+        picked = tuple(own[index] for own, index in zip(options, choice.chosen, strict=True))
         if not any(picked):
-            raise OptionError("the budget leaves every layer dense; allow less, or leave --keep out")
-        return Allocation(_planned(self.plan, picked), choice)
+            remedy = "allow less" if budget.max_error is None else f"allow a larger error than {budget.max_error:g}"
+            raise OptionError(f"{next(iter(budget.limits))} leaves every layer dense; {remedy}")
+        return Allocation(_planned(self.plan, picked), choice, picked)
 
 
 @dataclass(frozen=True)
@@ -84,15 +86,44 @@ class Allocation:
     Attributes:
         plan: the conversion with the chosen designs; layers that stay dense are left out.
         choice: the solver's answer.
+        picked: the chosen candidate of every targeted layer, None for those that stay dense.
     """
 
     plan: ConversionPlan
     choice: Choice
+    picked: tuple[Candidate | None, ...]
+
+    def to_json(self) -> bytes:
+        """The choice alone, for a run that goes on from finished layers."""
+        picked = [candidate and asdict(candidate) for candidate in self.picked]
+        return json.dumps({"choice": asdict(self.choice), "picked": picked}).encode()
+
+    @classmethod
+    def from_json(cls, plan: ConversionPlan, content: bytes) -> "Allocation":
+        """The allocation that was written for the same targeted layers."""
+        found = json.loads(content)
+        picked = tuple(None if one is None else Candidate(**one) for one in found["picked"])
+        choice = Choice(**{**found["choice"], "chosen": tuple(found["choice"]["chosen"])})
+        return cls(_planned(plan, picked), choice, picked)
+
+
+def check_measurable(recipe: Recipe) -> None:
+    """Refuse a budget that needs calibration rows and has none.
+
+    Raises:
+        OptionError: when it does.
+    """
+    if recipe.calibration.file is None and recipe.budget.sensitivity != "none":
+        raise OptionError(
+            f"sensitivity {recipe.budget.sensitivity} is measured on calibration rows; give --calib FILE, or "
+            "--sensitivity none"
+        )
 
 
 def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe) -> Curves | None:
     """Curves of an earlier run, or None where one is missing."""
-    found = [{part: _read(file) for part, file in _files(source, layer, recipe).items()} for layer in plan.layers]
+    cache = _Cache.of(source, recipe)
+    found = [{part: _read(file) for part, file in cache.files(layer).items()} for layer in plan.layers]
     if any(part is None for own in found for part in own.values()):
         return None
     return Curves(plan, tuple(_assembled(own) for own in found))
@@ -121,21 +152,20 @@ def measure_curves(
     Raises:
         CalibrationError: when a layer has no influence or its statistics are not finite.
         OptionError: when sensitivity needs calibration data and there is none, or no candidates are within the budget.
+        NotWritableError: when the cache cannot be written.
     """
-    if rows is None and recipe.budget.sensitivity != "none":
-        raise OptionError(
-            f"sensitivity {recipe.budget.sensitivity} is measured on calibration rows; give --calib FILE, or "
-            "--sensitivity none"
-        )
+    check_measurable(recipe)
+    _check_reachable(plan, recipe.budget)
+    check_cache("curves")
+    cache = _Cache.of(source, recipe)
     model: Any = None
     found: dict[str, tuple[Candidate, ...]] = {}
-    _check_reachable(plan, recipe.budget)
     weighted = recipe.predicts_loss or recipe.weights_fits
     for group in statistics_groups(plan.layers, weighted=weighted):
         moments: dict[str, Moments] = {}
         for layer in group:
             name = layer.target.name
-            files = _files(source, layer, recipe)
+            files = cache.files(layer)
             parts = {part: _read(file) for part, file in files.items()}
             for part in [part for part, kept in parts.items() if kept is None]:
                 model = model or load_dense()
@@ -303,25 +333,40 @@ def _planned(plan: ConversionPlan, picked: Sequence[Candidate | None]) -> Conver
     return ConversionPlan(tuple(layers), selection, plan.other_bytes + sum(layer.dense_bytes for layer in dense))
 
 
-def _files(source: Checkpoint, layer: LayerPlan, recipe: Recipe) -> dict[str, Path]:
-    """Where the curves of a layer by structure, and the model's response to its errors, are kept."""
-    parts = [*recipe.budget.structures, *([RESPONSE] if _measures_response(source, recipe) else [])]
-    calibration = recipe.calibration
-    text = "" if calibration.file is None else hashlib.sha256(calibration.file.read_bytes()).hexdigest()
-    decides = {
-        "version": CURVE_VERSION,
-        "source": source.sha256(),
-        "layer": layer.target.name,
-        "text": text,
-        "calibration": calibration.model_dump(exclude={"file"}),
-        "seed": recipe.seed,
-        "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
-        "weighted": recipe.weights_fits,
-        "bias": layer.spec.bias,
-    }
-    shared = json.dumps(decides, sort_keys=True)
-    digests = {part: hashlib.sha256(f"{shared}:{part}".encode()).hexdigest() for part in parts}
-    return {part: cache_directory("curves") / f"{digest[:32]}.json" for part, digest in digests.items()}
+@dataclass(frozen=True)
+class _Cache:
+    """Where curves are kept by structure, and the model's response to errors beside them.
+
+    Attributes:
+        parts: structures, and the response where it is measured.
+        shared: what decides about the curves of all layers.
+    """
+
+    parts: tuple[str, ...]
+    shared: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Checkpoint, recipe: Recipe) -> "_Cache":
+        calibration = recipe.calibration
+        shared = {
+            "version": CURVE_VERSION,
+            "source": source.sha256(),
+            "calibration": calibration.model_dump(exclude={"file"}),
+            "seed": recipe.seed,
+            "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
+            "weighted": recipe.weights_fits,
+        }
+        if calibration.file is not None:
+            shared["text"] = hashlib.sha256(calibration.file.read_bytes()).hexdigest()
+            shared["tokenizer"] = tokenizer_hash(source.directory)
+        response = (RESPONSE,) if _measures_response(source, recipe) else ()
+        return cls((*recipe.budget.structures, *response), shared)
+
+    def files(self, layer: LayerPlan) -> dict[str, Path]:
+        """Files of a layer by part."""
+        decides = json.dumps({**self.shared, "layer": layer.target.name, "bias": layer.spec.bias}, sort_keys=True)
+        digests = {part: hashlib.sha256(f"{decides}:{part}".encode()).hexdigest() for part in self.parts}
+        return {part: cache_directory("curves") / f"{digest[:32]}.json" for part, digest in digests.items()}
 
 
 def _measures_response(source: Checkpoint, recipe: Recipe) -> bool:
@@ -332,12 +377,15 @@ def _measures_response(source: Checkpoint, recipe: Recipe) -> bool:
 
 
 def _read(file: Path) -> list[Any] | None:
-    found: list[Any] | None = json.loads(file.read_text(encoding="utf-8")) if file.exists() else None
+    """What was kept, or None where it has to be measured: there is no file, or it is damaged."""
+    try:
+        found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
     return found
 
 
 def _write(file: Path, content: Any) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(content), encoding="utf-8")
     temporary.replace(file)

@@ -5,7 +5,10 @@ any time, and nothing in it grows stale.
 """
 
 import os
+import tempfile
 from pathlib import Path
+
+from spmconvert.errors import NotWritableError
 
 
 def cache_directory(kind: str) -> Path:
@@ -13,3 +16,20 @@ def cache_directory(kind: str) -> Path:
     if chosen := os.environ.get("SPMCONVERT_CACHE"):
         return Path(chosen) / kind
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "spmconvert" / kind
+
+
+def check_cache(kind: str) -> None:
+    """Make the folder of a kind and see that files can be written there, before anything costly is made for it.
+
+    Raises:
+        NotWritableError: when they cannot.
+    """
+    directory = cache_directory(kind)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
+            pass
+    except OSError as error:
+        raise NotWritableError(
+            f"the cache {directory} cannot be written ({error.strerror}); set SPMCONVERT_CACHE to a directory that can"
+        ) from None

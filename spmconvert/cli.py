@@ -4,6 +4,7 @@ Options and recipes are checked before torch is imported. Every error is one lin
 """
 
 import os
+import shlex
 import sys
 import time
 from dataclasses import asdict
@@ -115,12 +116,16 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> None:
-    from spmconvert.allocation import compare_budgets, read_curves
+    from spmconvert.allocation import check_measurable, compare_budgets, read_curves
     from spmconvert.conversion import default_output, open_plan
+    from spmconvert.text import read_documents
 
     source, plan, _ = open_plan(model, recipe)
+    if recipe.calibration.file is not None:
+        read_documents(recipe.calibration.file)
     budgets = None
     if recipe.budget.limits:
+        check_measurable(recipe)
         curves = read_curves(source, plan, recipe)
         if curves is None:
             raise OptionError(
@@ -220,7 +225,8 @@ def finetune(
     began = time.monotonic()
     try:
         if store_logits is not None:
-            return _store_logits(chosen, store_logits, data, training, teacher, device)
+            _store_logits(chosen, store_logits, data, training, teacher, device)
+            return console.data({"output": str(store_logits)}) if as_json else None
         with console.TrainingProgress(training.steps) as watch:
             result = run(
                 chosen,
@@ -255,7 +261,7 @@ def _store_logits(
         store_teacher_logits(
             directory, destination, data=data, recipe=training, teacher=teacher, device=device, report=progress.update
         )
-    console.note(f"next: the same command with --teacher-logits {destination} in place of --store-logits")
+    console.note(f"next: the same command with --teacher-logits {shlex.quote(str(destination))} in place of --store-logits")
 
 
 @app.command()

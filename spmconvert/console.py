@@ -5,6 +5,7 @@ Results go to standard output; progress, notes and errors go to standard error, 
 
 import json
 import logging
+import shlex
 import sys
 import time
 from types import TracebackType
@@ -26,8 +27,9 @@ if TYPE_CHECKING:
     from spmconvert.recipe import Recipe
 
 # a pipe or a file has no width; wide enough that no name is folded
-_out = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-_err = Console(stderr=True, highlight=False)
+# names and paths may hold brackets and colons, which are not markup
+_out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+_err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def error(message: str) -> None:
@@ -56,7 +58,7 @@ def silence_libraries() -> None:
 def _live_bar() -> Progress:
     return Progress(
         SpinnerColumn(),
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(elapsed_when_finished=True),
@@ -138,7 +140,10 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
         parts += [f"{conversion.left_dense} layers stay dense"] if conversion.left_dense else []
         _out.print(", ".join(parts), soft_wrap=True)
     _out.print(f"error: {conversion.measured_on}", soft_wrap=True)
-    _out.print(f"next: spmconvert finetune {conversion.output} --data TEXT, or load it:", soft_wrap=True)
+    if conversion.above_limit:
+        names = ", ".join(conversion.above_limit)
+        _out.print(f"the final fits of {names} came out above the largest error that was allowed", soft_wrap=True)
+    _out.print(f"next: spmconvert finetune {shlex.quote(str(conversion.output))} --data TEXT, or load it:", soft_wrap=True)
     _out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)
 
 

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.allocation import measure_curves
+from spmconvert.allocation import Allocation, measure_curves
 from spmconvert.checkpoint.card import model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory
 from spmconvert.devices import check_device
 from spmconvert.errors import OptionError, OutputError
 from spmconvert.fitrun import FitRun, Progress, Silent, fit_all, load_dense_model
@@ -30,10 +30,11 @@ from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments,
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
 from spmconvert.recipe import Recipe, recipe_from_keywords
-from spmconvert.sequential import on_one_path
+from spmconvert.sequential import check_chain, is_chain, layer_blocks, on_one_path
 from spmconvert.surgery.architecture import load_config, model_class, skeleton
 from spmconvert.surgery.hf import SPMConfig
 from spmconvert.surgery.swap import layer_from_spec, replace_module
+from spmconvert.text import tokenizer_hash
 from spmconvert.version import __version__
 
 
@@ -53,6 +54,7 @@ class Conversion:
         choice: what a budget was spent on, None without one.
         left_dense: targeted layers that a budget left dense.
         aims: what fits went for beside each layer's own error, in words.
+        above_limit: layers whose final fit came out above the largest error that was allowed.
     """
 
     output: Path
@@ -66,6 +68,7 @@ class Conversion:
     choice: Choice | None = None
     left_dense: int = 0
     aims: str = ""
+    above_limit: tuple[str, ...] = ()
 
     @property
     def measured_on(self) -> str:
@@ -108,22 +111,28 @@ def convert(
     resolved = resolve_recipe(recipe, changes)
     check_device(device)
     source, plan, config = open_plan(str(model), resolved)
-    resolved = _settled(resolved, config, plan)
     destination = default_output(str(model)) if output is None else Path(output)
     if destination.resolve() == source.directory.resolve():
         raise OptionError(f"the output {destination} is the source; choose another with -o")
     rows = _calibration_rows(source, config, resolved)
     listener = progress or Silent()
     budgeted = bool(resolved.budget.limits)
+    load_dense = partial(load_dense_model, source.directory, config, device)
+    resolved = _settled(resolved, plan, config, rows, load_dense)
     # a budget is spent later; until then the output may be as large as the source
     needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
     fingerprint = _fingerprint(source, resolved)
     with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed) as target:
         choice = None
         if budgeted:
-            load_dense = partial(load_dense_model, source.directory, config, device)
-            curves = measure_curves(source, plan, resolved, rows, load_dense, listener.calibrating, listener.measured)
-            allocation = curves.allocate(resolved.budget)
+            kept = target.load_file(CHOICE_FILE)
+            if kept is None:
+                curves = measure_curves(source, plan, resolved, rows, load_dense, listener.calibrating, listener.measured)
+                allocation = curves.allocate(resolved.budget)
+                # finished layers have these designs, whatever a cache says when the run is resumed
+                target.store_file(CHOICE_FILE, allocation.to_json())
+            else:
+                allocation = Allocation.from_json(plan, kept)
             plan, choice = allocation.plan, allocation.choice
         listener.planned(plan)
         run = FitRun(source, config, plan, choice, resolved, rows, device, target, listener)
@@ -187,14 +196,33 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     return source, plan_conversion(source, skeleton(config), recipe), config
 
 
-def _settled(recipe: Recipe, config: Any, plan: ConversionPlan) -> Recipe:
-    """The recipe with what it leaves open about the fits decided, so that it is recorded as it was done."""
+def _settled(
+    recipe: Recipe, plan: ConversionPlan, config: Any, rows: CalibrationRows | None, load_dense: Callable[[], Any]
+) -> Recipe:
+    """The recipe with what it leaves open about the fits decided, so that it is recorded as it was done.
+
+    Raises:
+        OptionError: when fits in sequence are asked for and cannot be made; before anything is measured for a budget.
+    """
+    names = [layer.target.name for layer in plan.layers]
     sequential = recipe.fit.sequential
     if sequential is None:
-        names = [layer.target.name for layer in plan.layers]
         sequential = recipe.prefers_sequence and on_one_path(skeleton(config), names)
+    if sequential:
+        container, _ = layer_blocks(skeleton(config), names)
+        if recipe.budget.limits and rows is not None:
+            model = load_dense()
+            batch = next(rows.batches(rows.fitted[:1], model))
+            if recipe.fit.sequential:
+                check_chain(model, container, batch)
+            else:
+                sequential = is_chain(model, container, batch)
     settled = {"output_weighting": recipe.weights_fits, "sequential": sequential}
-    return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled)})
+    calibration = recipe.calibration
+    if calibration.file is not None:
+        # a relative path would mean another place to the commands that come later
+        calibration = calibration.model_copy(update={"file": calibration.file.resolve()})
+    return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled), "calibration": calibration})
 
 
 def default_output(model: str) -> Path:
@@ -229,6 +257,7 @@ def _fingerprint(source: Checkpoint, recipe: Recipe) -> str:
         source.sha256(),
         recipe.model_dump_json(exclude={"calibration": {"file"}, "finetune": True}),
         text,
+        "" if recipe.calibration.file is None else tokenizer_hash(source.directory),
         __version__,
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -316,6 +345,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
     entries = run.source.tensors.values()
     before = sum(math.prod(entry.shape) for entry in entries)
     saved = sum(record.dense_parameters - record.parameters for record in records)
+    max_error = run.recipe.budget.max_error or math.inf
     return Conversion(
         output=output,
         layers=records,
@@ -328,6 +358,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         choice=run.choice,
         left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
         aims=run.recipe.fit.aims,
+        above_limit=tuple(record.name for record in records if record.error > max_error),
     )
 
 

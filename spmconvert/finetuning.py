@@ -24,7 +24,7 @@ from spmconvert.checkpoint.converted import Converted, open_converted, open_sour
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
 from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory
 from spmconvert.conversion import load
 from spmconvert.devices import check_device
 from spmconvert.distill.data import TrainingData, load_training_data
@@ -128,7 +128,7 @@ def finetune(
                     destination, fingerprint=fingerprint, force=force or in_place, resume=resume, needed_bytes=6 * size
                 )
             )
-        kept = share_bytes(accelerator, None if target is None else target.load_state())
+        kept = share_bytes(accelerator, None if target is None else target.load_file(STATE_FILE))
         snapshot = None if kept is None else torch.load(io.BytesIO(kept), weights_only=True)
         student = _load_student(converted, config, training, accelerator.device)
         dense = None if stored is not None else _load_teacher(source, config, teacher_device or accelerator.device)
@@ -298,7 +298,7 @@ def _save(target: OutputDirectory | None, snapshot: dict[str, Any]) -> None:
     if target is not None:
         buffer = io.BytesIO()
         torch.save(snapshot, buffer)
-        target.store_state(buffer.getvalue())
+        target.store_file(STATE_FILE, buffer.getvalue())
 
 
 def _result(

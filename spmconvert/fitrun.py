@@ -6,7 +6,7 @@ stay on disk and are read as they are needed (6 Llama blocks of 235 MB: 0.9 GB a
 with output weighting they cannot, since a gradient needs them all.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments,
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe import Recipe
-from spmconvert.sequential import Regression, Streams, layer_blocks, regress
+from spmconvert.sequential import Regression, Streams, calling_order, layer_blocks, regress
 from spmconvert.surgery.architecture import model_class, skeleton
 from spmconvert.surgery.swap import layer_from_spec
 
@@ -135,7 +135,7 @@ _Work = tuple[LayerPlan, Moments | None, Regression | None]
 def _independent(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]:
     """Layers that are not stored, with the moments of what the dense model feeds them."""
     load = partial(load_dense_model, run.source.directory, run.config, run.device)
-    for layer, moments in _with_moments(run, records, load):
+    for layer, moments in _with_moments(run, run.plan.layers, records, load):
         if layer.target.name not in records:
             yield layer, moments, None
 
@@ -150,8 +150,10 @@ def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]
         folder = run.target.partial / "offloaded"
         model = load_with_blocks_on_disk(run.source.directory, run.config, run.device, container, folder)
     streams = Streams(model, container, list(run.rows.batches(run.rows.fitted, model)))
+    order = calling_order(model, list(blocks), next(run.rows.batches(run.rows.fitted[:1], model)))
+    layers = sorted(run.plan.layers, key=lambda layer: (blocks[layer.target.name], order.index(layer.target.name)))
     reached = 0
-    for layer, moments in _with_moments(run, records, lambda: model):
+    for layer, moments in _with_moments(run, layers, records, lambda: model):
         name = layer.target.name
         for index in range(reached, blocks[name]):
             streams.advance(index)
@@ -165,17 +167,17 @@ def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]
 
 
 def _with_moments(
-    run: FitRun, records: dict[str, LayerRecord], load: Callable[[], Any]
+    run: FitRun, layers: Sequence[LayerPlan], records: dict[str, LayerRecord], load: Callable[[], Any]
 ) -> Iterator[tuple[LayerPlan, Moments | None]]:
     """All layers, with what the dense model feeds those that are not stored."""
     model = None
-    for group in statistics_groups(run.plan.layers, weighted=run.recipe.weights_fits):
+    for group in statistics_groups(layers, weighted=run.recipe.weights_fits):
         moments: dict[str, Moments] = {}
         if run.rows is not None and any(layer.target.name not in records for layer in group):
             model = model or load()
             # of the whole group, so that a resumed run forms the same sums
             moments = _gather(run, model, group)
-        if group[-1] is run.plan.layers[-1]:
+        if group[-1] is layers[-1]:
             model = None
         for layer in group:
             yield layer, moments.pop(layer.target.name, None)

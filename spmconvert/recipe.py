@@ -77,7 +77,7 @@ class Fit(_Table):
     Attributes:
         iterations: most solver iterations a layer gets, Adam and L-BFGS together.
         output_weighting: weigh output directions by what their errors cost the model; needs calibration rows. None does
-            so where a budget measures these costs anyway.
+            so where a share or a size is kept and these costs are measured anyway.
         sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs; needs
             calibration rows. None does so where a share or a size is kept, by more than low rank alone, and the targets
             are on one path through one list of blocks.
@@ -239,7 +239,10 @@ class Recipe(_Table):
     @property
     def weights_fits(self) -> bool:
         """Whether fits are weighted by the measured cost of output errors."""
-        return self.predicts_loss if self.fit.output_weighting is None else self.fit.output_weighting
+        if self.fit.output_weighting is not None:
+            return self.fit.output_weighting
+        # a largest error is one of all output directions alike
+        return self.predicts_loss and self.budget.max_error is None
 
     @property
     def prefers_sequence(self) -> bool:
@@ -257,6 +260,13 @@ class Recipe(_Table):
         if self.budget.limits and (self.design != LayerDesign() or self.overrides):
             limit = next(iter(self.budget.limits))
             raise ValueError(f"{limit} chooses the design of every layer; leave stages, block, rank and overrides out")
+        if not self.budget.limits and self.budget != Budget():
+            given = ", ".join(f"budget.{key}" for key, value in self.budget if value != getattr(Budget(), key))
+            raise ValueError(f"{given} is given without a budget to spend; add --keep, or another limit")
+        if self.budget.max_error is not None and self.fit.sequential:
+            raise ValueError(
+                "max_error limits what each layer does alone, which fits in sequence do not go for; choose one"
+            )
         if self.calibration.file is None and (self.fit.output_weighting or self.fit.sequential):
             option = "output_weighting" if self.fit.output_weighting else "sequential"
             raise ValueError(f"fit.{option} needs calibration rows; give --calib FILE")

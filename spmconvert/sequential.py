@@ -85,8 +85,15 @@ def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]
     """The module list that holds all layers, and the block of every layer.
 
     Raises:
-        OptionError: when they are not all inside of one list of blocks.
+        OptionError: when they are not all inside of one list of blocks, or one is an expert, which sees other tokens in
+            each run.
     """
+    experts = [name for name in names if ".experts." in name]
+    if experts:
+        raise OptionError(
+            f"sequential fitting needs layers that see every token, {experts[0]} is an expert; leave it out with --ignore, "
+            "or choose --independent"
+        )
     containers = [name for name, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     for container in sorted(containers, key=len):
         if all(name.startswith(f"{container}.") for name in names):
@@ -103,7 +110,47 @@ def on_one_path(model: Any, names: Sequence[str]) -> bool:
         layer_blocks(model, names)
     except OptionError:
         return False
-    return not any(".experts." in name for name in names)
+    return True
+
+
+def check_chain(model: Any, container: str, batch: dict[str, Any]) -> None:
+    """Refuse blocks that are no chain.
+
+    Raises:
+        OptionError: when they are none.
+    """
+    if not is_chain(model, container, batch):
+        raise OptionError(
+            f"the blocks of {container} do not each take what the one before them puts out, so their layers cannot be "
+            "fitted one after the other; choose --independent"
+        )
+
+
+@torch.no_grad()
+def is_chain(model: Any, container: str, batch: dict[str, Any]) -> bool:
+    """Whether blocks are called once each and take what the one before puts out, by the first row of a batch."""
+    blocks = model.get_submodule(container)
+    row = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
+    calls = _block_calls(model, blocks, row, states=True)
+    if len(calls) != len(blocks) or not all(isinstance(call[0][0], Tensor) for call in calls):
+        return False
+    found = [_state_after(block, call[0][0], call[0][1:], call[1]) for block, call in zip(blocks, calls, strict=True)]
+    return all(map(_agree, found, (call[0][0] for call in calls[1:])))
+
+
+@torch.no_grad()
+def calling_order(model: Any, names: Sequence[str], batch: dict[str, Any]) -> list[str]:
+    """Layers in the order in which a forward pass calls them first; a model may register them in another one."""
+    order: dict[str, None] = {}
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: order.setdefault(name)) for name in names
+    ]
+    try:
+        model(**batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*order, *(name for name in names if name not in order)]
 
 
 class Streams:
@@ -119,7 +166,7 @@ class Streams:
 
     def __init__(self, model: Any, container: str, batches: Sequence[dict[str, Any]]) -> None:
         self._model, self._blocks = model, model.get_submodule(container)
-        _check_chain(model, container, batches[0])
+        check_chain(model, container, batches[0])
         self._converted: dict[str, nn.Module] = {}
         self._masks = [batch.get("attention_mask") for batch in batches]
         self._calls = [_block_calls(model, self._blocks, batch) for batch in batches]
@@ -183,27 +230,6 @@ def _state_after(block: nn.Module, state: Tensor, arguments: tuple[Any, ...], ke
     output = block(state, *arguments, **keywords)
     found: Tensor = output if isinstance(output, Tensor) else output[0]
     return found
-
-
-@torch.no_grad()
-def _check_chain(model: Any, container: str, batch: dict[str, Any]) -> None:
-    """Refuse blocks that do not take what the block before them puts out, by the first row of a batch.
-
-    Raises:
-        CalibrationError: when they take something else, or are not called once each.
-    """
-    blocks = model.get_submodule(container)
-    row = {name: value[:1] if isinstance(value, Tensor) else value for name, value in batch.items()}
-    calls = _block_calls(model, blocks, row, states=True)
-    chained = len(calls) == len(blocks) and all(isinstance(call[0][0], Tensor) for call in calls)
-    if chained:
-        found = [_state_after(block, call[0][0], call[0][1:], call[1]) for block, call in zip(blocks, calls, strict=True)]
-        chained = all(map(_agree, found, (call[0][0] for call in calls[1:])))
-    if not chained:
-        raise CalibrationError(
-            f"the blocks of {container} do not each take what the one before them puts out, so their layers cannot be "
-            "fitted one after the other; choose --independent"
-        )
 
 
 def _agree(found: Tensor, wanted: Tensor) -> bool:

@@ -6,6 +6,7 @@ models read one document a row, cut at the row length; causal and encoder-decode
 end-of-text token and cut into full rows, as they were trained. A rest that does not fill a row is dropped.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.errors import CalibrationError, OptionError
+from spmconvert.surgery.architecture import skeleton
 
 SHORTEST_DOCUMENT = 64
 PLAIN_SUFFIXES = ("", ".txt", ".md", ".raw", ".tokens")
@@ -51,7 +53,8 @@ def read_documents(source: Path | str, column: str = "text") -> list[str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return file.read_text(encoding="utf-8").splitlines()
+        # str.splitlines would also cut at separators that JSON and running text may contain
+        return file.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise CalibrationError(f"text file {file} is not UTF-8 at byte {error.start}; convert it to UTF-8") from None
     except OSError as error:
@@ -130,6 +133,14 @@ def load_tokenizer(directory: Path) -> Any:
         ) from error
 
 
+def tokenizer_hash(directory: Path) -> str:
+    """Hash of a checkpoint's tokenizer files by name and content."""
+    total = hashlib.sha256()
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()}):
+        total.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
 def reads_packed(config: Any) -> bool:
     """Whether a model reads rows cut from one stream of tokens, rather than one document a row."""
     architecture = (getattr(config, "architectures", None) or [""])[0]
@@ -138,8 +149,18 @@ def reads_packed(config: Any) -> bool:
 
 
 def row_length(config: Any, wanted: int) -> int:
-    """The wanted number of tokens a row, or the most positions the model has."""
-    return min(wanted, getattr(config, "max_position_embeddings", None) or wanted)
+    """The wanted number of tokens a row, or the most that the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or wanted
+    reserved = (getattr(config, "pad_token_id", None) or 0) + 1
+    if wanted + reserved > positions and _counts_from_padding(config, positions):
+        return min(wanted, positions - reserved)
+    return min(wanted, positions)
+
+
+def _counts_from_padding(config: Any, positions: int) -> bool:
+    """Whether positions start after that of padding, as in RoBERTa: their embedding has a row for padding then."""
+    embeddings = [module for module in skeleton(config).modules() if isinstance(module, torch.nn.Embedding)]
+    return any(one.num_embeddings == positions and one.padding_idx is not None for one in embeddings)
 
 
 def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, file: Path) -> list[Tensor]:

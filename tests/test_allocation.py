@@ -2,23 +2,27 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
+from transformers import Phi3Config, Phi3ForCausalLM
 
 import spmconvert
 from spmconvert import allocation
 from spmconvert.conversion import open_plan, resolve_recipe
-from spmconvert.errors import CalibrationError, OptionError, OutputError, RecipeError
+from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
 from spmconvert.fitrun import load_dense_model
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.recipe import Budget
-from spmconvert.sequential import on_one_path
+from spmconvert.sequential import calling_order, on_one_path
 from spmconvert.surgery.architecture import load_config, skeleton
 
-QUICK = {"fit.iterations": 6, "budget.iterations": 4, "calibration.rows": 16}
+DESIGNED = {"fit.iterations": 6, "calibration.rows": 16}
+QUICK = {**DESIGNED, "budget.iterations": 4}
 
 
 @pytest.fixture
@@ -151,7 +155,10 @@ def test_encoders_respond_as_predicted(checkpoints, text, cache):
         ({"keep_flops": 1e-4}, OptionError, "FLOPs a token, the smallest candidates"),
         ({"keep_bytes": 9}, OptionError, "9 bytes, the smallest candidates"),
         ({"keep": 0.5, "structures": "monarch"}, RecipeError, "'monarch': input should be .* 'lowrank'$"),
-        ({"sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
+        ({"keep": 0.5, "sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
+        ({"structures": "lowrank"}, RecipeError, r"budget\.structures, budget\.iterations is given without a budget"),
+        ({"max_error": 0.1, "sequential": True}, RecipeError, "max_error limits what each layer does alone"),
+        ({"max_error": 1e-6}, OptionError, "max_error leaves every layer dense; allow a larger error than 1e-06"),
         ({"keep": 0.5, "calib": None}, OptionError, "sensitivity gradient is measured on calibration rows"),
     ],
 )
@@ -189,20 +196,10 @@ def test_sequential_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, m
 
     changes = {"calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True}
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
-    from spmconvert import fitrun
-
-    whole, calls = fitrun.fit_layer, []
-
-    def interrupted(*arguments, **keywords):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return whole(*arguments, **keywords)
-
-    monkeypatch.setattr(fitrun, "fit_layer", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", **changes)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", **changes)
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", resume=True, **changes)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
@@ -258,7 +255,10 @@ def test_sequential_run_says_nothing_of_weights_on_disk(checkpoints, text, tmp_p
     ],
 )
 def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, cache, name, changes, expected):
-    changes = {"calib": text, "structures": "companion,lowrank", **QUICK, **changes}
+    given = (
+        {"calib": text, **DESIGNED} if "rank" in changes else {"calib": text, "structures": "companion,lowrank", **QUICK}
+    )
+    changes = {**given, **changes}
     result = spmconvert.convert(checkpoints[name], tmp_path / "out", **changes)
     fit = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]
     assert fit["sequential"] is expected
@@ -288,10 +288,19 @@ def test_blocks_that_pass_on_something_else_are_refused(checkpoints, text, tmp_p
             model.config.num_hidden_layers += 1
         return model
 
-    monkeypatch.setattr("spmconvert.fitrun.load_dense_model", load)
-    with pytest.raises(CalibrationError, match=r"transformer\.h do not .* choose --independent"):
-        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+    for module in ("conversion", "fitrun"):
+        monkeypatch.setattr(f"spmconvert.{module}.load_dense_model", load)
+    with pytest.raises(OptionError, match=r"transformer\.h do not .* choose --independent"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, sequential=True, **QUICK)
+    assert not cache.exists(), "refused before anything is measured"
+    with pytest.raises(OptionError, match=r"transformer\.h do not .* choose --independent"):
+        spmconvert.convert(
+            checkpoints["gpt2"], tmp_path / "out", rank=2, calib=text, sequential=True, output_weighting=True, **DESIGNED
+        )
     assert not (tmp_path / "out").exists()
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+    fit = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]
+    assert fit["sequential"] is False, "nobody asked for it"
 
 
 def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
@@ -340,7 +349,7 @@ def test_budget_while_loading(checkpoints, text, tmp_path, cache):
         )
     with pytest.raises(OptionError, match="sequential fits are not made"):
         AutoModelForCausalLM.from_pretrained(
-            checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **QUICK)
+            checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **DESIGNED)
         )
 
 
@@ -361,3 +370,106 @@ def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_p
     with pytest.raises(OptionError, match="smallest candidates"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "new", keep=1e-4, calib=text, **QUICK)
     assert not (cache / "curves").exists()
+
+
+def interrupt_after(monkeypatch, layers):
+    """Stop the next conversion when so many layers are fitted."""
+    from spmconvert import fitrun
+
+    whole, calls = fitrun.fit_layer, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) > layers:
+            raise KeyboardInterrupt
+        return whole(*arguments, **keywords)
+
+    monkeypatch.setattr(fitrun, "fit_layer", interrupted)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_budget_resumes_what_it_chose_whatever_the_cache_says(
+    checkpoints, text, tmp_path, cache, monkeypatch, sequential
+):
+    from tests.test_convert import files_of
+
+    changes = {"keep": 0.4, "calib": text, "sequential": sequential, **QUICK}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", **changes)
+    for file in (cache / "curves").iterdir():
+        found = json.loads(file.read_text())
+        # the order of the candidates is turned round
+        losses = [one["loss"] for one in found if isinstance(one, dict)]
+        file.write_text(json.dumps([{**one, "loss": 1 / loss} for one, loss in zip(found, losses, strict=False)] or found))
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", resume=True, **changes)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_a_damaged_cache_is_measured_again(checkpoints, text, cache):
+    first = curves_of(checkpoints, text)[0]
+    for file in (cache / "curves").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    second, loaded, *_ = curves_of(checkpoints, text)
+    assert loaded
+    assert second.candidates == first.candidates
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_measuring(checkpoints, text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NotWritableError, match="set SPMCONVERT_CACHE"):
+        curves_of(checkpoints, text)
+
+
+def test_another_tokenizer_has_curves_of_its_own(checkpoints, text, tmp_path, cache):
+    model = tmp_path / "gpt2"
+    shutil.copytree(checkpoints["gpt2"], model)
+    assert curves_of({"gpt2": model}, text)[1]
+    assert not curves_of({"gpt2": model}, text)[1]
+    tokenizer = model / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "another": "key"}))
+    assert curves_of({"gpt2": model}, text)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--calib", "nothere.txt"], CalibrationError, "nothere.txt cannot be read"),
+        (["--keep", "0.4", "--calib", "nothere.txt"], CalibrationError, "nothere.txt cannot be read"),
+        (["--keep", "0.4"], OptionError, "give --calib FILE"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(run, checkpoints, cache, options, error, message):
+    code, _, err = run("convert", checkpoints["gpt2"], "--dry-run", *options)
+    assert code == error.exit_code
+    assert message in err
+
+
+def test_a_largest_error_wants_plain_fits_and_names_what_exceeds_it(checkpoints, text, tmp_path, cache, monkeypatch):
+    from spmconvert import fitrun
+
+    whole = fitrun.fit_layer
+
+    def worse(*arguments, **keywords):
+        layer, record = whole(*arguments, **keywords)
+        return layer, replace(record, error=0.5) if record.name.endswith("h.1.mlp.c_fc") else record
+
+    monkeypatch.setattr(fitrun, "fit_layer", worse)
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", max_error=0.4, calib=text, **QUICK)
+    assert json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]["output_weighting"] is False
+    assert result.above_limit == ("transformer.h.1.mlp.c_fc",)
+
+
+def test_layers_are_fitted_in_the_order_of_their_calls(text):
+    config = Phi3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=1, architectures=["Phi3ForCausalLM"],
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    names = [f"model.layers.{index}.self_attn.{part}" for index in (0, 1) for part in ("o_proj", "qkv_proj")]
+    assert [name for name, _ in model.named_modules() if name in names] == names, "registered in the other order"
+    order = calling_order(model, names, {"input_ids": torch.randint(3, 90, (1, 8))})
+    assert order == [names[1], names[0], names[3], names[2]]

@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from spmconvert import errors
-from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory
 from spmconvert.conversion import convert
 from tests.test_cli import assert_refused
 
@@ -68,7 +68,7 @@ def test_an_unfinished_conversion_is_told_from_a_missing_one(run, place, checkpo
     code, out, _ = run("report", "half-spm", "--json")
     assert len(json.loads(out)["layers"]) == 2
     with OutputDirectory(place / "tuned", fingerprint="f", force=False, resume=False, needed_bytes=1) as target:
-        target.store_state(b"state")
+        target.store_file(STATE_FILE, b"state")
     assert "a finetune has kept its state" in run("report", "tuned")[1]
     assert_refused(run("report", "nothing"), errors.ModelNotFoundError, "nothing")
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,10 +11,12 @@ import time
 
 import pytest
 import torch
+from transformers import BertForSequenceClassification
 
 import spmconvert
 from spmconvert.errors import CalibrationError, CheckpointError, ModelNotFoundError, OptionError, OutputError, RecipeError
 from spmconvert.finetuning import finetune
+from tests.conftest import bert_config
 from tests.test_cli import assert_refused
 from tests.test_convert import files_of, raw_tensors
 
@@ -178,3 +181,30 @@ def test_command_refuses(run, converted, checkpoints, text, tmp_path, monkeypatc
     assert_refused(run("finetune", "--data", text), OptionError, "bert, gpt2")
     monkeypatch.chdir(tmp_path)
     assert_refused(run("finetune", "--data", text), OptionError, "no converted checkpoint")
+
+
+def test_paths_that_were_given_relative_are_found_from_elsewhere(checkpoints, text, tmp_path, monkeypatch):
+    shutil.copytree(checkpoints["gpt2"], tmp_path / "model")
+    shutil.copy(text, tmp_path / "text.txt")
+    monkeypatch.chdir(tmp_path)
+    spmconvert.convert("model", "out [v2] dir", rank=2, calib="text.txt", **{"fit.iterations": 2, "calibration.rows": 12})
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    assert finetune("../out [v2] dir", "tuned", data=text, **{**SHORT, "steps": 1}) is not None
+    recorded = json.loads((tmp_path / "out [v2] dir" / "spm.json").read_text())
+    assert recorded["source"]["name"] == str(tmp_path / "model")
+    assert recorded["recipe"]["calibration"]["file"] == str(tmp_path / "text.txt")
+
+
+def test_a_model_of_one_output_is_matched_by_its_scores(run, text, checkpoints, tmp_path):
+    model = BertForSequenceClassification(bert_config(num_labels=1))
+    model.save_pretrained(tmp_path / "ranker")
+    for file in checkpoints["bert"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "ranker")
+    changes = {"rank": 2, "calib": text, "fit.iterations": 2, "calibration.rows": 12}
+    spmconvert.convert(tmp_path / "ranker", tmp_path / "out [v2]", **changes)
+    options = [f"--set={key}={value}" for key, value in SHORT.items()]
+    code, out, _ = run("finetune", tmp_path / "out [v2]", "--data", text, *options)
+    assert code == 0
+    assert "squared distance to the source's scores" in out
+    assert str(tmp_path / "out [v2]-ft") in out, "brackets are no markup"

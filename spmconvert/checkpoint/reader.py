@@ -32,7 +32,7 @@ class Checkpoint:
 
     Attributes:
         directory: where its files are.
-        name: the name it was asked for by.
+        name: its id on the hub, or the full path of a local directory.
         revision: commit on the hub, or None for a local directory.
         config: config.json.
         tensors: every tensor by name, in the order of files and offsets.
@@ -144,7 +144,9 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     if not path.is_dir():
         raise CheckpointError(f"{path} is a file; give the directory that holds config.json and model.safetensors")
     try:
-        return Checkpoint(path, model, commit, _read_config(path), read_headers(path))
+        # a relative path would mean another place to the commands that come later
+        name = model if commit else str(path.resolve())
+        return Checkpoint(path, name, commit, _read_config(path), read_headers(path))
     except OSError as error:
         raise _unreadable(path, error) from error
 

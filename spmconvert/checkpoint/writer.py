@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     import torch
 
 LARGEST_SHARD = 2 << 30
+# what runs keep beside finished layers: a finetune its training state, a conversion to a budget what it chose
+STATE_FILE = "state.bin"
+CHOICE_FILE = "choice.json"
 # room for headers, config, tokenizer and the layers stored beside the final files
 SPACE_MARGIN = 1.1
 
@@ -171,14 +174,14 @@ class OutputDirectory:
         except (SafetensorError, TypeError, KeyError, ValueError):
             raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
 
-    def store_state(self, content: bytes) -> None:
-        """Keep the state of a run that is not made of layers; the one before is replaced."""
+    def store_file(self, name: str, content: bytes) -> None:
+        """Keep what a run needs to go on beside finished layers; what was kept under the name before is replaced."""
         with _write_errors(self.output):
-            _replace_file(self.partial / "state.bin", content)
+            _replace_file(self.partial / name, content)
 
-    def load_state(self) -> bytes | None:
-        """The state that was last kept, or None."""
-        file = self.partial / "state.bin"
+    def load_file(self, name: str) -> bytes | None:
+        """What was last kept under a name, or None."""
+        file = self.partial / name
         return file.read_bytes() if file.exists() else None
 
     def write_weights(

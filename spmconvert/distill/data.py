@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spmconvert.caches import cache_directory
+from spmconvert.caches import cache_directory, check_cache
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe import Training
 from spmconvert.text import DATASET_PREFIX, load_tokenizer, padded_batch, read_documents, row_length, token_rows
@@ -168,6 +168,7 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     key = f"{digest} {_vocabulary_hash(tokenizer)} {numbers}"
     place = cache_directory("tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    check_cache("tokens")
     parts = []
     for part, chosen in splits.items():
         if not (place / part / "ends.npy").exists():

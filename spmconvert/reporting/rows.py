@@ -110,6 +110,12 @@ def _rows_not_fitted(
     # lines such as headings may occur many times in a text
     seen = {tuple(row.tolist()) for row in rows.fitted}
     unseen = [row for row in (*rows.held_out, *rows.unused) if tuple(row.tolist()) not in seen]
+    if not unseen:
+        return NotMeasured(
+            what=what,
+            reason="it is the calibration text, and every row of it was fitted",
+            remedy=f"give another text with {OPTIONS[domain]}",
+        )
     origin = (
         f"{min(count, len(unseen))} of {len(unseen)} rows that the conversion did not fit; it fitted {len(rows.fitted)}"
     )

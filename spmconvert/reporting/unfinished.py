@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmconvert.checkpoint.writer import partial_directory
+from spmconvert.checkpoint.writer import STATE_FILE, partial_directory
 from spmconvert.errors import CorruptCheckpointError
 
 
@@ -45,7 +45,7 @@ def find_unfinished(directory: Path) -> Unfinished | None:
     if output.exists() or not (partial / "run.json").is_file():
         return None
     files = sorted((partial / "layers").glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
-    return Unfinished(output, tuple(_record(file) for file in files), (partial / "state.bin").exists())
+    return Unfinished(output, tuple(_record(file) for file in files), (partial / STATE_FILE).exists())
 
 
 def _record(file: Path) -> dict[str, Any]:

@@ -160,6 +160,17 @@ def test_rows_equal_to_a_fitted_one_are_not_measured(converted, text, monkeypatc
     assert [row.tolist() for row in found.rows] == [row.tolist() for row in expected.rows]
 
 
+def test_a_calibration_text_without_another_row_has_no_quality(converted, text, monkeypatch):
+    def all_fitted(*arguments):
+        found = load_rows(*arguments)
+        return replace(found, held_out=found.fitted[: len(found.held_out)], unused=[])
+
+    monkeypatch.setattr("spmconvert.reporting.rows.load_rows", all_fitted)
+    found = evaluation_rows(open_converted(converted), load_config(converted), text, "first", count=64)
+    assert isinstance(found, NotMeasured)
+    assert "every row of it was fitted" in found.reason
+
+
 def test_a_calibration_split_that_cannot_be_drawn_again_is_refused(converted, text, tmp_path):
     changed = tmp_path / "changed"
     shutil.copytree(converted, changed)
