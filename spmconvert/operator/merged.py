@@ -16,8 +16,8 @@ Blocks are merged in float32 (or wider) and rounded once to the dtype of the act
 In training only the inputs of the groups are kept, and the gradient goes through the merge to the stages. The chunked
 backward is not differentiable a second time (the reference is, and so is a single chunk).
 
-Under ``torch.compile`` and ``torch.export`` the tokens are not chunked: the same products appear as plain tensor
-operations that a compiler can fuse.
+Under ``torch.compile``, ``torch.export`` and activation checkpointing the tokens are not chunked: the same products appear
+as plain tensor operations, which a compiler can fuse and a checkpoint can forget.
 """
 
 import math
@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import linear, pad
 
 from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
@@ -227,11 +228,20 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     """
     if plan.dense:
         return linear(x, blocks[0], bias)
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS:
-        y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features)
+    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS
+    if whole or _saved_through_hooks():
+        y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
         return y if bias is None else y + bias
     chunked: Tensor = _ChunkedApply.apply(x, bias, plan, *blocks)
     return chunked
+
+
+def _saved_through_hooks() -> bool:
+    """Whether what autograd saves goes through hooks, as under activation checkpointing.
+
+    Each chunk's own graph would call them by itself: a checkpointed region would be computed again for every chunk.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
 
 
 class _ChunkedApply(torch.autograd.Function):
@@ -255,7 +265,8 @@ class _ChunkedApply(torch.autograd.Function):
                 h = _fold_rest(_mix(leaf, ctx.blocks, plan), plan)
             _write(h.detach(), bias, target)
             if h.requires_grad:
-                ctx.graphs.append((leaf, h))
+                # without its values, which nothing reads any more
+                ctx.graphs.append((leaf, get_gradient_edge(h), torch.empty_like(h, device="meta")))
         return y
 
     @staticmethod
@@ -267,12 +278,12 @@ class _ChunkedApply(torch.autograd.Function):
         grad_x = grad.new_empty(grad.shape[0], ctx.in_features) if needs_x else None
         wanted = [block for block in ctx.blocks if block.requires_grad]
         sums = [torch.zeros_like(block) for block in wanted]
-        for index, (leaf, h) in enumerate(ctx.graphs):
+        for index, (leaf, edge, like) in enumerate(ctx.graphs):
             rows = slice(index * CHUNK_TOKENS, index * CHUNK_TOKENS + leaf.shape[0])
             inputs = [*wanted, leaf] if needs_x else wanted
-            # in the strides of h the batched products read it as it is; otherwise they copy it batch by batch
-            grad_h = torch.empty_like(h).copy_(grad[rows].view(h.shape))
-            found = torch.autograd.grad(h, inputs, grad_h, retain_graph=True)
+            # in the strides of the output the batched products read it as it is; otherwise they copy it batch by batch
+            grad_h = torch.empty_like(like, device=grad.device).copy_(grad[rows].view(like.shape))
+            found = torch.autograd.grad(edge, inputs, grad_h, retain_graph=True)
             for total, part in zip(sums, found, strict=False):
                 total.add_(part)
             if grad_x is not None:
