@@ -121,7 +121,7 @@ def finetune(
     with ExitStack() as stack:
         target = None
         if accelerator.is_main_process:
-            fingerprint = _fingerprint(converted, source, rows, training)
+            fingerprint = _fingerprint(converted, source, rows, training, stored)
             # the state holds parameters, their best, their average and two moments, in float32, at most
             target = stack.enter_context(
                 OutputDirectory(
@@ -289,9 +289,22 @@ def _run_stages(run: Run, snapshot: dict[str, Any] | None, *, shard: bool) -> St
         snapshot = None
     if run.training.layerwise and snapshot is None:
         match_layers(run, run.distillation.layers)
-    run.called, parameters = prepare_student(run.accelerator, run.distillation.student, shard=shard)
+    run.called, parameters = prepare_student(
+        run.accelerator, run.distillation.student, shard=shard, unused=partial(_some_unused, run)
+    )
     run.trained = {name: parameters[name] for name in run.trained}
     return train(run, snapshot)
+
+
+def _some_unused(run: Run) -> bool:
+    """Whether some trained parameters may get no gradient in a step: a pooler that nothing compares, an idle expert."""
+    if any(".experts." in name for name in run.trained):
+        return True
+    student = run.distillation.student
+    run.distillation.loss(run.data.held_out.batch([0], student, 0)).total.backward()
+    unused = any(parameter.grad is None for parameter in run.trained.values())
+    student.zero_grad(set_to_none=True)
+    return unused
 
 
 def _save(target: OutputDirectory | None, snapshot: dict[str, Any]) -> None:
@@ -323,10 +336,14 @@ def _result(
     )
 
 
-def _fingerprint(converted: Converted, source: Checkpoint, data: TrainingData, training: Training) -> str:
+def _fingerprint(
+    converted: Converted, source: Checkpoint, data: TrainingData, training: Training, stored: StoredLogits | None
+) -> str:
+    """Everything that decides about the run; losses against a teacher and against stored logits are not alike."""
     weights = [str((name, entry.shape, entry.dtype)) for name, entry in converted.tensors.items()]
     provenance = json.dumps(converted.provenance)
-    parts = [source.sha256(), data.sha256, provenance, *weights, training.model_dump_json(), __version__]
+    teacher = source.sha256() if stored is None else stored.sha256
+    parts = [teacher, data.sha256, provenance, *weights, training.model_dump_json(), __version__]
     return sha256("\n".join(parts).encode()).hexdigest()
 
 

@@ -85,11 +85,23 @@ def test_compiled_student_learns_the_same(converted, text, tmp_path, monkeypatch
     assert len(compiled) == 1
 
 
+def stop_at(step):
+    def report(record):
+        if record.get("step") == step and "loss" in record:
+            raise KeyboardInterrupt
+
+    return report
+
+
 def test_stored_logits_take_the_teachers_place(converted, text, tmp_path):  # noqa: F811
     store_teacher_logits(converted / "gpt2", tmp_path / "logits", data=text, words=96, **SHORT)
     with_teacher = finetune(converted / "gpt2", tmp_path / "a", data=text, **SHORT)
     stored = finetune(converted / "gpt2", tmp_path / "b", data=text, teacher_logits=tmp_path / "logits", **SHORT)
     assert stored.best_loss == pytest.approx(with_teacher.best_loss, rel=0.02), "all words were stored"
+    with pytest.raises(KeyboardInterrupt):
+        finetune(converted / "gpt2", tmp_path / "d", data=text, report=stop_at(10), **SHORT)
+    with pytest.raises(OutputError, match="other settings"):
+        finetune(converted / "gpt2", tmp_path / "d", data=text, teacher_logits=tmp_path / "logits", resume=True, **SHORT)
     with pytest.raises(OutputError, match="exists"):
         store_teacher_logits(converted / "gpt2", tmp_path / "logits", data=text, **SHORT)
     with pytest.raises(CheckpointError, match="lack a row"):

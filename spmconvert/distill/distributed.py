@@ -4,6 +4,7 @@ Accelerate starts the processes' communication, moves nothing by itself and wrap
 Sharding calls ``fully_shard`` directly: accelerate offers FSDP2 on accelerators only, and so it is tested on CPUs too.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,8 +73,16 @@ def share_bytes(accelerator: Any, content: bytes | None) -> bytes | None:
     return box[0]
 
 
-def prepare_student(accelerator: Any, student: Any, *, shard: bool) -> tuple[Any, dict[str, nn.Parameter]]:
+def prepare_student(
+    accelerator: Any, student: Any, *, shard: bool, unused: Callable[[], bool]
+) -> tuple[Any, dict[str, nn.Parameter]]:
     """Wrap or shard the student.
+
+    Args:
+        accelerator: of the run.
+        student: with the trained parameters requiring gradients.
+        shard: whether to split it over the processes instead of copying it.
+        unused: whether some trained parameters may get no gradient; looking for them costs time in every step.
 
     Returns:
         What training steps call, and the student's parameters by their own names.
@@ -90,6 +99,11 @@ def prepare_student(accelerator: Any, student: Any, *, shard: bool) -> tuple[Any
         # the output head is used after the model's own forward pass, so the root keeps its parameters until the backward
         fully_shard(student, mesh=mesh, reshard_after_forward=False)
         called = student
+    elif accelerator.num_processes > 1:
+        from accelerate.utils import DistributedDataParallelKwargs
+
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=unused())
+        called = accelerator.prepare(student)
     else:
-        called = accelerator.prepare(student) if accelerator.num_processes > 1 else student
+        called = student
     return called, dict(student.named_parameters())

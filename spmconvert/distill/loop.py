@@ -208,8 +208,9 @@ def _shares(rows: list[int], size: int, accelerator: Any) -> Iterator[tuple[list
 
 
 def _positions(run: Run, rows: Sequence[int]) -> int:
-    """What the rows weigh: their tokens, or their number where a row is one position."""
-    if run.distillation.objective in ("classes", "scores"):
+    """What the rows weigh: their tokens, or their number where a row is one decision."""
+    of_tokens = (run.distillation.student.config.architectures or [""])[0].endswith("ForTokenClassification")
+    if run.distillation.objective in ("classes", "scores") and not of_tokens:
         return len(rows)
     return sum(run.data.training.size(index) for index in rows)
 

@@ -31,13 +31,17 @@ class StoredLogits:
         directory: what ``store_logits`` wrote.
         teacher_sha256: content hash that the teacher must have.
 
+    Attributes:
+        sha256: hash of what is stored about them.
+
     Raises:
         CheckpointError: when the directory holds no stored logits, or those of another teacher.
     """
 
     def __init__(self, directory: Path, teacher_sha256: str) -> None:
         try:
-            about = json.loads((directory / ABOUT_FILE).read_text(encoding="utf-8"))
+            content = (directory / ABOUT_FILE).read_text(encoding="utf-8")
+            about = json.loads(content)
             self._words, self._values, ends, keys = (
                 np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("words", "log_probabilities", "ends", "keys")
             )
@@ -48,6 +52,7 @@ class StoredLogits:
             raise CheckpointError(
                 f"{directory} holds logits of another teacher or in another format; write them again with --store-logits"
             )
+        self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         starts = [0, *ends[:-1].tolist()]
         self._places = {bytes(key): (start, end) for key, start, end in zip(keys, starts, ends.tolist(), strict=True)}
 

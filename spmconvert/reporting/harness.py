@@ -44,7 +44,10 @@ def run_tasks(converted: Any, dense: Any, tokenizer: Any, names: tuple[str, ...]
     return tuple(tasks)
 
 
-def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> dict[tuple[str, str], tuple[float, float | None, int]]:
+_Results = dict[tuple[str, str], tuple[float, float | None, int]]
+
+
+def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> _Results:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -52,6 +55,11 @@ def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> dict[tuple[
         answer = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names))
     except (KeyError, ValueError, OSError) as refused:
         raise OptionError(f"the tasks {', '.join(names)} cannot be run ({refused}); see lm_eval --tasks list") from None
+    return read_results(answer)
+
+
+def read_results(answer: dict[str, Any]) -> _Results:
+    """Value, standard error and samples by task or group of tasks, and metric with its filter where that has a name."""
     found = {}
     for task, values in answer["results"].items():
         for key, value in values.items():
@@ -59,6 +67,13 @@ def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> dict[tuple[
             if not isinstance(value, float) or metric.endswith("_stderr"):
                 continue
             error = values.get(f"{metric}_stderr,{variant}")
-            samples = answer["n-samples"][task]["effective"]
-            found[task, metric] = (value, error if isinstance(error, float) else None, samples)
+            name = metric if variant in ("", "none") else f"{metric}, {variant}"
+            found[task, name] = (value, error if isinstance(error, float) else None, _samples(answer, task))
     return found
+
+
+def _samples(answer: dict[str, Any], task: str) -> int:
+    """Samples of a task, or of all tasks of a group."""
+    if task in answer["n-samples"]:
+        return int(answer["n-samples"][task]["effective"])
+    return sum(_samples(answer, part) for part in answer.get("group_subtasks", {}).get(task, ()))

@@ -132,7 +132,8 @@ def pareto_plot(candidates: Sequence[Candidate]) -> Figure:
 
 def layer_map(layers: Sequence[Layer]) -> Figure:
     """Kept parameters and both errors, block by block and kind by kind."""
-    kinds = list(dict.fromkeys(_kind(layer) for layer in layers))
+    kind_of = _kinds(layers)
+    kinds = list(dict.fromkeys(kind_of.values()))
     blocks = sorted({_block(layer) for layer in layers})
     panels = (
         ("parameters kept", lambda layer: layer.parameters / layer.dense_parameters, "{:.0%}"),
@@ -146,7 +147,7 @@ def layer_map(layers: Sequence[Layer]) -> Figure:
     for part, (title, value, form) in zip(axes, panels, strict=True):
         grid = [[float("nan")] * len(kinds) for _ in blocks]
         for layer in layers:
-            grid[blocks.index(_block(layer))][kinds.index(_kind(layer))] = value(layer)
+            grid[blocks.index(_block(layer))][kinds.index(kind_of[layer.name])] = value(layer)
         highest = 1.0 if title == "parameters kept" else top
         _heat(part, grid, highest, form if len(blocks) <= MOST_LABELLED_ROWS else None)
         part.set_title(title, fontsize=10)
@@ -183,9 +184,15 @@ def _block(layer: Layer) -> int:
     return int(number[1]) if number else 0
 
 
-def _kind(layer: Layer) -> str:
-    """The part of a name that tells layers of one block apart."""
-    return re.sub(r"^.*?\.\d+\.", "", layer.name)
+def _kinds(layers: Sequence[Layer]) -> dict[str, str]:
+    """By layer what tells it apart from others of its block, with the name of its stack where there are several."""
+    parts = {layer.name: re.match(r"(?:(.*?)\.\d+\.)?(.*)", layer.name) for layer in layers}
+    found = {name: (match[1] or "", match[2]) for name, match in parts.items() if match}
+    stacks = {stack for stack, _ in found.values()}
+    named = [set(stack.split(".")) for stack in stacks if stack]
+    shared = set.intersection(*named) if named else set()
+    own = {stack: ".".join(part for part in stack.split(".") if part not in shared) for stack in stacks}
+    return {name: f"{kind} ({own[stack]})" if own[stack] else kind for name, (stack, kind) in found.items()}
 
 
 def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:

@@ -54,7 +54,7 @@ def findings(report: Report) -> list[str]:
         said.append(f"The converted model is slower than the dense one for {sizes}.")
     said.append(_layer_sentence(report))
     said += _candidate_sentences(report.candidates)
-    said.append(_training_sentence(report.training))
+    said += _training_sentences(report.training)
     said += [f"Not measured: {one.what}. {one.reason[:1].upper()}{one.reason[1:]}." for one in report.not_measured]
     return said
 
@@ -145,15 +145,19 @@ def _baseline_figure(report: Report) -> KeyFigure:
     )
 
 
-def _training_sentence(training: tuple[Training, ...]) -> str:
+def _training_sentences(training: tuple[Training, ...]) -> list[str]:
+    """One sentence a finetune: losses of two are not comparable where their texts, splits or objectives differ."""
     if not training:
-        return "The checkpoint has not been finetuned."
-    start, best = training[0].start_loss, training[-1].best_loss
-    steps = sum(run.steps for run in training)
-    if best < start:
-        loss = f"the held-out {training[-1].objective} loss from {start:.4g} to {best:.4g}"
-        return f"Finetuning for {steps} steps lowered {loss}."
-    return f"Finetuning for {steps} steps did not lower the held-out loss of {start:.4g}; its start was kept."
+        return ["The checkpoint has not been finetuned."]
+    said = []
+    for run in training:
+        if run.best_loss < run.start_loss:
+            loss = f"the held-out {run.objective} loss from {run.start_loss:.4g} to {run.best_loss:.4g}"
+            said.append(f"Finetuning for {run.steps} steps lowered {loss}.")
+        else:
+            start = f"the held-out {run.objective} loss of {run.start_loss:.4g}"
+            said.append(f"Finetuning for {run.steps} steps did not lower {start}; its start was kept.")
+    return said
 
 
 def _layer_sentence(report: Report) -> str:

@@ -160,11 +160,18 @@ def _check_complete(model: nn.Module) -> None:
         if not isinstance(module, SPMLinear):
             continue
         for part, parameter in module.named_parameters():
-            if not getattr(parameter, "_is_hf_initialized", False):
+            if not (getattr(parameter, "_is_hf_initialized", False) or _on_disk(module, part)):
                 raise CorruptCheckpointError(
                     f"tensor {name}.{part} {tuple(parameter.shape)} is missing from the checkpoint or has another shape; "
                     "download it again or convert again"
                 )
+
+
+def _on_disk(module: SPMLinear, part: str) -> bool:
+    """Whether accelerate keeps a parameter on disk, in the right shape, and reads it whenever the layer runs."""
+    parameter = module.get_parameter(part)
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return parameter.is_meta and weights is not None and part in weights and weights[part].shape == parameter.shape
 
 
 def random_model(config: Any) -> Any:

@@ -8,6 +8,7 @@ import time
 
 import psutil
 import pytest
+import torch
 
 import spmconvert
 from spmconvert.errors import OptionError
@@ -47,6 +48,16 @@ def test_two_processes_equal_one(converted, text, tmp_path, how):  # noqa: F811
     records = [json.loads((tmp_path / name / "spm.json").read_text())["finetune"][0] for name in ("one", "two")]
     assert records[0]["tokens"] == records[1]["tokens"]
     assert records[0]["history"][0]["held_out_loss"] == pytest.approx(records[1]["history"][0]["held_out_loss"], rel=1e-5)
+
+
+def test_parameters_that_no_loss_reaches_are_left_as_they_are(converted, text, tmp_path):  # noqa: F811
+    arguments = [converted / "bert", "-o", tmp_path / "o", "--data", text, "--batch-size", 4, "--block-size", 32]
+    found = start([*arguments, "--steps", 2, "--train", "all", "--num-processes", 2])
+    assert found.returncode == 0, found.stderr
+    before, after = (spmconvert.load(place).state_dict() for place in (converted / "bert", tmp_path / "o"))
+    same = {name for name in before if torch.equal(before[name], after[name])}
+    assert {"pooler.dense.weight", "pooler.dense.bias"} <= same
+    assert len(same) < len(before)
 
 
 def test_resume_when_sharded(converted, text, tmp_path):  # noqa: F811

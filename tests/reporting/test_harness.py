@@ -7,7 +7,7 @@ from transformers import AutoTokenizer
 
 from spmconvert.conversion import load
 from spmconvert.errors import OptionError
-from spmconvert.reporting.harness import run_tasks
+from spmconvert.reporting.harness import read_results, run_tasks
 
 pytestmark = pytest.mark.filterwarnings("default")
 
@@ -41,3 +41,19 @@ def test_both_models_run_a_task(converted, checkpoints, task):
     assert found.standard_error > 0
     with pytest.raises(OptionError, match="no-such-task"):
         run_tasks(models[0], None, tokenizer, ("no-such-task",))
+
+
+def test_groups_and_variants_of_a_metric_are_told_apart():
+    answer = {
+        "results": {
+            "sums": {"alias": "sums", "acc,none": 0.5, "acc_stderr,none": 0.1},
+            "sums_easy": {"exact_match,strict": 0.25, "exact_match_stderr,strict": 0.2, "exact_match,flexible": 0.75},
+        },
+        "group_subtasks": {"sums": ["sums_inner"], "sums_inner": ["sums_easy", "sums_hard"]},
+        "n-samples": {"sums_easy": {"original": 9, "effective": 6}, "sums_hard": {"original": 5, "effective": 5}},
+    }
+    assert read_results(answer) == {
+        ("sums", "acc"): (0.5, 0.1, 11),
+        ("sums_easy", "exact_match, strict"): (0.25, 0.2, 6),
+        ("sums_easy", "exact_match, flexible"): (0.75, None, 6),
+    }

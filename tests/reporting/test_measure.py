@@ -9,9 +9,10 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadMo
 
 from spmconvert.reporting.baselines import keep_two_of_four
 from spmconvert.reporting.measure import _similarity_ranking, _spearman, compare
+from spmconvert.reporting.plots import _kinds
 from spmconvert.reporting.rows import EvaluationRows
-from spmconvert.reporting.schema import Latency, Metric, TimingRow
-from spmconvert.reporting.summary import _outcome, break_even
+from spmconvert.reporting.schema import Latency, Layer, Metric, TimingRow, Training
+from spmconvert.reporting.summary import _outcome, _training_sentences, break_even
 from spmconvert.reporting.timing import MOST_ROUNDS, interleaved, token_batch
 from tests.conftest import bert_config, gpt2_config
 
@@ -171,3 +172,36 @@ def test_a_difference_within_its_noise_is_level(own, other, higher, expected):
         )
 
     assert _outcome(metric(own), metric(other)) == expected
+
+
+def layer(name):
+    return Layer(
+        name=name, in_features=8, out_features=8, design="2 stages", dense_parameters=64, parameters=32, dense_flops=128,
+        flops=64, error=0.1, baseline_error=0.2, baseline_rank=2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        (["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"], ["mlp.up_proj"]),
+        (["model.encoder.layers.0.fc1", "model.decoder.layers.0.fc1"], ["fc1 (encoder)", "fc1 (decoder)"]),
+        (["encoder.layer.0.output.dense", "pooler.dense"], ["output.dense", "pooler.dense"]),
+        (["pooler.dense"], ["pooler.dense"]),
+    ],
+)
+def test_layers_of_every_stack_have_a_cell(names, kinds):
+    assert list(dict.fromkeys(_kinds([layer(name) for name in names]).values())) == kinds
+
+
+def test_every_finetune_is_told_by_itself():
+    def run(start, best):
+        return Training(
+            steps=100, tokens=1, objective="hidden", start_loss=start, best_loss=best, data_sha256="", seed=0, stopped="",
+            history=(),
+        )  # fmt: skip
+
+    assert _training_sentences((run(0.8, 0.5), run(0.95, 0.95))) == [
+        "Finetuning for 100 steps lowered the held-out hidden loss from 0.8 to 0.5.",
+        "Finetuning for 100 steps did not lower the held-out hidden loss of 0.95; its start was kept.",
+    ]

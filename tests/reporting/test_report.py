@@ -14,6 +14,7 @@ from spmconvert.errors import CheckpointError, CorruptCheckpointError, NotWritab
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.recipe import Recipe
 from spmconvert.reporting import files
+from spmconvert.reporting.comparison import rows
 from spmconvert.reporting.report import report
 from spmconvert.reporting.rows import evaluation_rows
 from spmconvert.reporting.schema import NotMeasured, read_report
@@ -302,3 +303,14 @@ def test_a_report_is_no_companion_of_the_weights(quick_report, converted, tmp_pa
     names = {file.name for file in open_converted(place).checkpoint().companion_files()}
     assert not names & {"report.html", "report.json", "checksums.sha256", "spm.json"}
     assert "tokenizer.json" in names
+
+
+def test_texts_of_one_name_are_told_apart(quick_report):
+    text = quick_report.quality[0]
+    other = text.model_copy(update={"sha256": "f" * 64})
+    reports = [quick_report, quick_report.model_copy(update={"quality": (other,)})]
+    named = [row for row in rows(reports) if f"on {text.text}" in row.what]
+    assert len(named) == 2 * len(text.metrics)
+    assert all(sum(value != "–" for value in row.values) == 1 for row in named)
+    assert any("(ffffffff)" in row.what for row in named)
+    assert all("(" not in row.what.split(" on ")[1] for row in rows([quick_report]) if f"on {text.text}" in row.what)

@@ -268,6 +268,16 @@ def test_device_map(converted):
     torch.testing.assert_close(logits(model), logits(spmconvert.load(converted["llama"])), rtol=0, atol=0)
 
 
+def test_layers_on_disk_are_complete(converted, tmp_path):
+    whole = spmconvert.load(converted["llama"])
+    blocks = range(whole.config.num_hidden_layers)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in blocks}
+    model = AutoModelForCausalLM.from_pretrained(converted["llama"], device_map=places, offload_folder=tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
+
+
 def test_convert_on_load_equals_the_command(checkpoints, text, tmp_path, converted):
     request = SPMConfig(targets="mlp", calib=str(text), **{"calibration.rows": 24, "fit.iterations": 10})
     model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=request)
