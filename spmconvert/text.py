@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from spmconvert.errors import CalibrationError, OptionError
-from spmconvert.surgery.architecture import skeleton
 
 SHORTEST_DOCUMENT = 64
 PLAIN_SUFFIXES = ("", ".txt", ".md", ".raw", ".tokens")
@@ -159,7 +158,11 @@ def row_length(config: Any, wanted: int) -> int:
 
 def _counts_from_padding(config: Any, positions: int) -> bool:
     """Whether positions start after that of padding, as in RoBERTa: their embedding has a row for padding then."""
-    embeddings = [module for module in skeleton(config).modules() if isinstance(module, torch.nn.Embedding)]
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        modules = AutoModel.from_config(config).modules()
+    embeddings = [module for module in modules if isinstance(module, torch.nn.Embedding)]
     return any(one.num_embeddings == positions and one.padding_idx is not None for one in embeddings)
 
 
