@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertForTokenClassification
 
 import spmconvert
 from spmconvert.errors import CalibrationError, CheckpointError, ModelNotFoundError, OptionError, OutputError, RecipeError
@@ -208,3 +208,22 @@ def test_a_model_of_one_output_is_matched_by_its_scores(run, text, checkpoints, 
     assert code == 0
     assert "squared distance to the source's scores" in out
     assert str(tmp_path / "out [v2]-ft") in out, "brackets are no markup"
+
+
+def test_a_tagger_weighs_tokens_however_its_rows_are_cut(text, checkpoints, tmp_path):
+    BertForTokenClassification(bert_config(num_labels=3, initializer_range=0.3)).save_pretrained(tmp_path / "tagger")
+    for file in checkpoints["bert"].glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "tagger")
+    uneven = tmp_path / "uneven.txt"
+    uneven.write_text(
+        "\n".join(line[: 4 + 7 * (number % 9)] for number, line in enumerate(text.read_text().splitlines()))
+    )
+    spmconvert.convert(
+        tmp_path / "tagger", tmp_path / "o", rank=2, calib=text, **{"fit.iterations": 2, "calibration.rows": 12}
+    )
+    losses = []
+    for parts in (1, 4):
+        options = {**SHORT, "batch_size": 8, "block_size": 64, "learning_rate": 1e-2, "accumulation": parts, "steps": 6}
+        result = finetune(tmp_path / "o", tmp_path / str(parts), data=uneven, **options)
+        losses.append([record["held_out_loss"] for record in result.history])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
