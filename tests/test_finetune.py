@@ -215,9 +215,7 @@ def test_a_tagger_weighs_tokens_however_its_rows_are_cut(text, checkpoints, tmp_
     for file in checkpoints["bert"].glob("tokenizer*"):
         shutil.copy(file, tmp_path / "tagger")
     uneven = tmp_path / "uneven.txt"
-    uneven.write_text(
-        "\n".join(line[: 4 + 7 * (number % 9)] for number, line in enumerate(text.read_text().splitlines()))
-    )
+    uneven.write_text("\n".join(line[: 4 + 7 * (number % 9)] for number, line in enumerate(text.read_text().splitlines())))
     spmconvert.convert(
         tmp_path / "tagger", tmp_path / "o", rank=2, calib=text, **{"fit.iterations": 2, "calibration.rows": 12}
     )
