@@ -46,7 +46,7 @@ class MonarchLinear(torch.nn.Module):
         inner = (right[..., 0, :] * root).transpose(0, 1)
         module = cls(inner.contiguous(), outer.contiguous(), layer.bias.clone())
         with torch.no_grad():
-            module.bias += (layer.weight - module.matrix()) @ layer.fitted.mean
+            module.bias.add_((layer.weight - module.matrix()) @ layer.fitted.mean)
         return module
 
     def matrix(self) -> torch.Tensor:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import GPT2LMHeadModel
+
+from tests.conftest import gpt2_config
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -153,6 +156,27 @@ def test_monarch_projection_recovers_its_own_kind():
     assert sum(p.numel() for name, p in found.named_parameters() if name != "bias") == 8 * 16 + 4 * 24
     x = torch.randn(5, 16)
     torch.testing.assert_close(found(x), planted(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("groups", [2, 8])
+def test_monarch_factors_one_after_the_other_are_their_product(groups):
+    from benchmarks.monarch import MonarchLinear
+
+    torch.manual_seed(0)
+    layer = MonarchLinear(torch.randn(4, groups, 4), torch.randn(groups, 24 // groups, 4), torch.randn(24))
+    x = torch.randn(3, 5, 16)
+    torch.testing.assert_close(layer(x), x @ layer.matrix().t() + layer.bias)
+
+
+def test_a_teacher_that_remembers_answers_as_the_teacher():
+    from benchmarks.common import remembering
+
+    model = GPT2LMHeadModel(gpt2_config()).eval()
+    again, calls = remembering(model), []
+    again.base_model.h[0].register_forward_hook(lambda *_: calls.append(1))
+    for ids in (torch.tensor([[1, 2, 3]]), torch.tensor([[3, 2, 1]]), torch.tensor([[1, 2, 3]])):
+        assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert len(calls) == 2
 
 
 def test_step_time_and_memory(tmp_path):
