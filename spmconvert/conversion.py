@@ -20,7 +20,7 @@ from spmconvert.allocation import Allocation, measure_curves
 from spmconvert.checkpoint.card import model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory
+from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_output
 from spmconvert.devices import check_device
 from spmconvert.errors import OptionError, OutputError
 from spmconvert.fitrun import FitRun, Progress, Silent, fit_all, load_dense_model
@@ -114,6 +114,7 @@ def convert(
     destination = default_output(str(model)) if output is None else Path(output)
     if destination.resolve() == source.directory.resolve():
         raise OptionError(f"the output {destination} is the source; choose another with -o")
+    check_output(destination.resolve(), force=force)
     rows = _calibration_rows(source, config, resolved)
     listener = progress or Silent()
     budgeted = bool(resolved.budget.limits)

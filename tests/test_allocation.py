@@ -12,7 +12,7 @@ import torch
 from transformers import Phi3Config, Phi3ForCausalLM
 
 import spmconvert
-from spmconvert import allocation
+from spmconvert import allocation, conversion
 from spmconvert.conversion import open_plan, resolve_recipe
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
 from spmconvert.fitrun import load_dense_model
@@ -363,9 +363,10 @@ def test_largest_error_is_kept(checkpoints, text, tmp_path, cache):
     assert all(record.error < 0.33 for record in result.layers)
 
 
-def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_path, cache):
+def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_path, cache, monkeypatch):
     (tmp_path / "out").mkdir()
-    with pytest.raises(OutputError, match="exists already"):
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="exists already"):
+        patch.setattr(conversion, "load_dense_model", None)
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
     with pytest.raises(OptionError, match="smallest candidates"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "new", keep=1e-4, calib=text, **QUICK)

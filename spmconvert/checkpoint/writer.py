@@ -42,6 +42,22 @@ CHOICE_FILE = "choice.json"
 SPACE_MARGIN = 1.1
 
 
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse a place that may not be written; cheap, so a run can ask before its long work and again when it has the lock.
+
+    Raises:
+        OutputError: when something is there, and ``force`` is not given or does not replace it.
+    """
+    if not os.path.lexists(output):
+        return
+    if not force:
+        raise OutputError(f"{output} exists already; replace it with --force or choose another output with -o")
+    if not output.is_dir():
+        raise OutputError(f"{output} is a file, which --force does not replace; choose another output with -o")
+    if any(output.iterdir()) and not (output / "config.json").exists():
+        raise OutputError(f"{output} is not a checkpoint, --force does not replace it; choose another output with -o")
+
+
 class OutputDirectory:
     """The output of one run, from its lock to the final rename.
 
@@ -101,7 +117,7 @@ class OutputDirectory:
                 shutil.rmtree(self._replaced)
             else:
                 self._replaced.rename(self.output)
-        self._check_output()
+        check_output(self.output, force=self.force)
         free = shutil.disk_usage(self.output.parent).free
         needed = int(self.needed_bytes * SPACE_MARGIN)
         if free < needed:
@@ -110,18 +126,6 @@ class OutputDirectory:
                 "free some space or choose another output with -o"
             )
         self._open_partial()
-
-    def _check_output(self) -> None:
-        if not os.path.lexists(self.output):
-            return
-        if not self.force:
-            raise OutputError(f"{self.output} exists already; replace it with --force or choose another output with -o")
-        if not self.output.is_dir():
-            raise OutputError(f"{self.output} is a file, which --force does not replace; choose another output with -o")
-        if any(self.output.iterdir()) and not (self.output / "config.json").exists():
-            raise OutputError(
-                f"{self.output} is not a checkpoint, --force does not replace it; choose another output with -o"
-            )
 
     def _open_partial(self) -> None:
         run = self.partial / "run.json"
