@@ -365,9 +365,10 @@ def test_largest_error_is_kept(checkpoints, text, tmp_path, cache):
 
 def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_path, cache, monkeypatch):
     (tmp_path / "out").mkdir()
-    with monkeypatch.context() as patch, pytest.raises(OutputError, match="exists already"):
+    with monkeypatch.context() as patch:
         patch.setattr(conversion, "load_dense_model", None)
-        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+        with pytest.raises(OutputError, match="exists already"):
+            spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
     with pytest.raises(OptionError, match="smallest candidates"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "new", keep=1e-4, calib=text, **QUICK)
     assert not (cache / "curves").exists()
