@@ -81,3 +81,11 @@ def _options(command):
 
     parameters = get_command(app).commands[command].params
     return {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}
+
+
+def test_quality_tables_are_those_of_the_results():
+    from benchmarks.quality_summary import combine, headline, structures
+
+    models = combine((Path(__file__).parent.parent / "benchmarks" / "results").glob("quality-*.json"))
+    for table in (headline(models), structures(models)):
+        assert "\n".join(table) in README

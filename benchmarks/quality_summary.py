@@ -1,0 +1,130 @@
+"""The two quality tables of the README: every structure of a model at every budget once, out of all results.
+
+    python -m benchmarks.quality_summary benchmarks/results/quality-*.json
+
+A model that was trained again by the same command, on a processor that rounds otherwise, is another sample of the same
+experiment, and its results are a file of its own, marked ``trained_again``. Where both have a structure at a budget, the
+one with more seeds is shown, of equal ones the later; what comes from a model trained again has a dagger.
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.quality_table import Summary, summarise
+
+BUDGETS = (0.05, 0.1, 0.25, 0.5)
+HEADLINE = ("whitened SVD", "keep, low rank", "keep")
+HEADINGS = ("uniform whitened SVD", "`--keep`, low rank only", "`--keep`")
+STRUCTURES = (
+    "whitened SVD", "SPM", "SPM + companion", "wide blocks + companion", "block SPM", "Monarch", "magnitude 2:4",
+    "keep, low rank", "keep",
+)  # fmt: skip
+ENCODER = "encoder"
+MODELS = {"gpt2": "small GPT-2", "llama": "small Llama", ENCODER: "all-MiniLM-L6-v2"}
+LABELS = {"keep": "`--keep`", "keep, low rank": "`--keep`, low rank only"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A structure at a budget, and whether the model was one trained again."""
+
+    summary: Summary
+    again: bool
+
+    def text(self, score: str) -> str:
+        """A score with its mark."""
+        return f"{score} †" if self.again else score
+
+
+@dataclass
+class Model:
+    """The results of a model.
+
+    Attributes:
+        dense: score of the first one trained.
+        cells: by budget and method.
+    """
+
+    dense: float
+    cells: dict[tuple[float, str], Cell]
+
+
+def main() -> None:
+    """Print both tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path, nargs="+")
+    models = combine(parser.parse_args().results)
+    print("\n".join(headline(models)), "\n".join(structures(models)), sep="\n\n")
+
+
+def combine(files: Iterable[Path]) -> dict[str, Model]:
+    """Results by model, in the order of ``MODELS`` and then of the files' names, in which they are read."""
+    models: dict[str, Model] = {}
+    for file in sorted(files):
+        result = json.loads(file.read_text(encoding="utf-8"))
+        model = models.setdefault(model_of(result), Model(result["dense_score"], {}))
+        for summary in summarise(result["rows"]):
+            key = summary.keep, summary.method
+            if key not in model.cells or len(summary.after) >= len(model.cells[key].summary.after):
+                model.cells[key] = Cell(summary, "trained_again" in result)
+    return {key: models[key] for key in dict.fromkeys([*MODELS, *models]) if key in models}
+
+
+def model_of(result: dict[str, Any]) -> str:
+    """Which model a result is about."""
+    return ENCODER if result["settings"]["encoder"] == "True" else Path(result["settings"]["model"]).name
+
+
+def headline(models: dict[str, Model]) -> Iterator[str]:
+    """Uniform SVD, low rank and ``--keep``: before, and after the same finetune."""
+    yield _row("model, score", "kept", *HEADINGS, f"finetuned: {HEADINGS[0].split()[-1]}", *HEADINGS[1:])
+    yield "|" + "---|" * 8
+    for key, model in models.items():
+        score = "Spearman" if key == ENCODER else f"nats (dense {model.dense:.3f})"
+        for keep in BUDGETS:
+            found = [model.cells[keep, method] for method in HEADLINE]
+            before = [cell.text(f"{cell.summary.before:.3f}") for cell in found]
+            finetuned = [cell.text(after(cell.summary, 4)) for cell in found]
+            yield _row(f"{MODELS.get(key, key)}, {score}", f"{keep:.0%}", *before, *finetuned)
+
+
+def structures(models: dict[str, Model]) -> Iterator[str]:
+    """All structures, before and after, with the rate of the finetune."""
+    yield _row("model", "structure in every MLP matrix", *(f"{keep:.0%}" for keep in BUDGETS))
+    yield "|" + "---|" * 6
+    for key, model in models.items():
+        cells = model.cells
+        for method in STRUCTURES:
+            if any((keep, method) in cells for keep in BUDGETS):
+                found = (_change(cells.get((keep, method)), method, keep) for keep in BUDGETS)
+                yield _row(MODELS.get(key, key), LABELS.get(method, method), *found)
+
+
+def after(summary: Summary, digits: int) -> str:
+    """Score after a finetune: mean and spread of several seeds, or that of the one, with a digit less in the long form."""
+    if len(summary.after) > 1:
+        return f"{summary.mean:.{digits}f} ± {summary.spread:.{digits}f}"
+    return f"{summary.mean:.3f}"
+
+
+def _change(cell: Cell | None, method: str, keep: float) -> str:
+    if cell is None and method == "magnitude 2:4":
+        return ""
+    if cell is None:
+        return "none fits" if method == "block SPM" and keep == BUDGETS[0] else "not run"
+    summary = cell.summary
+    if summary.mean is None:
+        return cell.text(f"{summary.before:.3f}")
+    return cell.text(f"{summary.before:.3f} → {after(summary, 3)} ({summary.rate:g})")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
