@@ -4,8 +4,7 @@
 
 The upper panels are before any finetune, the lower ones after it, at the best rate of every method (see
 ``benchmarks.quality_table``); a dotted line is the dense model. Of models trained again ``benchmarks.quality_summary`` says
-what is shown. Methods that miss the range of the others by far are cut
-off, and the table has their numbers.
+what is shown. Methods that miss the range of the others by far are cut off, and the table has their numbers.
 """
 
 import argparse

@@ -81,7 +81,7 @@ def model_of(result: dict[str, Any]) -> str:
 
 def headline(models: dict[str, Model]) -> Iterator[str]:
     """Uniform SVD, low rank and ``--keep``: before, and after the same finetune."""
-    yield _row("model, score", "kept", *HEADINGS, f"finetuned: {HEADINGS[0].split()[-1]}", *HEADINGS[1:])
+    yield _row("model, score", "kept", *HEADINGS, *(f"finetuned: {heading}" for heading in HEADINGS))
     yield "|" + "---|" * 8
     for key, model in models.items():
         score = "Spearman" if key == ENCODER else f"nats (dense {model.dense:.3f})"
@@ -105,7 +105,7 @@ def structures(models: dict[str, Model]) -> Iterator[str]:
 
 
 def after(summary: Summary, digits: int) -> str:
-    """Score after a finetune: mean and spread of several seeds, or that of the one, with a digit less in the long form."""
+    """Score after a finetune: mean and spread of several seeds, or that of the only one, to three digits."""
     if len(summary.after) > 1:
         return f"{summary.mean:.{digits}f} ± {summary.spread:.{digits}f}"
     return f"{summary.mean:.3f}"

@@ -50,12 +50,12 @@ def check_output(output: Path, *, force: bool) -> None:
     """
     if not os.path.lexists(output):
         return
-    if not force:
-        raise OutputError(f"{output} exists already; replace it with --force or choose another output with -o")
     if not output.is_dir():
         raise OutputError(f"{output} is a file, which --force does not replace; choose another output with -o")
     if any(output.iterdir()) and not (output / "config.json").exists():
         raise OutputError(f"{output} is not a checkpoint, --force does not replace it; choose another output with -o")
+    if not force:
+        raise OutputError(f"{output} exists already; replace it with --force or choose another output with -o")
 
 
 class OutputDirectory:
