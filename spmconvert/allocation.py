@@ -1,8 +1,8 @@
 """Spend a budget over the layers of a model: measure every layer's curve once, then choose for any budget.
 
-Curves are kept in the cache directory by what decides about them (checkpoint, layer, calibration text and rows, kind of
-sensitivity, structures), so a second budget costs seconds. Layers whose dense form is the best use of the budget are left
-alone.
+Curves are kept in the cache directory by what decides about them (checkpoint, class and dtype of the model, layer,
+calibration text and rows, kind of sensitivity, structures), so a second budget costs seconds. Layers whose dense form is
+the best use of the budget are left alone.
 """
 
 import hashlib
@@ -40,6 +40,29 @@ CURVE_VERSION = 5
 RESPONSE = "response"
 # shares of the targeted parameters that a dry run compares
 COMPARED_BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a model is measured; its curves hold for no other class or dtype of the same checkpoint.
+
+    Attributes:
+        architecture: its class, which may be another than the checkpoint's while a model is loaded.
+        dtype: of its weights.
+    """
+
+    architecture: str
+    dtype: str
+
+    @classmethod
+    def of_checkpoint(cls, source: Checkpoint, device: str) -> "Form":
+        """As ``spmconvert.fitrun.load_dense_model`` loads it."""
+        return cls((source.config.get("architectures") or [""])[0], "float32" if device == "cpu" else "auto")
+
+    @classmethod
+    def of_model(cls, model: Any) -> "Form":
+        """As it is."""
+        return cls(type(model).__name__, str(model.dtype).removeprefix("torch."))
 
 
 @dataclass(frozen=True)
@@ -120,9 +143,9 @@ def check_measurable(recipe: Recipe) -> None:
         )
 
 
-def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe) -> Curves | None:
+def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe, form: Form) -> Curves | None:
     """Curves of an earlier run, or None where one is missing."""
-    cache = _Cache.of(source, recipe)
+    cache = _Cache.of(source, recipe, form)
     found = [{part: _read(file) for part, file in cache.files(layer).items()} for layer in plan.layers]
     if any(part is None for own in found for part in own.values()):
         return None
@@ -133,6 +156,7 @@ def measure_curves(
     source: Checkpoint,
     plan: ConversionPlan,
     recipe: Recipe,
+    form: Form,
     rows: CalibrationRows | None,
     load_dense: Callable[[], Any],
     calibrating: Callable[[int, int], None],
@@ -144,20 +168,22 @@ def measure_curves(
         source: the checkpoint.
         plan: its targeted layers.
         recipe: with a budget.
+        form: of the model that ``load_dense`` gives.
         rows: calibration rows, or None without data.
         load_dense: loads the dense model on the device to fit on.
         calibrating: told how many calibration batches are through, and of how many.
         report: told the layer that is done, how many are, and of how many.
 
     Raises:
-        CalibrationError: when a layer has no influence or its statistics are not finite.
-        OptionError: when sensitivity needs calibration data and there is none, or no candidates are within the budget.
+        CalibrationError: when a layer has no influence or what is measured is not finite.
+        OptionError: when sensitivity needs calibration data and there is none, no candidates are within the budget, or
+            all dense layers are.
         NotWritableError: when the cache cannot be written.
     """
     check_measurable(recipe)
     _check_reachable(plan, recipe.budget)
     check_cache("curves")
-    cache = _Cache.of(source, recipe)
+    cache = _Cache.of(source, recipe, form)
     model: Any = None
     found: dict[str, tuple[Candidate, ...]] = {}
     weighted = recipe.predicts_loss or recipe.weights_fits
@@ -273,7 +299,7 @@ def _assembled(parts: dict[str, Any]) -> tuple[Candidate, ...]:
 
 
 def _check_reachable(plan: ConversionPlan, budget: Budget) -> None:
-    """Refuse a budget that the smallest designs exceed before anything is measured."""
+    """Refuse a budget that the smallest designs exceed, or no dense layer does, before anything is measured."""
     if budget.max_error is not None:
         return
     costs = []
@@ -282,7 +308,13 @@ def _check_reachable(plan: ConversionPlan, budget: Budget) -> None:
         found = [g for structure in budget.structures for g in candidate_geometries(*sizes, structure)]
         options = [Candidate(g.stages, g.block, g.rank, 0.0, 0.0) for g in found]
         costs.append([_cost(layer, option, budget) for option in (*options, None)])
-    check_budget(costs, _limit(plan.layers, budget), budget.unit)
+    limit, dense = _limit(plan.layers, budget), sum(own[-1] for own in costs)
+    check_budget(costs, limit, budget.unit)
+    if limit >= dense:
+        raise OptionError(
+            f"{next(iter(budget.limits))} allows {limit:,} {budget.unit}, and the targeted layers have {dense:,} as they "
+            "are; allow less"
+        )
 
 
 def _parameters(layer: LayerPlan, candidate: Candidate | None) -> int:
@@ -346,11 +378,12 @@ class _Cache:
     shared: dict[str, Any]
 
     @classmethod
-    def of(cls, source: Checkpoint, recipe: Recipe) -> "_Cache":
+    def of(cls, source: Checkpoint, recipe: Recipe, form: Form) -> "_Cache":
         calibration = recipe.calibration
         shared = {
             "version": CURVE_VERSION,
             "source": source.sha256(),
+            "form": asdict(form),
             "calibration": calibration.model_dump(exclude={"file"}),
             "seed": recipe.seed,
             "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
@@ -359,7 +392,7 @@ class _Cache:
         if calibration.file is not None:
             shared["text"] = hashlib.sha256(calibration.file.read_bytes()).hexdigest()
             shared["tokenizer"] = tokenizer_hash(source.directory)
-        response = (RESPONSE,) if _measures_response(source, recipe) else ()
+        response = (RESPONSE,) if _measures_response(form, recipe) else ()
         return cls((*recipe.budget.structures, *response), shared)
 
     def files(self, layer: LayerPlan) -> dict[str, Path]:
@@ -369,11 +402,11 @@ class _Cache:
         return {part: cache_directory("curves") / f"{digest[:32]}.json" for part, digest in digests.items()}
 
 
-def _measures_response(source: Checkpoint, recipe: Recipe) -> bool:
+def _measures_response(form: Form, recipe: Recipe) -> bool:
     """Whether losses are scaled by what a model with one replaced layer loses; see ``spmconvert.response``."""
     if recipe.budget.sensitivity != "gradient":
         return recipe.budget.sensitivity == "kl"
-    return objective_of((source.config.get("architectures") or [""])[0]) != "hidden"
+    return objective_of(form.architecture) != "hidden"
 
 
 def _read(file: Path) -> list[Any] | None:

@@ -17,7 +17,6 @@ from spmconvert import console
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.processes import run_in_processes
 from spmconvert.recipe import Recipe, Training, parse_assignment, recipe_from_keywords, training_from_keywords
-from spmconvert.units import parse_size
 from spmconvert.version import __version__
 
 app = typer.Typer(
@@ -99,14 +98,13 @@ def convert(
     given = {
         **dict(parse_assignment(text) for text in set_ or []),
         **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
-        **_given(rank=rank, dtype=dtype, seed=seed, keep=keep, keep_flops=keep_flops, max_error=max_error),
-        **_given(sensitivity=sensitivity, structures=structures, sequential=sequential),
-        **({} if keep_bytes is None else {"keep_bytes": parse_size(keep_bytes)}),
+        **_given(rank=rank, dtype=dtype, seed=seed, sensitivity=sensitivity, structures=structures),
+        **_given(keep=keep, keep_bytes=keep_bytes, keep_flops=keep_flops, max_error=max_error, sequential=sequential),
         **({} if calib is None else {"calib": None if calib == "none" else calib}),
     }
     resolved = recipe_from_keywords(given, recipe)
     if dry_run:
-        _dry_run(model, resolved, output, as_json)
+        _dry_run(model, resolved, output, device, as_json)
     else:
         _convert(model, resolved, output, device, resume, force, as_json)
 
@@ -115,8 +113,8 @@ def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
 
-def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> None:
-    from spmconvert.allocation import check_measurable, compare_budgets, read_curves
+def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_json: bool) -> None:
+    from spmconvert.allocation import Form, check_measurable, compare_budgets, read_curves
     from spmconvert.conversion import default_output, open_plan
     from spmconvert.text import read_documents
 
@@ -126,13 +124,15 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> 
     budgets = None
     if recipe.budget.limits:
         check_measurable(recipe)
-        curves = read_curves(source, plan, recipe)
+        curves = read_curves(source, plan, recipe, Form.of_checkpoint(source, device))
         if curves is None:
             raise OptionError(
                 "designs for a budget follow from measurements that have not been made yet; run the command once without "
                 "--dry-run, then a dry run shows any budget"
             )
-        plan, budgets = curves.allocate(recipe.budget).plan, compare_budgets(curves)
+        plan = curves.allocate(recipe.budget).plan
+        # a largest error has curves of its own, by which no share is chosen
+        budgets = None if recipe.budget.max_error is not None else compare_budgets(curves)
     destination = str(output or default_output(model))
     if as_json:
         calibrated = recipe.calibration.file is not None
@@ -151,7 +151,7 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, as_json: bool) -> 
     else:
         console.show_plan(plan, recipe, destination)
         if budgets is not None:
-            console.show_budgets(budgets)
+            console.show_budgets(budgets, recipe.budget.loss_name)
 
 
 def _convert(

@@ -135,7 +135,7 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
     _out.print(totals, soft_wrap=True)
     if conversion.choice is not None:
         bound = conversion.choice.bound
-        parts = [f"budget: predicted loss {conversion.choice.loss:.4g}"]
+        parts = [f"budget: {conversion.spent}"]
         parts += [f"no choice of these designs is below {bound:.4g}"] if bound else []
         parts += [f"{conversion.left_dense} layers stay dense"] if conversion.left_dense else []
         _out.print(", ".join(parts), soft_wrap=True)
@@ -203,17 +203,17 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
     )
 
 
-def show_budgets(rows: list[dict[str, Any]]) -> None:
+def show_budgets(rows: list[dict[str, Any]], loss_name: str) -> None:
     """What other budgets would buy."""
     table = Table(box=None, pad_edge=False)
-    columns = ("--keep", "predicted loss", "low rank", "stages", "stages + companion", "left dense", "checkpoint")
+    columns = ("--keep", loss_name, "low rank", "stages", "stages + companion", "left dense", "checkpoint")
     for column in columns:
         table.add_column(column, justify="right")
     for row in rows:
         counts = (str(row[key]) for key in ("low_rank", "stages", "stages_with_companion", "dense"))
         table.add_row(f"{row['keep']:.0%}", f"{row['predicted_loss']:.4g}", *counts, size(row["output_bytes"]))
     _out.print(table)
-    _out.print("predicted loss: to second order, of the model against the dense one, before any finetune", soft_wrap=True)
+    _out.print(f"{loss_name}: against the dense model, before any finetune", soft_wrap=True)
 
 
 class StepProgress:

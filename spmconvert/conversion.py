@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.allocation import Allocation, measure_curves
+from spmconvert.allocation import Allocation, Form, measure_curves
 from spmconvert.checkpoint.card import model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
@@ -29,7 +29,7 @@ from spmconvert.fitting.calibration import CalibrationRows, load_rows
 from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments, statistics_groups
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
-from spmconvert.recipe import Recipe, recipe_from_keywords
+from spmconvert.recipe import Budget, Recipe, recipe_from_keywords
 from spmconvert.sequential import check_chain, is_chain, layer_blocks, on_one_path
 from spmconvert.surgery.architecture import load_config, model_class, skeleton
 from spmconvert.surgery.hf import SPMConfig
@@ -53,6 +53,7 @@ class Conversion:
         held_out_rows: calibration rows on which errors were measured.
         choice: what a budget was spent on, None without one.
         left_dense: targeted layers that a budget left dense.
+        spent: what a budget was spent on, in words.
         aims: what fits went for beside each layer's own error, in words.
         above_limit: layers whose final fit came out above the largest error that was allowed.
     """
@@ -67,6 +68,7 @@ class Conversion:
     held_out_rows: int
     choice: Choice | None = None
     left_dense: int = 0
+    spent: str = ""
     aims: str = ""
     above_limit: tuple[str, ...] = ()
 
@@ -128,7 +130,10 @@ def convert(
         if budgeted:
             kept = target.load_file(CHOICE_FILE)
             if kept is None:
-                curves = measure_curves(source, plan, resolved, rows, load_dense, listener.calibrating, listener.measured)
+                form = Form.of_checkpoint(source, device)
+                curves = measure_curves(
+                    source, plan, resolved, form, rows, load_dense, listener.calibrating, listener.measured
+                )
                 allocation = curves.allocate(resolved.budget)
                 # finished layers have these designs, whatever a cache says when the run is resumed
                 target.store_file(CHOICE_FILE, allocation.to_json())
@@ -153,6 +158,8 @@ def load(model: str | Path, **options: Any) -> Any:
 def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
     """Fit and swap the layers of a model that is loaded already, in place; returns its layer map.
 
+    All layers are fitted on the dense model's activations, since nothing can be stored between two of them.
+
     Raises:
         SpmconvertError: as for ``convert``.
     """
@@ -163,7 +170,8 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
     rows = _calibration_rows(source, model.config, recipe)
     silent = Silent()
     if recipe.budget.limits:
-        curves = measure_curves(source, plan, recipe, rows, lambda: model, silent.calibrating, silent.measured)
+        form = Form.of_model(model)
+        curves = measure_curves(source, plan, recipe, form, rows, lambda: model, silent.calibrating, silent.measured)
         plan = curves.allocate(recipe.budget).plan
     replacements: dict[str, SPMLinear] = {}
     for group in statistics_groups(plan.layers, weighted=recipe.weights_fits):
@@ -191,10 +199,17 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
 
     Returns:
         The checkpoint, the plan, and the model's config.
+
+    Raises:
+        SpmconvertError: as for ``convert``.
     """
     source = open_checkpoint(model)
     config = load_config(source.directory)
-    return source, plan_conversion(source, skeleton(config), recipe), config
+    model = skeleton(config)
+    plan = plan_conversion(source, model, recipe)
+    if recipe.fit.sequential:
+        layer_blocks(model, [layer.target.name for layer in plan.layers])
+    return source, plan, config
 
 
 def _settled(
@@ -322,8 +337,18 @@ def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
         "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
         "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
         "layers": [asdict(record) for record in conversion.layers],
-        "allocation": run.choice and {"predicted_loss": run.choice.loss, "lower_bound": run.choice.bound},
+        "allocation": run.choice and _allocation(run.choice, run.recipe.budget),
         "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
+    }
+
+
+def _allocation(choice: Choice, budget: Budget) -> dict[str, Any]:
+    return {
+        "predicted_loss": choice.loss,
+        "lower_bound": choice.bound,
+        "cost": choice.cost,
+        "limit": choice.limit,
+        "unit": budget.unit,
     }
 
 
@@ -358,9 +383,15 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=run.choice,
         left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
+        spent="" if run.choice is None else _spent(run.choice, run.recipe.budget),
         aims=run.recipe.fit.aims,
         above_limit=tuple(record.name for record in records if record.error > max_error),
     )
+
+
+def _spent(choice: Choice, budget: Budget) -> str:
+    allowed = "" if choice.limit is None else f" of the {choice.limit:,} allowed"
+    return f"{choice.cost:,} {budget.unit}{allowed}, {budget.loss_name} {choice.loss:.4g}"
 
 
 def _json(value: dict[str, Any]) -> str:

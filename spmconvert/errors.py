@@ -20,7 +20,7 @@
 An interrupted run (Ctrl-C) exits with 130. Each message is one line: what was found, the limit, the remedy.
 """
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 INTERRUPTED_EXIT_CODE = 130
 
@@ -74,9 +74,17 @@ class UnsupportedLayerError(TargetError):
 
 
 class CalibrationError(SpmconvertError):
-    """The calibration or training text is missing, empty, too short or cannot be decoded."""
+    """The calibration or training text is missing, empty, too short or cannot be decoded, or does not suit the model."""
 
     exit_code = 9
+
+    @classmethod
+    def not_finite(cls, found: str, layer: str) -> Self:
+        """The error for values that overflowed, named ``found``, at a layer."""
+        return cls(
+            f"{found} are not finite on the calibration rows; leave the layer out with --ignore {layer}, or use --device "
+            "cpu, where products are float32"
+        )
 
 
 class OutputError(SpmconvertError):

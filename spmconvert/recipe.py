@@ -9,10 +9,11 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from spmconvert.errors import RecipeError
 from spmconvert.operator.geometry import Variant
+from spmconvert.units import parse_size
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -95,12 +96,16 @@ class Fit(_Table):
         return f"fits {' and '.join(aims)}, which these errors do not show" if aims else ""
 
 
+def _bytes(value: Any) -> Any:
+    return parse_size(value) if isinstance(value, str) else value
+
+
 class Budget(_Table):
     """How much of the targeted layers may be left; the designs of all layers are chosen together. At most one limit.
 
     Attributes:
         keep: share of the targeted layers' parameters.
-        keep_bytes: bytes of the targeted layers in the output.
+        keep_bytes: bytes of the targeted layers in the output; text may have a unit.
         keep_flops: share of the targeted layers' floating-point operations a token.
         max_error: largest held-out relative error of a layer; the smallest design within it is taken.
         sensitivity: what errors of a layer cost: by the ``gradient`` of the model's outputs and, for words and classes,
@@ -112,7 +117,7 @@ class Budget(_Table):
     """
 
     keep: Annotated[float, Field(gt=0, lt=1)] | None = None
-    keep_bytes: Annotated[int, Field(gt=0)] | None = None
+    keep_bytes: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
     keep_flops: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
     sensitivity: Literal["gradient", "kl", "none"] = "gradient"
@@ -135,6 +140,11 @@ class Budget(_Table):
         if self.keep_flops is not None:
             return "FLOPs a token"
         return "parameters" if self.keep_bytes is None else "bytes"
+
+    @property
+    def loss_name(self) -> str:
+        """What is made least."""
+        return "sum of the layers' errors" if self.sensitivity == "none" else "predicted loss"
 
     @model_validator(mode="after")
     def _has_one_limit(self) -> "Budget":

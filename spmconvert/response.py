@@ -26,6 +26,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from spmconvert.distill.objective import Distillation, objective_for, pooled
+from spmconvert.errors import CalibrationError
 from spmconvert.recipe import Training
 from spmconvert.surgery.swap import copy_sharing_tensors, replace_module
 
@@ -72,10 +73,13 @@ def divergence(model: Any, name: str, replacement: nn.Module, batches: Iterable[
 
     Returns:
         KL a word or class; for an encoder the squared distance of a row's mean hidden state at unit length.
+
+    Raises:
+        CalibrationError: when it is not finite.
     """
     student = copy_sharing_tensors(model)
     replace_module(student, name, replacement.eval())
-    objective = objective_for(model.config)
+    objective = objective_for(model.config, type(model).__name__)
     distillation = Distillation(student, model, objective, Training())
     total = positions = 0.0
     for batch in batches:
@@ -85,4 +89,6 @@ def divergence(model: Any, name: str, replacement: nn.Module, batches: Iterable[
         else:
             loss = distillation.loss(batch)
             total, positions = total + loss.total.item(), positions + loss.positions
+    if not math.isfinite(total):
+        raise CalibrationError.not_finite(f"outputs of the model with layer {name} replaced", name)
     return total / positions

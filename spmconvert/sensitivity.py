@@ -48,7 +48,7 @@ def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[s
     Raises:
         CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
     """
-    objective = objective_for(model.config)
+    objective = objective_for(model.config, type(model).__name__)
     generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
     sums: dict[str, Tensor] = {}
     positions = 0
@@ -124,5 +124,5 @@ def _checked(name: str, total: Tensor | None) -> Tensor:
             f"layer {name} has no influence on what the model puts out; leave it out with --ignore {name}"
         )
     if not total.isfinite().all():
-        raise CalibrationError(f"gradients at layer {name} are not finite on the calibration rows; use a wider --dtype")
+        raise CalibrationError.not_finite(f"gradients at layer {name}", name)
     return total

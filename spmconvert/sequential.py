@@ -73,6 +73,9 @@ class _Paired:
 
     def regression(self, weight: Tensor) -> Regression:
         own = self.inputs.covariance.double()
+        if not own.any():
+            # constant inputs say nothing about the weight
+            return Regression(weight, self.mean - weight @ self.inputs.mean, self.inputs)
         # of the mean variance: as noise of the moments grows, with unknowns to each row
         ridge = len(own) / self.inputs.rows * own.diagonal().mean()
         cross = self.scatter.double() / self.inputs.rows + ridge * weight.double()

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Phi3Config, Phi3ForCausalLM
+from transformers import AutoModel, AutoModelForSequenceClassification, Phi3Config, Phi3ForCausalLM
 
 import spmconvert
 from spmconvert import allocation, conversion
@@ -60,7 +60,8 @@ def curves_of(checkpoints, text, name="gpt2", **changes):
         loaded.append(1)
         return load_dense_model(source.directory, config, "cpu")
 
-    curves = allocation.measure_curves(source, plan, recipe, rows, load, lambda *_: None, lambda *_: None)
+    form = allocation.Form.of_checkpoint(source, "cpu")
+    curves = allocation.measure_curves(source, plan, recipe, form, rows, load, lambda *_: None, lambda *_: None)
     return curves, loaded, recipe, source, plan
 
 
@@ -86,10 +87,12 @@ def test_curves_are_measured_once(checkpoints, text, cache):
     again, loaded, *_ = curves_of(checkpoints, text)
     assert not loaded
     assert again == first
-    assert allocation.read_curves(source, plan, recipe) == first
+    form = allocation.Form.of_checkpoint(source, "cpu")
+    assert allocation.read_curves(source, plan, recipe, form) == first
     # one lost curve is measured again, to the same numbers
     next(iter((cache / "curves").glob("*.json"))).unlink()
-    assert allocation.read_curves(source, plan, recipe) is None
+    assert allocation.read_curves(source, plan, recipe, form) is None
+    assert allocation.read_curves(source, plan, recipe, replace(form, dtype="bfloat16")) is None
     repaired, loaded, *_ = curves_of(checkpoints, text)
     assert loaded == [1]
     assert repaired == first
@@ -154,6 +157,8 @@ def test_encoders_respond_as_predicted(checkpoints, text, cache):
         ({"keep": 1e-4}, OptionError, "parameters, the smallest candidates of all layers need"),
         ({"keep_flops": 1e-4}, OptionError, "FLOPs a token, the smallest candidates"),
         ({"keep_bytes": 9}, OptionError, "9 bytes, the smallest candidates"),
+        ({"keep_bytes": "9MB"}, OptionError, r"keep_bytes allows 9,000,000 bytes, .* have \d\d,\d\d\d as they are"),
+        ({"keep_bytes": "much"}, RecipeError, "keep_bytes: size 'much' is not understood"),
         ({"keep": 0.5, "structures": "monarch"}, RecipeError, "'monarch': input should be .* 'lowrank'$"),
         ({"keep": 0.5, "sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
         ({"structures": "lowrank"}, RecipeError, r"budget\.structures, budget\.iterations is given without a budget"),
@@ -319,17 +324,23 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     assert "run the command once without --dry-run" in err
     code, out, _ = run(*command, "--keep", "0.5")
     assert code == 0
+    assert re.search(r"budget: ([\d,]+) parameters of the [\d,]+ allowed, predicted loss [\d.e-]+, no choice", out), out
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
     assert code == 0
     assert "predicted loss" in out
     assert re.search(r"75% +[\d.e-]+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ kB", out), out
+    code, out, _ = run(*command, "--max-error", "0.4", "--force")
+    assert code == 0
+    code, out, _ = run(*command, "--max-error", "0.4", "--dry-run")
+    assert code == 0
+    assert "75%" not in out, "curves of a largest error are not those by which a share is chosen"
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run", "--json")
     shown = json.loads(out)
     losses = [row["predicted_loss"] for row in shown["budgets"]]
     assert losses == sorted(losses, reverse=True)
     assert all(row["kept"] <= row["keep"] for row in shown["budgets"])
     code, _, err = run(*command, "--keep-bytes", "many")
-    assert code == OptionError.exit_code
+    assert code == RecipeError.exit_code
     assert "40MB" in err
     code, out, _ = run(*command, "--keep-bytes", "20kB", "--force", "--json")
     assert sum(layer["parameters"] for layer in json.loads(out)["layers"]) * 4 <= 20_000
@@ -351,6 +362,29 @@ def test_budget_while_loading(checkpoints, text, tmp_path, cache):
         AutoModelForCausalLM.from_pretrained(
             checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **DESIGNED)
         )
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_loaded_as_another_class_has_curves_of_its_own(checkpoints, text, tmp_path, cache, auto):
+    config = spmconvert.SPMConfig(keep=0.4, calib=str(text), **QUICK)
+    other = auto.from_pretrained(checkpoints["gpt2"], quantization_config=config)
+    assert any(isinstance(module, spmconvert.SPMLinear) for module in other.modules())
+    files = set((cache / "curves").iterdir())
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, sequential=False, **QUICK)
+    assert len(set((cache / "curves").iterdir()) - files) > len(result.layers)
+
+
+def test_a_layer_of_constant_inputs_is_fitted_in_sequence(checkpoints, text, tmp_path, cache):
+    model = spmconvert.load(checkpoints["gpt2"])
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.zero_()
+    model.save_pretrained(tmp_path / "dead")
+    for file in checkpoints["gpt2"].glob("tok*"):
+        shutil.copy(file, tmp_path / "dead")
+    result = spmconvert.convert(
+        tmp_path / "dead", tmp_path / "out", targets="*h.0.mlp.c_proj,*h.1.mlp.*", calib=text, sequential=True, **DESIGNED
+    )
+    assert result.layers[0].error < 1e-6
 
 
 def test_largest_error_is_kept(checkpoints, text, tmp_path, cache):
@@ -448,6 +482,13 @@ def test_a_dry_run_refuses_what_a_run_would(run, checkpoints, cache, options, er
     code, _, err = run("convert", checkpoints["gpt2"], "--dry-run", *options)
     assert code == error.exit_code
     assert message in err
+
+
+def test_a_dry_run_refuses_fits_in_sequence_that_a_run_would(run, checkpoints, text):
+    command = ["convert", checkpoints["bert"], "--targets", "*layer.0.output.dense,pooler.dense", "--calib", text]
+    code, _, err = run(*command, "--sequential", "--dry-run")
+    assert code == OptionError.exit_code
+    assert "one list of blocks" in err
 
 
 def test_a_largest_error_wants_plain_fits_and_names_what_exceeds_it(checkpoints, text, tmp_path, cache, monkeypatch):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import spmconvert
+from spmconvert.errors import CalibrationError
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.response import Response, divergence
 
@@ -19,6 +20,15 @@ def test_measured_points_are_met_and_held_outside():
     # half way on a logarithmic scale the factor is the geometric mean
     assert response.loss((0.5 * 0.01) ** 0.5) == pytest.approx((0.5 * 0.01) ** 0.5 * (8 * 2) ** 0.5)
     assert response.loss(0.0) == 0.0
+
+
+def test_a_divergence_that_overflows_is_refused(checkpoints):
+    model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32).eval()
+    layer = replaced(model, "transformer.h.0.mlp.c_fc")
+    with torch.no_grad():
+        layer.bias.fill_(float("inf"))
+    with pytest.raises(CalibrationError, match=r"c_fc replaced are not finite .* --ignore transformer\.h\.0\.mlp\.c_fc"):
+        divergence(model, "transformer.h.0.mlp.c_fc", layer, [ids(model)])
 
 
 def test_one_point_is_a_factor_and_nothing_measured_is_tiny():

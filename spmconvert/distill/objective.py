@@ -27,9 +27,9 @@ Objective = Literal["logits", "classes", "scores", "hidden"]
 _PROBE_TOKENS = 8
 
 
-def objective_for(config: Any) -> Objective:
-    """What is matched for a model's config."""
-    name = (getattr(config, "architectures", None) or [""])[0]
+def objective_for(config: Any, architecture: str | None = None) -> Objective:
+    """What is matched for a model's config, or for another class that was loaded from the same checkpoint."""
+    name = architecture or (getattr(config, "architectures", None) or [""])[0]
     scores = "Classification" in name and getattr(config, "num_labels", None) == 1
     return "scores" if scores else objective_of(name)
 

@@ -27,12 +27,14 @@ class Choice:
         cost: their costs together.
         loss: their losses together.
         bound: no choice within the budget has a smaller loss than this.
+        limit: the budget; None where each layer had a limit of its own.
     """
 
     chosen: tuple[int, ...]
     cost: int
     loss: float
     bound: float
+    limit: int | None = None
 
 
 def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], budget: int, unit: str) -> Choice:
@@ -71,7 +73,7 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
     chosen.reverse()
     cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
     loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
-    return Choice(tuple(chosen), cost, loss, min(loss, lower_bound(costs, losses, budget)))
+    return Choice(tuple(chosen), cost, loss, min(loss, lower_bound(costs, losses, budget)), budget)
 
 
 def check_budget(costs: Sequence[Sequence[int]], budget: int, unit: str) -> int:

@@ -68,7 +68,7 @@ def load_rows(directory: Path, config: Any, calibration: Calibration, seed: int)
             "use a longer text or a smaller calibration.tokens"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out_count = max(1, round(calibration.held_out * min(calibration.rows, len(rows))))
+    held_out_count = min(len(rows) - 1, max(1, round(calibration.held_out * min(calibration.rows, len(rows)))))
     drawn = [rows[i] for i in order]
     fitted_end = calibration.rows + held_out_count
     return CalibrationRows(

@@ -149,5 +149,5 @@ def collect(model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, 
         if name not in gathered:
             raise CalibrationError(f"layer {name} never ran on the calibration rows; leave it out with --ignore {name}")
         if not gathered[name].scatter.isfinite().all():
-            raise CalibrationError(f"inputs of layer {name} are not finite on the calibration rows; use a wider --dtype")
+            raise CalibrationError.not_finite(f"inputs of layer {name}", name)
     return gathered
