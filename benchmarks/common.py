@@ -24,6 +24,7 @@ from spmconvert.distill.guide import Guide
 from spmconvert.distill.loop import Run, match_layers, train
 from spmconvert.distill.objective import Distillation, objective_for
 from spmconvert.distill.state import State, restore
+from spmconvert.errors import OptionError
 from spmconvert.fitting.calibration import load_rows
 from spmconvert.fitting.error import measure_error
 from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
@@ -92,14 +93,18 @@ def blocks_and_rank(in_features: int, out_features: int, keep: float) -> Geometr
 
 
 def blocks_only(in_features: int, out_features: int, keep: float) -> Geometry:
-    """A pass over all strides of the widest blocks that fit."""
-    chosen = Geometry.create(in_features, out_features)
-    for block in (2, 4, 8, 16, 32, 64):
-        geometry = Geometry.create(in_features, out_features, None, "general", block)
-        if geometry.parameter_count(bias=False) > keep * in_features * out_features:
-            break
-        chosen = geometry
-    return chosen
+    """A pass over all strides of the widest blocks that fit.
+
+    Raises:
+        OptionError: when not even blocks of two do; plain stages would be another structure.
+    """
+    blocks = (2, 4, 8, 16, 32, 64)
+    passes = (Geometry.create(in_features, out_features, None, "general", block) for block in blocks)
+    allowed = int(keep * in_features * out_features)
+    fitting = [one for one in passes if one.parameter_count(bias=False) <= allowed]
+    if not fitting:
+        raise OptionError(f"no pass of blocks fits into {keep:.0%} of {in_features} x {out_features}; keep more")
+    return max(fitting, key=lambda one: one.block)
 
 
 def _with_rank(in_features: int, out_features: int, keep: float, stages: int | None, block: int) -> Geometry:

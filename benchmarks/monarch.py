@@ -5,6 +5,9 @@ over 2048 tokens of 256 -> 1024 then takes as long as the dense layer's, the two
 long at a quarter of the parameters and 50 times at half of them. Below that width the two factors are used, and are faster.
 """
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
 from benchmarks.common import Layer
@@ -28,19 +31,11 @@ class MonarchLinear(torch.nn.Module):
     def of(cls, layer: Layer, keep: float) -> "MonarchLinear":
         """Project a weight: every slice of it that two factors share is a matrix of rank one, found by its SVD.
 
-        The number of blocks is the power of two with the most parameters within the budget; no data is used except for
-        the bias, as in the projection of the paper.
+        Of the largest shapes within the budget the one with the least error is taken; no data is used except for the
+        bias, as in the projection of the paper.
         """
-        out_features, in_features = layer.weight.shape
-        allowed = [
-            (blocks, groups)
-            for blocks in powers_of_two(in_features)
-            for groups in powers_of_two(out_features)
-            if groups * in_features + blocks * out_features <= keep * layer.weight.numel()
-        ]
-        blocks, groups = max(allowed, key=lambda pair: pair[0] * pair[1])
-        slices = layer.weight.view(out_features // groups, groups, blocks, in_features // blocks).permute(1, 2, 0, 3)
-        left, size, right = torch.linalg.svd(slices, full_matrices=False)
+        cuts = (slices(layer.weight, *shape) for shape in largest_shapes(layer.weight, keep))
+        left, size, right = max((torch.linalg.svd(cut, full_matrices=False) for cut in cuts), key=caught)
         root = size[..., :1].sqrt()
         outer = (left[..., 0] * root).transpose(1, 2)
         inner = (right[..., 0, :] * root).transpose(0, 1)
@@ -64,6 +59,29 @@ class MonarchLinear(torch.nn.Module):
         hidden = torch.bmm(rows, self.inner.mT).permute(2, 1, 0).contiguous()
         mixed = torch.bmm(hidden, self.outer.mT).permute(1, 2, 0).contiguous()
         return mixed.view(*x.shape[:-1], -1) + self.bias
+
+
+def largest_shapes(weight: torch.Tensor, keep: float) -> list[tuple[int, int]]:
+    """Blocks and groups, powers of two, of the factors within a share of the parameters that cannot have twice as many."""
+    out_features, in_features = weight.shape
+    shapes = itertools.product(powers_of_two(in_features), powers_of_two(out_features))
+    fitting = {
+        (blocks, groups)
+        for blocks, groups in shapes
+        if groups * in_features + blocks * out_features <= keep * weight.numel()
+    }
+    return sorted(shape for shape in fitting if not fitting & {(2 * shape[0], shape[1]), (shape[0], 2 * shape[1])})
+
+
+def slices(weight: torch.Tensor, blocks: int, groups: int) -> torch.Tensor:
+    """What is of rank one in a product of two factors: [groups, blocks, out_features / groups, in_features / blocks]."""
+    out_features, in_features = weight.shape
+    return weight.view(out_features // groups, groups, blocks, in_features // blocks).permute(1, 2, 0, 3)
+
+
+def caught(decomposed: Sequence[torch.Tensor]) -> float:
+    """The squared norm that the first directions of all slices hold, of their singular value decomposition."""
+    return float(decomposed[1][..., 0].square().sum())
 
 
 def powers_of_two(size: int) -> list[int]:

@@ -46,6 +46,7 @@ from benchmarks.scores import Examiner, language_score, packaged_model, sentence
 from benchmarks.sparse import sparse
 from spmconvert.conversion import convert, load
 from spmconvert.distill.data import load_training_data
+from spmconvert.errors import OptionError
 from spmconvert.recipe import Training
 from spmconvert.reporting.baselines import SparseLinear
 from spmconvert.reporting.timing import forward_call, interleaved, token_batch
@@ -113,10 +114,13 @@ def main() -> None:
     }
     for keep in options.keep:
         for method in options.methods:
-            for row in measure(subject, method, keep, options):
-                result["rows"].append(row)
-                print(row, flush=True)
-                save_json(options.json, result)
+            try:
+                for row in measure(subject, method, keep, options):
+                    result["rows"].append(row)
+                    print(row, flush=True)
+                    save_json(options.json, result)
+            except OptionError as error:
+                print(f"{method} at {keep:.0%} is left out: {error}", flush=True)
     show(result)
 
 

@@ -115,7 +115,7 @@ def _change(cell: Cell | None, method: str, keep: float) -> str:
     if cell is None and method == "magnitude 2:4":
         return ""
     if cell is None:
-        return "none fits" if method == "block SPM" and keep == BUDGETS[0] else "not run"
+        return "none fits" if method == "block SPM" else "not run"
     summary = cell.summary
     if summary.mean is None:
         return cell.text(f"{summary.before:.3f}")

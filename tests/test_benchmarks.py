@@ -147,13 +147,13 @@ def test_monarch_projection_recovers_its_own_kind():
     from spmconvert.fitting.statistics import ActivationStatistics
 
     torch.manual_seed(0)
-    planted = MonarchLinear(torch.randn(4, 8, 4), torch.randn(8, 3, 4), torch.zeros(24))
+    # 2 blocks and 2 groups, which other shapes of as many parameters or more cannot be
+    planted = MonarchLinear(torch.randn(2, 2, 8), torch.randn(2, 12, 2), torch.zeros(24))
     weight = planted(torch.eye(16)).detach().t()
     moments = ActivationStatistics.isotropic(16)
     layer = Layer("planted", weight, torch.zeros(24), moments, moments)
-    # 4 blocks and 8 groups: 8 * 16 + 4 * 24 parameters
-    found = MonarchLinear.of(layer, keep=(8 * 16 + 4 * 24) / weight.numel())
-    assert sum(p.numel() for name, p in found.named_parameters() if name != "bias") == 8 * 16 + 4 * 24
+    found = MonarchLinear.of(layer, keep=(4 * 16 + 1 * 24) / weight.numel())
+    assert found.inner.shape == planted.inner.shape
     x = torch.randn(5, 16)
     torch.testing.assert_close(found(x), planted(x), rtol=1e-4, atol=1e-4)
 
@@ -165,6 +165,15 @@ def test_monarch_factors_one_after_the_other_are_their_product():
     layer = MonarchLinear(torch.randn(4, 2, 4), torch.randn(2, 12, 4), torch.randn(24))
     x = torch.randn(3, 5, 16)
     torch.testing.assert_close(layer(x), x @ layer.matrix().t() + layer.bias)
+
+
+def test_blocks_that_do_not_fit_are_no_plain_stages():
+    from benchmarks.common import blocks_only
+    from spmconvert.errors import OptionError
+
+    assert blocks_only(256, 1024, 0.25).block == 2
+    with pytest.raises(OptionError, match=r"no pass of blocks fits into 10% of 256 x 1024"):
+        blocks_only(256, 1024, 0.1)
 
 
 def test_a_teacher_that_remembers_answers_as_the_teacher():
