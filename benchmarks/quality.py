@@ -136,7 +136,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--calibration-rows", type=int, default=512)
     parser.add_argument("--evaluation-rows", type=int, default=400)
     parser.add_argument("--steps", type=int, default=0, help="of the finetune; 0 for none")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-3, 1e-2, 3e-2])
     parser.add_argument("--other-rate", type=float, default=3e-4)
     parser.add_argument("--scope", choices=["spm", "norms", "all"], default="spm")
     parser.add_argument("--batch-size", type=int, default=16)
