@@ -114,8 +114,10 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_json: bool) -> None:
-    from spmconvert.allocation import Form, check_measurable, compare_budgets, read_curves
+    from spmconvert.allocation import allocate, compare_budgets
     from spmconvert.conversion import default_output, open_plan
+    from spmconvert.curvecache import Form
+    from spmconvert.curves import check_measurable, read_curves
     from spmconvert.text import read_documents
 
     source, plan, _ = open_plan(model, recipe)
@@ -130,7 +132,7 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_js
                 "designs for a budget follow from measurements that have not been made yet; run the command once without "
                 "--dry-run, then a dry run shows any budget"
             )
-        plan = curves.allocate(recipe.budget).plan
+        plan = allocate(curves, recipe.budget).plan
         # a largest error has curves of its own, by which no share is chosen
         budgets = None if recipe.budget.max_error is not None else compare_budgets(curves)
     destination = str(output or default_output(model))

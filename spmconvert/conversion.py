@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.allocation import Allocation, Form, measure_curves
+from spmconvert.allocation import Allocation, allocate, check_reachable
 from spmconvert.checkpoint.card import model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_output
+from spmconvert.curvecache import Form
+from spmconvert.curves import measure_curves
 from spmconvert.devices import check_device
 from spmconvert.errors import OptionError, OutputError
 from spmconvert.fitrun import FitRun, Progress, Silent, fit_all, load_dense_model
@@ -131,10 +133,7 @@ def convert(
             kept = target.load_file(CHOICE_FILE)
             if kept is None:
                 form = Form.of_checkpoint(source, device)
-                curves = measure_curves(
-                    source, plan, resolved, form, rows, load_dense, listener.calibrating, listener.measured
-                )
-                allocation = curves.allocate(resolved.budget)
+                allocation = _allocate(source, plan, resolved, form, rows, load_dense, listener)
                 # finished layers have these designs, whatever a cache says when the run is resumed
                 target.store_file(CHOICE_FILE, allocation.to_json())
             else:
@@ -170,9 +169,7 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
     rows = _calibration_rows(source, model.config, recipe)
     silent = Silent()
     if recipe.budget.limits:
-        form = Form.of_model(model)
-        curves = measure_curves(source, plan, recipe, form, rows, lambda: model, silent.calibrating, silent.measured)
-        plan = curves.allocate(recipe.budget).plan
+        plan = _allocate(source, plan, recipe, Form.of_model(model), rows, lambda: model, silent).plan
     replacements: dict[str, SPMLinear] = {}
     for group in statistics_groups(plan.layers, weighted=recipe.weights_fits):
         moments: dict[str, Moments] = {}
@@ -239,6 +236,20 @@ def _settled(
         # a relative path would mean another place to the commands that come later
         calibration = calibration.model_copy(update={"file": calibration.file.resolve()})
     return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled), "calibration": calibration})
+
+
+def _allocate(
+    source: Checkpoint,
+    plan: ConversionPlan,
+    recipe: Recipe,
+    form: Form,
+    rows: CalibrationRows | None,
+    load_dense: Callable[[], Any],
+    progress: Progress,
+) -> Allocation:
+    check_reachable(plan, recipe.budget)
+    curves = measure_curves(source, plan, recipe, form, rows, load_dense, progress.calibrating, progress.measured)
+    return allocate(curves, recipe.budget)
 
 
 def default_output(model: str) -> Path:

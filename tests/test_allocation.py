@@ -12,8 +12,11 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, Phi3Config, Phi3ForCausalLM
 
 import spmconvert
-from spmconvert import allocation, conversion
+from spmconvert import conversion, curvecache
+from spmconvert.allocation import allocate
 from spmconvert.conversion import open_plan, resolve_recipe
+from spmconvert.curvecache import Form
+from spmconvert.curves import measure_curves, read_curves
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
 from spmconvert.fitrun import load_dense_model
 from spmconvert.fitting.calibration import load_rows
@@ -60,14 +63,14 @@ def curves_of(checkpoints, text, name="gpt2", **changes):
         loaded.append(1)
         return load_dense_model(source.directory, config, "cpu")
 
-    form = allocation.Form.of_checkpoint(source, "cpu")
-    curves = allocation.measure_curves(source, plan, recipe, form, rows, load, lambda *_: None, lambda *_: None)
+    form = Form.of_checkpoint(source, "cpu")
+    curves = measure_curves(source, plan, recipe, form, rows, load, lambda *_: None, lambda *_: None)
     return curves, loaded, recipe, source, plan
 
 
 def test_more_budget_never_costs_more(checkpoints, text, cache):
     curves, *_ = curves_of(checkpoints, text)
-    losses = [curves.allocate(Budget(keep=keep)).choice.loss for keep in (0.25, 0.4, 0.6, 0.8)]
+    losses = [allocate(curves, Budget(keep=keep)).choice.loss for keep in (0.25, 0.4, 0.6, 0.8)]
     assert losses == sorted(losses, reverse=True)
     assert all(one.error > 0 for own in curves.candidates for one in own)
 
@@ -78,7 +81,7 @@ def test_a_mixture_is_never_worse_than_low_rank_alone(checkpoints, text, cache):
     assert {one.stages for own in alone.candidates for one in own} == {0}
     assert any(one.stages for own in mixed.candidates for one in own)
     for keep in (0.3, 0.5, 0.7):
-        assert mixed.allocate(Budget(keep=keep)).choice.loss <= alone.allocate(Budget(keep=keep)).choice.loss
+        assert allocate(mixed, Budget(keep=keep)).choice.loss <= allocate(alone, Budget(keep=keep)).choice.loss
 
 
 def test_curves_are_measured_once(checkpoints, text, cache):
@@ -87,12 +90,12 @@ def test_curves_are_measured_once(checkpoints, text, cache):
     again, loaded, *_ = curves_of(checkpoints, text)
     assert not loaded
     assert again == first
-    form = allocation.Form.of_checkpoint(source, "cpu")
-    assert allocation.read_curves(source, plan, recipe, form) == first
+    form = Form.of_checkpoint(source, "cpu")
+    assert read_curves(source, plan, recipe, form) == first
     # one lost curve is measured again, to the same numbers
     next(iter((cache / "curves").glob("*.json"))).unlink()
-    assert allocation.read_curves(source, plan, recipe, form) is None
-    assert allocation.read_curves(source, plan, recipe, replace(form, dtype="bfloat16")) is None
+    assert read_curves(source, plan, recipe, form) is None
+    assert read_curves(source, plan, recipe, replace(form, dtype="bfloat16")) is None
     repaired, loaded, *_ = curves_of(checkpoints, text)
     assert loaded == [1]
     assert repaired == first
@@ -104,14 +107,14 @@ def test_limits_of_other_kinds(checkpoints, text, cache):
     curves, *_ = curves_of(checkpoints, text)
     layers = curves.plan.layers
     dense_bytes, dense_flops = sum(layer.dense_bytes for layer in layers), sum(layer.flops[0] for layer in layers)
-    plan = curves.allocate(Budget(keep_bytes=dense_bytes // 2)).plan
+    plan = allocate(curves, Budget(keep_bytes=dense_bytes // 2)).plan
     assert plan.output_bytes <= curves.plan.other_bytes + dense_bytes // 2
-    plan = curves.allocate(Budget(keep_flops=0.5)).plan
+    plan = allocate(curves, Budget(keep_flops=0.5)).plan
     replaced = {layer.target.name: layer.flops[1] for layer in plan.layers}
     assert sum(replaced.get(layer.target.name, layer.flops[0]) for layer in layers) <= 0.5 * dense_flops
     errors = [one.error for own in curves.candidates for one in own]
     bound = sorted(errors)[len(errors) // 2]
-    plan = curves.allocate(Budget(max_error=bound)).plan
+    plan = allocate(curves, Budget(max_error=bound)).plan
     for layer, own in zip(layers, curves.candidates, strict=True):
         found = [other for other in plan.layers if other.target == layer.target]
         if found:
@@ -124,7 +127,7 @@ def test_limits_of_other_kinds(checkpoints, text, cache):
 @pytest.mark.parametrize(("name", "sensitivity"), [("gpt2", "kl"), ("bert", "kl"), ("gpt2", "gradient")])
 def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monkeypatch, name, sensitivity):
     curves, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
-    monkeypatch.setattr(allocation, "_measures_response", lambda *_: False)
+    monkeypatch.setattr(curvecache, "measures_response", lambda *_: False)
     plain, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
     spread = []
     for scaled, own in zip(curves.candidates, plain.candidates, strict=True):

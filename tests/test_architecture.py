@@ -14,6 +14,7 @@ LAYERS = [
     ["plan"],
     ["sensitivity", "response", "sequential"],
     ["layerfit"],
+    ["curvecache", "curves"],
     ["allocation"],
     ["fitrun"],
     ["conversion"],
