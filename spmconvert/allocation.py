@@ -97,6 +97,23 @@ def allocate(curves: Curves, budget: Budget) -> Allocation:
     return Allocation(_planned(curves.plan, picked), choice, picked)
 
 
+def record_of(choice: Choice, budget: Budget) -> dict[str, Any]:
+    """What a choice costs and is predicted to lose, as plain values."""
+    return {
+        "predicted_loss": choice.loss,
+        "lower_bound": choice.bound,
+        "cost": choice.cost,
+        "limit": choice.limit,
+        "unit": budget.unit,
+    }
+
+
+def spent(choice: Choice, budget: Budget) -> str:
+    """The same in words."""
+    allowed = "" if choice.limit is None else f" of the {choice.limit:,} allowed"
+    return f"{choice.cost:,} {budget.unit}{allowed}, {budget.loss_name} {choice.loss:.4g}"
+
+
 def compare_budgets(curves: Curves) -> list[dict[str, Any]]:
     """What every budget would buy, as plain values; budgets below the smallest designs are left out."""
     rows = []

@@ -114,7 +114,7 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_json: bool) -> None:
-    from spmconvert.allocation import allocate, compare_budgets
+    from spmconvert.allocation import allocate, compare_budgets, record_of, spent
     from spmconvert.conversion import default_output, open_plan
     from spmconvert.curvecache import Form
     from spmconvert.curves import check_measurable, read_curves
@@ -123,7 +123,7 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_js
     source, plan, _ = open_plan(model, recipe)
     if recipe.calibration.file is not None:
         read_documents(recipe.calibration.file)
-    budgets = None
+    choice = budgets = None
     if recipe.budget.limits:
         check_measurable(recipe)
         curves = read_curves(source, plan, recipe, Form.of_checkpoint(source, device))
@@ -132,7 +132,8 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_js
                 "designs for a budget follow from measurements that have not been made yet; run the command once without "
                 "--dry-run, then a dry run shows any budget"
             )
-        plan = allocate(curves, recipe.budget).plan
+        allocation = allocate(curves, recipe.budget)
+        plan, choice = allocation.plan, allocation.choice
         # a largest error has curves of its own, by which no share is chosen
         budgets = None if recipe.budget.max_error is not None else compare_budgets(curves)
     destination = str(output or default_output(model))
@@ -146,12 +147,15 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_js
                 "output_bytes": plan.output_bytes,
                 "predicted_seconds": plan.predicted_seconds(recipe),
                 "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
+                "allocation": choice and record_of(choice, recipe.budget),
                 "budgets": budgets,
                 "recipe": recipe.model_dump(mode="json", exclude={"finetune"}),
             }
         )
     else:
         console.show_plan(plan, recipe, destination)
+        if choice is not None:
+            console.show_spent(spent(choice, recipe.budget))
         if budgets is not None:
             console.show_budgets(budgets, recipe.budget.loss_name)
 

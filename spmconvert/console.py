@@ -92,7 +92,7 @@ class ConversionProgress:
 
     def planned(self, plan: "ConversionPlan") -> None:
         """Say what will happen."""
-        note(f"{len(plan.layers)} layers will be replaced")
+        note(f"{_layers(len(plan.layers))} will be replaced")
         self._progress.update(self._layers, completed=0, total=len(plan.layers), visible=True, description="fitting")
 
     def calibrating(self, done: int, total: int) -> None:
@@ -191,7 +191,8 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
         )
     _out.print(table)
     before, after = (sum(row[key] for row in rows) for key in ("parameters_before", "parameters_after"))
-    _out.print(f"{len(rows)} layers, {count(before)} -> {count(after)} parameters ({after / before:.1%} kept)")
+    kept = f"{count(before)} -> {count(after)} parameters ({after / before:.1%} of theirs kept)"
+    _out.print(f"{_layers(len(rows))} to replace, {kept}")
     for skipped in plan.selection.skipped:
         _out.print(f"left alone: {skipped.name} ({skipped.reason})", soft_wrap=True)
     calibrated = recipe.calibration.file is not None
@@ -201,6 +202,15 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
         f"with about {size(plan.predicted_memory(calibrated=calibrated))} of memory beside the program",
         soft_wrap=True,
     )
+
+
+def show_spent(spent: str) -> None:
+    """What a budget would be spent on, in words."""
+    _out.print(f"budget: {spent}", soft_wrap=True)
+
+
+def _layers(number: int) -> str:
+    return f"{number} layer{'' if number == 1 else 's'}"
 
 
 def show_budgets(rows: list[dict[str, Any]], loss_name: str) -> None:

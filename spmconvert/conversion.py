@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.allocation import Allocation, allocate, check_reachable
-from spmconvert.checkpoint.card import model_card
+from spmconvert.allocation import Allocation, allocate, check_reachable, record_of, spent
+from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_output
@@ -31,7 +31,7 @@ from spmconvert.fitting.calibration import CalibrationRows, load_rows
 from spmconvert.layerfit import LayerRecord, Moments, fit_layer, gather_moments, statistics_groups
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
-from spmconvert.recipe import Budget, Recipe, recipe_from_keywords
+from spmconvert.recipe import Recipe, recipe_from_keywords
 from spmconvert.sequential import check_chain, is_chain, layer_blocks, on_one_path
 from spmconvert.surgery.architecture import load_config, model_class, skeleton
 from spmconvert.surgery.hf import SPMConfig
@@ -122,6 +122,8 @@ def convert(
     rows = _calibration_rows(source, config, resolved)
     listener = progress or Silent()
     budgeted = bool(resolved.budget.limits)
+    if budgeted:
+        check_reachable(plan, resolved.budget)
     load_dense = partial(load_dense_model, source.directory, config, device)
     resolved = _settled(resolved, plan, config, rows, load_dense)
     # a budget is spent later; until then the output may be as large as the source
@@ -169,6 +171,7 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
     rows = _calibration_rows(source, model.config, recipe)
     silent = Silent()
     if recipe.budget.limits:
+        check_reachable(plan, recipe.budget)
         plan = _allocate(source, plan, recipe, Form.of_model(model), rows, lambda: model, silent).plan
     replacements: dict[str, SPMLinear] = {}
     for group in statistics_groups(plan.layers, weighted=recipe.weights_fits):
@@ -247,7 +250,6 @@ def _allocate(
     load_dense: Callable[[], Any],
     progress: Progress,
 ) -> Allocation:
-    check_reachable(plan, recipe.budget)
     curves = measure_curves(source, plan, recipe, form, rows, load_dense, progress.calibrating, progress.measured)
     return allocate(curves, recipe.budget)
 
@@ -348,18 +350,8 @@ def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
         "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
         "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
         "layers": [asdict(record) for record in conversion.layers],
-        "allocation": run.choice and _allocation(run.choice, run.recipe.budget),
+        "allocation": run.choice and record_of(run.choice, run.recipe.budget),
         "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
-    }
-
-
-def _allocation(choice: Choice, budget: Budget) -> dict[str, Any]:
-    return {
-        "predicted_loss": choice.loss,
-        "lower_bound": choice.bound,
-        "cost": choice.cost,
-        "limit": choice.limit,
-        "unit": budget.unit,
     }
 
 
@@ -371,6 +363,7 @@ def _card(run: FitRun, conversion: Conversion) -> str:
     return model_card(
         source=run.source.name if run.source.revision else run.source.directory.resolve().name,
         source_sha256=run.source.sha256(),
+        inherited=inherited_metadata(run.source.directory / "README.md"),
         rows=conversion.layers,
         measured_on=conversion.measured_on,
         sizes=sizes,
@@ -394,15 +387,10 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...]) -> Con
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=run.choice,
         left_dense=0 if run.choice is None else len(run.choice.chosen) - len(records),
-        spent="" if run.choice is None else _spent(run.choice, run.recipe.budget),
+        spent="" if run.choice is None else spent(run.choice, run.recipe.budget),
         aims=run.recipe.fit.aims,
         above_limit=tuple(record.name for record in records if record.error > max_error),
     )
-
-
-def _spent(choice: Choice, budget: Budget) -> str:
-    allowed = "" if choice.limit is None else f" of the {choice.limit:,} allowed"
-    return f"{choice.cost:,} {budget.unit}{allowed}, {budget.loss_name} {choice.loss:.4g}"
 
 
 def _json(value: dict[str, Any]) -> str:

@@ -269,7 +269,9 @@ class Recipe(_Table):
     def _designs_are_named_or_chosen(self) -> "Recipe":
         if self.budget.limits and (self.design != LayerDesign() or self.overrides):
             limit = next(iter(self.budget.limits))
-            raise ValueError(f"{limit} chooses the design of every layer; leave stages, block, rank and overrides out")
+            raise ValueError(
+                f"{limit} chooses the design of every layer; leave stages, variant, block, rank and overrides out"
+            )
         if not self.budget.limits and self.budget != Budget():
             given = ", ".join(f"budget.{key}" for key, value in self.budget if value != getattr(Budget(), key))
             raise ValueError(f"{given} is given without a budget to spend; add --keep, or another limit")

@@ -330,7 +330,7 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     assert re.search(r"budget: ([\d,]+) parameters of the [\d,]+ allowed, predicted loss [\d.e-]+, no choice", out), out
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
     assert code == 0
-    assert "predicted loss" in out
+    assert re.search(r"budget: [\d,]+ parameters of the [\d,]+ allowed, predicted loss [\d.e-]+", out), out
     assert re.search(r"75% +[\d.e-]+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ kB", out), out
     code, out, _ = run(*command, "--max-error", "0.4", "--force")
     assert code == 0
@@ -339,6 +339,7 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     assert "75%" not in out, "curves of a largest error are not those by which a share is chosen"
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run", "--json")
     shown = json.loads(out)
+    assert shown["allocation"]["cost"] <= shown["allocation"]["limit"]
     losses = [row["predicted_loss"] for row in shown["budgets"]]
     assert losses == sorted(losses, reverse=True)
     assert all(row["kept"] <= row["keep"] for row in shown["budgets"])
@@ -409,6 +410,7 @@ def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_p
     with pytest.raises(OptionError, match="smallest candidates"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "new", keep=1e-4, calib=text, **QUICK)
     assert not (cache / "curves").exists()
+    assert not list(tmp_path.glob(".new*"))
 
 
 def interrupt_after(monkeypatch, layers):

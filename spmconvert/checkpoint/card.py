@@ -1,27 +1,59 @@
 """The model card of a converted checkpoint: what it is, how to load it, what each layer kept and lost."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData, metadata_load
+from yaml import YAMLError
+
+# what of the source's metadata is true of the converted model, too
+INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag", "tags")
 # what a finetune replaces
 REPORT_BEGIN = "<!-- spmconvert report: begin -->"
 REPORT_END = "<!-- spmconvert report: end -->"
 UNTUNED = "The model has not been finetuned after the conversion."
 
 
-def model_card(*, source: str, source_sha256: str, rows: Sequence[Any], measured_on: str, sizes: str, version: str) -> str:
+def inherited_metadata(card: Path) -> dict[str, Any]:
+    """Licence, languages, datasets, task and tags from the card of the source; none where it has no readable metadata."""
+    try:
+        found = metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
+    tags = found.get("tags") or []
+    kept = {key: found[key] for key in INHERITED if found.get(key)}
+    return {**kept, "tags": tags if isinstance(tags, list) else [tags]}
+
+
+def model_card(
+    *,
+    source: str,
+    source_sha256: str,
+    inherited: Mapping[str, Any],
+    rows: Sequence[Any],
+    measured_on: str,
+    sizes: str,
+    version: str,
+) -> str:
     """The card as Markdown with the metadata header the hub reads.
 
     Args:
         source: hub id of the dense checkpoint, or the name of its directory.
         source_sha256: content hash of the source.
+        inherited: metadata of the source, as ``inherited_metadata`` gives it.
         rows: one ``LayerRecord`` a layer.
         measured_on: what the errors were measured on, in words.
         sizes: parameters and bytes before and after, in words.
         version: version of spmconvert.
     """
-    base = [f"base_model: {source}"] if "/" in source else []
-    header = ["---", "library_name: transformers", *base, "tags:", "- spmconvert", "---"]
+    metadata = {
+        **inherited,
+        "base_model": source if "/" in source else None,
+        "library_name": "transformers",
+        "tags": [*inherited.get("tags", []), "spmconvert"],
+    }
+    header = ["---", ModelCardData(ignore_metadata_errors=True, **metadata).to_yaml(), "---"]
     table = ["| layer | in x out | kept | error | whitened SVD of equal size |", "|---|---|---|---|---|"]
     table += [
         f"| `{row.name}` | {row.in_features} x {row.out_features} | {row.parameters / row.dense_parameters:.1%} "

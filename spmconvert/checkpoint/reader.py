@@ -20,7 +20,17 @@ if TYPE_CHECKING:
     import torch
 
 # what is fetched from the hub: no weights but safetensors
-HUB_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken", "tokenizer*", "*LICENSE*")
+HUB_PATTERNS = (
+    "*.safetensors",
+    "*.json",
+    "*.txt",
+    "*.model",
+    "*.jinja",
+    "*.tiktoken",
+    "tokenizer*",
+    "*LICENSE*",
+    "README.md",
+)
 CHAT_TEMPLATES = "additional_chat_templates"
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
 WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE, CHECKSUM_FILE, *REPORT_FILES)
