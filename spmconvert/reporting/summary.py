@@ -126,8 +126,9 @@ def _quality_figure(report: Report) -> KeyFigure:
 def _baseline_figure(report: Report) -> KeyFigure:
     by_key = {candidate.key: candidate for candidate in report.candidates}
     if by_key and by_key["spm"].metrics:
-        own, other = by_key["spm"].metrics[0], by_key["svd"].metrics[0]
-        outcome = _outcome(own, other)
+        compared = _compared(by_key["spm"], by_key["svd"])
+        # a few texts may leave the first metric open where another one is clear
+        own, other, outcome = next((one for one in compared if one[2] != "level"), compared[0])
         values = f"{measured(own.converted, own.unit)} against {measured(other.converted, other.unit)}"
         return KeyFigure(
             "against SVD of equal size",
@@ -181,14 +182,21 @@ def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
     for other in candidates:
         if other.key in ("spm", "dense"):
             continue
-        outcome = _outcome(own.metrics[0], other.metrics[0])
-        values = f"{measured(own.metrics[0].converted, own.metrics[0].unit)} against "
-        values += measured(other.metrics[0].converted, other.metrics[0].unit)
+        outcomes = (
+            f"{outcome} by {mine.title} ({measured(mine.converted, mine.unit)} against {measured(its.converted, its.unit)})"
+            for mine, its, outcome in _compared(own, other)
+        )
         said.append(
-            f"Whole model, SPM compared with {other.title}: {outcome} by {own.metrics[0].title} ({values}), with "
+            f"Whole model, SPM compared with {other.title}: {', '.join(outcomes)}, with "
             f"{own.parameters / other.parameters:.2f} times its parameters; SPM is {own.note}."
         )
     return said
+
+
+def _compared(own: Candidate, other: Candidate) -> list[tuple[Metric, Metric, str]]:
+    """The metrics of two candidates, one beside the other, and what they say of the first."""
+    pairs = zip(own.metrics, other.metrics, strict=True)
+    return [(mine, its, _outcome(mine, its)) for mine, its in pairs]
 
 
 def _outcome(own: Metric, other: Metric) -> str:

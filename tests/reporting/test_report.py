@@ -75,6 +75,26 @@ def test_the_untouched_model_is_a_candidate_without_loss(quick_report):
     assert by_key["2:4"].latency.samples == by_key["spm"].latency.samples
 
 
+def test_a_metric_that_is_clear_counts_where_the_first_one_is_open(quick_report):
+    def candidate(key, *values):
+        found = next(one for one in quick_report.candidates if one.key == key)
+        metrics = (
+            metric.model_copy(update={"converted": value, "standard_error": error, "higher_is_better": True})
+            for metric, value, error in zip(found.metrics, values, (0.5, 0.001), strict=False)
+        )
+        return found.model_copy(update={"metrics": tuple(metrics)})
+
+    candidates = (candidate("spm", 0.94, 0.87), candidate("svd", 0.95, 0.91))
+    found = quick_report.model_copy(update={"candidates": candidates})
+    first, second = (metric.title for metric in candidates[0].metrics)
+    (sentence,) = (said for said in findings(found) if "compared with" in said)
+    assert f"level by {first}" in sentence
+    assert f"worse by {second}" in sentence
+    figure = key_figures(found)[-1]
+    assert (figure.value, figure.tone) == ("worse", "bad")
+    assert second in figure.detail
+
+
 def test_sizes_add_up(quick_report, converted):
     whole, layers = (quick_report.quantity("parameters", scope) for scope in ("whole model", "replaced layers"))
     assert whole.dense - whole.converted == layers.dense - layers.converted
