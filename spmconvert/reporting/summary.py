@@ -188,9 +188,15 @@ def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
         )
         said.append(
             f"Whole model, SPM compared with {other.title}: {', '.join(outcomes)}, with "
-            f"{own.parameters / other.parameters:.2f} times its parameters; SPM is {own.note}."
+            f"{own.parameters / other.parameters:.2f} times its parameters{_relative_time(own, other)}; SPM is {own.note}."
         )
     return said
+
+
+def _relative_time(own: Candidate, other: Candidate) -> str:
+    if own.latency is None or other.latency is None:
+        return ""
+    return f" and {own.latency.p50 / other.latency.p50:.2f} times its time for {own.tokens} tokens"
 
 
 def _compared(own: Candidate, other: Candidate) -> list[tuple[Metric, Metric, str]]:

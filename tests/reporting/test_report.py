@@ -90,6 +90,8 @@ def test_a_metric_that_is_clear_counts_where_the_first_one_is_open(quick_report)
     (sentence,) = (said for said in findings(found) if "compared with" in said)
     assert f"level by {first}" in sentence
     assert f"worse by {second}" in sentence
+    times = [one.latency.p50 for one in candidates]
+    assert f"and {times[0] / times[1]:.2f} times its time for {candidates[0].tokens} tokens" in sentence
     figure = key_figures(found)[-1]
     assert (figure.value, figure.tone) == ("worse", "bad")
     assert second in figure.detail
