@@ -3,8 +3,8 @@
     python -m benchmarks.quality_plot results/quality-*.json --output results/quality.png
 
 The upper panels are before any finetune, the lower ones after it, at the best rate of every method (see
-``benchmarks.quality_table``); a dotted line is the dense model. Of models trained again ``benchmarks.quality_summary`` says
-what is shown. Methods that miss the range of the others by far are cut off, and the table has their numbers.
+``benchmarks.quality_table``); a dotted line is the dense model. Methods that miss the range of the others by far are cut
+off, and the table has their numbers.
 """
 
 import argparse
@@ -17,7 +17,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-from benchmarks.quality_summary import ENCODER, MODELS, combine
+from benchmarks.quality_summary import ENCODER, MODELS, read
 from benchmarks.quality_table import Summary
 
 
@@ -28,11 +28,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", help="these alone")
     options = parser.parse_args()
-    models = combine(options.results)
-    found = [
-        [cell.summary for cell in model.cells.values() if wanted(cell.summary, options.methods)]
-        for model in models.values()
-    ]
+    models = read(options.results)
+    found = [[entry for entry in model.cells.values() if wanted(entry, options.methods)] for model in models.values()]
     methods = sorted({entry.method for entries in found for entry in entries})
     colours = {method: f"C{index}" for index, method in enumerate(methods)}
     size = (5.2 * len(models), 7.2)

@@ -1,10 +1,9 @@
-"""The two quality tables of the README: every structure of a model at every budget once, out of all results.
+"""The two quality tables of the README: every structure of every model at every budget, one file a model.
 
     python -m benchmarks.quality_summary benchmarks/results/quality-*.json
 
-A model that was trained again by the same command, on a processor that rounds otherwise, is another sample of the same
-experiment, and its results are a file of its own, marked ``trained_again``. Where both have a structure at a budget, the
-one with more seeds is shown, of equal ones the later; what comes from a model trained again has a dagger.
+A model that is trained again by the same command on a processor that rounds otherwise is another sample of the experiment.
+Its scores are not mixed with those of the first in one table.
 """
 
 import argparse
@@ -28,49 +27,41 @@ MODELS = {"gpt2": "small GPT-2", "llama": "small Llama", ENCODER: "all-MiniLM-L6
 LABELS = {"keep": "`--keep`", "keep, low rank": "`--keep`, low rank only"}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A structure at a budget, and whether the model was one trained again."""
-
-    summary: Summary
-    again: bool
-
-    def text(self, score: str) -> str:
-        """A score with its mark."""
-        return f"{score} †" if self.again else score
-
-
 @dataclass
 class Model:
     """The results of a model.
 
     Attributes:
-        dense: score of the first one trained.
+        dense: score of the dense model.
         cells: by budget and method.
     """
 
     dense: float
-    cells: dict[tuple[float, str], Cell]
+    cells: dict[tuple[float, str], Summary]
 
 
 def main() -> None:
     """Print both tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, nargs="+")
-    models = combine(parser.parse_args().results)
+    models = read(parser.parse_args().results)
     print("\n".join(headline(models)), "\n".join(structures(models)), sep="\n\n")
 
 
-def combine(files: Iterable[Path]) -> dict[str, Model]:
-    """Results by model, in the order of ``MODELS`` and then of the files' names, in which they are read."""
+def read(files: Iterable[Path]) -> dict[str, Model]:
+    """Results by model, those of ``MODELS`` first and in that order.
+
+    Raises:
+        ValueError: when two files are about one model.
+    """
     models: dict[str, Model] = {}
     for file in sorted(files):
         result = json.loads(file.read_text(encoding="utf-8"))
-        model = models.setdefault(model_of(result), Model(result["dense_score"], {}))
-        for summary in summarise(result["rows"]):
-            key = summary.keep, summary.method
-            if key not in model.cells or len(summary.after) >= len(model.cells[key].summary.after):
-                model.cells[key] = Cell(summary, "trained_again" in result)
+        key = model_of(result)
+        if key in models:
+            raise ValueError(f"{file} is about {key}, as a file before it; give one file a model")
+        cells = {(summary.keep, summary.method): summary for summary in summarise(result["rows"])}
+        models[key] = Model(result["dense_score"], cells)
     return {key: models[key] for key in dict.fromkeys([*MODELS, *models]) if key in models}
 
 
@@ -87,8 +78,8 @@ def headline(models: dict[str, Model]) -> Iterator[str]:
         score = "Spearman" if key == ENCODER else f"nats (dense {model.dense:.3f})"
         for keep in BUDGETS:
             found = [model.cells[keep, method] for method in HEADLINE]
-            before = [cell.text(f"{cell.summary.before:.3f}") for cell in found]
-            finetuned = [cell.text(after(cell.summary, 4)) for cell in found]
+            before = [f"{cell.before:.3f}" for cell in found]
+            finetuned = [after(cell, 4) for cell in found]
             yield _row(f"{MODELS.get(key, key)}, {score}", f"{keep:.0%}", *before, *finetuned)
 
 
@@ -100,7 +91,7 @@ def structures(models: dict[str, Model]) -> Iterator[str]:
         cells = model.cells
         for method in STRUCTURES:
             if any((keep, method) in cells for keep in BUDGETS):
-                found = (_change(cells.get((keep, method)), method, keep) for keep in BUDGETS)
+                found = (_change(cells.get((keep, method)), method) for keep in BUDGETS)
                 yield _row(MODELS.get(key, key), LABELS.get(method, method), *found)
 
 
@@ -111,15 +102,12 @@ def after(summary: Summary, digits: int) -> str:
     return f"{summary.mean:.3f}"
 
 
-def _change(cell: Cell | None, method: str, keep: float) -> str:
-    if cell is None and method == "magnitude 2:4":
-        return ""
-    if cell is None:
-        return "none fits" if method == "block SPM" else "not run"
-    summary = cell.summary
+def _change(summary: Summary | None, method: str) -> str:
+    if summary is None:
+        return {"magnitude 2:4": "", "block SPM": "none fits"}.get(method, "not run")
     if summary.mean is None:
-        return cell.text(f"{summary.before:.3f}")
-    return cell.text(f"{summary.before:.3f} → {after(summary, 3)} ({summary.rate:g})")
+        return f"{summary.before:.3f}"
+    return f"{summary.before:.3f} → {after(summary, 3)} ({summary.rate:g})"
 
 
 def _row(*cells: str) -> str:

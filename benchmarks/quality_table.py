@@ -4,7 +4,7 @@
 
 The rate of a method at a budget is the one of the least held-out loss with the first seed; all seeds are shown at that
 rate, as their mean and how far the one farthest from it is away. The share of the gap is (before - after) /
-(before - dense). Rows with a note are from an earlier state of the converter and are left out.
+(before - dense).
 """
 
 import argparse
@@ -74,8 +74,7 @@ def summarise(rows: Iterable[dict[str, Any]]) -> list[Summary]:
     """The rows by budget and method, in the order in which they first appear."""
     groups: dict[tuple[float, str], list[dict[str, Any]]] = {}
     for row in rows:
-        if "note" not in row:
-            groups.setdefault((row["keep"], row["method"]), []).append(row)
+        groups.setdefault((row["keep"], row["method"]), []).append(row)
     return [_summary(keep, method, own) for (keep, method), own in groups.items()]
 
 
