@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from spmconvert.plan import ConversionPlan
     from spmconvert.recipe import Recipe
 
+# between two lines about progress in a log
+LOG_SECONDS = 30.0
 # a pipe or a file has no width; wide enough that no name is folded
 # names and paths may hold brackets and colons, which are not markup
 _out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
@@ -64,14 +66,29 @@ def _live_bar() -> Progress:
         TimeRemainingColumn(elapsed_when_finished=True),
         console=_err,
         transient=True,
+        # it would leave an empty line
+        disable=not _err.is_terminal,
     )
+
+
+class _Log:
+    """A line now and then about how far work is, where no bar can be drawn: in a pipe or a file."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def tell(self, what: str, done: int, total: int) -> None:
+        """Say it, unless there is a bar or the last line was a moment ago."""
+        if not _err.is_terminal and time.monotonic() - self._last >= LOG_SECONDS:
+            self._last = time.monotonic()
+            note(f"{what}: {done} of {total}")
 
 
 class ConversionProgress:
     """A live line while layers are calibrated and fitted; the ``Progress`` that ``convert`` talks to."""
 
     def __init__(self) -> None:
-        self._progress = _live_bar()
+        self._progress, self._log = _live_bar(), _Log()
         self._calibration = self._progress.add_task("calibrating", total=None, visible=False)
         self._layers = self._progress.add_task("fitting", total=None, visible=False)
 
@@ -86,9 +103,9 @@ class ConversionProgress:
 
     def measured(self, name: str, done: int, total: int) -> None:
         """Move the layer bar while curves are measured."""
-        self._progress.update(
-            self._layers, completed=done, total=total, visible=done < total, description=f"measured designs of {name}"
-        )
+        description = f"measured designs of {name}"
+        self._progress.update(self._layers, completed=done, total=total, visible=done < total, description=description)
+        self._log.tell(description, done, total)
 
     def planned(self, plan: "ConversionPlan") -> None:
         """Say what will happen."""
@@ -98,11 +115,13 @@ class ConversionProgress:
     def calibrating(self, done: int, total: int) -> None:
         """Move the calibration bar."""
         self._progress.update(self._calibration, completed=done, total=total, visible=done < total)
+        self._log.tell("calibrating", done, total)
 
     def fitted(self, record: "LayerRecord", done: int, total: int) -> None:
         """Move the layer bar and name the last layer."""
         description = f"fitted {record.name} (error {record.error:.3f}, {record.seconds:.1f} s)"
         self._progress.update(self._layers, completed=done, total=total, description=description)
+        self._log.tell(description, done, total)
 
     def writing(self, total_bytes: int) -> None:
         """Say that the output is being written."""
@@ -230,8 +249,8 @@ class StepProgress:
     """A live line with a bar for work of a known number of steps."""
 
     def __init__(self, description: str) -> None:
-        self._progress = _live_bar()
-        self._task = self._progress.add_task(description, total=None)
+        self._progress, self._log = _live_bar(), _Log()
+        self._task, self._description = self._progress.add_task(description, total=None), description
 
     def __enter__(self) -> Self:
         """Start drawing."""
@@ -245,6 +264,7 @@ class StepProgress:
     def update(self, done: int, total: int, description: str | None = None) -> None:
         """Move the bar."""
         self._progress.update(self._task, completed=done, total=total, description=description)
+        self._log.tell(description or self._description, done, total)
 
 
 class TrainingProgress(StepProgress):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from spmconvert import errors
+from spmconvert import console, errors
 from spmconvert.checkpoint.writer import OutputDirectory
 
 QUICK = ("--set", "fit.iterations=4", "--set", "calibration.rows=16")
@@ -296,3 +296,15 @@ def test_ctrl_c_says_how_to_resume(checkpoints, text, tmp_path):
     assert not (tmp_path / "o").exists()
     assert subprocess.run([*map(str, command), *settings, "--resume"], capture_output=True, check=False).returncode == 0
     assert (tmp_path / "o" / "config.json").exists()
+
+
+def test_a_log_without_a_terminal_says_how_far_the_work_is(run, checkpoints, text, tmp_path, monkeypatch):
+    command = ["convert", checkpoints["gpt2"], "-o", tmp_path / "out", "--calib", text, "--rank", 2]
+    command += ["--set", "calibration.rows=8", "--set", "fit.iterations=2"]
+    _, _, err = run(*command)
+    assert " of 4" not in err, "a short run needs no lines about its progress"
+    monkeypatch.setattr(console, "LOG_SECONDS", 0.0)
+    _, _, err = run(*command, "--force")
+    assert "calibrating: 2 of 2" in err
+    assert len(re.findall(r"fitted \S+ \(error [\d.]+, [\d.]+ s\): \d of 4", err)) == 4, err
+    assert "\n\n" not in err
