@@ -135,7 +135,10 @@ def convert(
             kept = target.load_file(CHOICE_FILE)
             if kept is None:
                 form = Form.of_checkpoint(source, device)
-                allocation = _allocate(source, plan, resolved, form, rows, load_dense, listener)
+                curves = measure_curves(
+                    source, plan, resolved, form, rows, load_dense, listener.calibrating, listener.measured
+                )
+                allocation = allocate(curves, resolved.budget)
                 # finished layers have these designs, whatever a cache says when the run is resumed
                 target.store_file(CHOICE_FILE, allocation.to_json())
             else:
@@ -172,7 +175,9 @@ def convert_in_memory_(model: Any, recipe: Recipe) -> dict[str, LayerSpec]:
     silent = Silent()
     if recipe.budget.limits:
         check_reachable(plan, recipe.budget)
-        plan = _allocate(source, plan, recipe, Form.of_model(model), rows, lambda: model, silent).plan
+        form = Form.of_model(model)
+        curves = measure_curves(source, plan, recipe, form, rows, lambda: model, silent.calibrating, silent.measured)
+        plan = allocate(curves, recipe.budget).plan
     replacements: dict[str, SPMLinear] = {}
     for group in statistics_groups(plan.layers, weighted=recipe.weights_fits):
         moments: dict[str, Moments] = {}
@@ -239,19 +244,6 @@ def _settled(
         # a relative path would mean another place to the commands that come later
         calibration = calibration.model_copy(update={"file": calibration.file.resolve()})
     return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled), "calibration": calibration})
-
-
-def _allocate(
-    source: Checkpoint,
-    plan: ConversionPlan,
-    recipe: Recipe,
-    form: Form,
-    rows: CalibrationRows | None,
-    load_dense: Callable[[], Any],
-    progress: Progress,
-) -> Allocation:
-    curves = measure_curves(source, plan, recipe, form, rows, load_dense, progress.calibrating, progress.measured)
-    return allocate(curves, recipe.budget)
 
 
 def default_output(model: str) -> Path:
