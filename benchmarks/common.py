@@ -18,24 +18,25 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.pytorch_utils import Conv1D
 
-from spmconvert.distill.data import TrainingData
+from spmconvert.calibrate.statistics import ActivationStatistics, collect
+from spmconvert.data.calibration import load_rows
+from spmconvert.data.training import TrainingData
 from spmconvert.distill.distributed import make_accelerator
 from spmconvert.distill.guide import Guide
-from spmconvert.distill.loop import Run, match_layers, train
-from spmconvert.distill.objective import Distillation, objective_for
+from spmconvert.distill.loop import TrainingRun, match_layers, train
+from spmconvert.distill.loss import Distillation
 from spmconvert.distill.state import State, restore
 from spmconvert.errors import OptionError
-from spmconvert.fitting.calibration import load_rows
-from spmconvert.fitting.error import measure_error
-from spmconvert.fitting.lowrank import covariance_root, rank_at, truncated_svd
-from spmconvert.fitting.solve import fit_
-from spmconvert.fitting.statistics import ActivationStatistics, collect
+from spmconvert.fit.error import measure_error
+from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.fit.solver import fit_
+from spmconvert.model.architecture import load_config
+from spmconvert.model.swap import replace_module
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.recipe import Calibration, Training
-from spmconvert.surgery.architecture import load_config
-from spmconvert.surgery.swap import replace_module
-from spmconvert.surgery.targets import select_targets
+from spmconvert.outputs.objective import objective_for
+from spmconvert.plan.targets import select_targets
+from spmconvert.recipe.recipe import Calibration, Training
 
 FIT_ITERATIONS = 200
 
@@ -210,7 +211,7 @@ def distil(
     layers = tuple(sorted(layers, key=order.__getitem__))
     distillation = Distillation(student, teacher, objective_for(student.config), training, layers)
     guided = round(training.guided * training.steps)
-    run = Run(
+    run = TrainingRun(
         distillation=distillation,
         data=data,
         training=training,

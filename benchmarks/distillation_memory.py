@@ -19,7 +19,7 @@ from rich.table import Table
 
 from benchmarks.common import save_json
 from benchmarks.environment import environment
-from spmconvert.distill.losses import kl_divergence, over_chunks
+from spmconvert.outputs.losses import kl_divergence, over_chunks
 
 FORMS = ("plain", "chunked")
 

@@ -31,9 +31,9 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.environment import environment, synchronize
+from spmconvert.model.swap import replace_module
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.surgery.swap import replace_module
-from spmconvert.surgery.targets import select_targets
+from spmconvert.plan.targets import select_targets
 
 PHASES = ("prefill", "decode", "training")
 LENGTHS = {"prompt": 1024, "decoded": 32, "batch": 4, "trained": 512}

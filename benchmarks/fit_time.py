@@ -18,12 +18,12 @@ from rich.table import Table
 
 from benchmarks.common import save_json
 from benchmarks.environment import environment, synchronize
-from spmconvert.devices import check_device
-from spmconvert.fitting.error import measure_error
-from spmconvert.fitting.solve import fit_
-from spmconvert.fitting.statistics import ActivationStatistics
+from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.fit.error import measure_error
+from spmconvert.fit.solver import fit_
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.recipe import Fit
+from spmconvert.recipe.recipe import Fit
+from spmconvert.system.devices import check_device
 
 FIRST_ITERATIONS = 1
 

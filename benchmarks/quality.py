@@ -44,14 +44,16 @@ from benchmarks.monarch import MonarchLinear
 from benchmarks.quality_table import show
 from benchmarks.scores import Examiner, language_score, packaged_model, sentences
 from benchmarks.sparse import sparse
-from spmconvert.conversion import convert, load
-from spmconvert.distill.data import load_training_data
+from spmconvert.commands.convert import convert
+from spmconvert.data.training import load_training_data
 from spmconvert.errors import OptionError
-from spmconvert.recipe import Training
+from spmconvert.model.architecture import load_config
+from spmconvert.model.loading import load
+from spmconvert.model.swap import replace_module
+from spmconvert.outputs.probe import token_batch
+from spmconvert.recipe.recipe import Training
 from spmconvert.reporting.baselines import SparseLinear
-from spmconvert.reporting.timing import forward_call, interleaved, token_batch
-from spmconvert.surgery.architecture import load_config
-from spmconvert.surgery.swap import replace_module
+from spmconvert.reporting.timing import forward_call, interleaved
 
 # recipe changes of every method that goes through the converter
 CONVERTED: dict[str, dict[str, Any]] = {

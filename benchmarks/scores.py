@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.distill.data import load_training_data
-from spmconvert.distill.objective import Distillation
-from spmconvert.recipe import Training
-from spmconvert.surgery.architecture import load_config
-from spmconvert.text import load_tokenizer
+from spmconvert.data.tokens import load_tokenizer
+from spmconvert.data.training import load_training_data
+from spmconvert.distill.loss import Distillation
+from spmconvert.model.architecture import load_config
+from spmconvert.recipe.recipe import Training
 
 SHORTEST_SENTENCE = 64
 PAIRS = 5000

@@ -21,9 +21,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import save_json
 from benchmarks.environment import environment
+from spmconvert.model.swap import replace_module
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.surgery.swap import replace_module
-from spmconvert.surgery.targets import select_targets
+from spmconvert.plan.targets import select_targets
 
 
 def main() -> None:

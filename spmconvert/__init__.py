@@ -17,25 +17,39 @@ from typing import TYPE_CHECKING, Any
 from spmconvert.version import __version__
 
 if TYPE_CHECKING:
-    from spmconvert.conversion import convert, load
-    from spmconvert.exporting import export
-    from spmconvert.finetuning import finetune
+    from spmconvert.commands.convert import convert
+    from spmconvert.commands.export import export
+    from spmconvert.commands.finetune import finetune
+    from spmconvert.commands.report import report
+    from spmconvert.commands.verify import verify
+    from spmconvert.fit.solver import fit_linear
+    from spmconvert.hf import SPMConfig
+    from spmconvert.model.loading import load
     from spmconvert.operator.linear import SPMLinear
-    from spmconvert.reporting.report import report
-    from spmconvert.surgery.hf import SPMConfig
-    from spmconvert.verification import verify
 
-__all__ = ["SPMConfig", "SPMLinear", "__version__", "convert", "export", "finetune", "load", "report", "verify"]
+__all__ = [
+    "SPMConfig",
+    "SPMLinear",
+    "__version__",
+    "convert",
+    "export",
+    "finetune",
+    "fit_linear",
+    "load",
+    "report",
+    "verify",
+]
 
 _HOMES = {
-    "SPMConfig": "spmconvert.surgery.hf",
+    "SPMConfig": "spmconvert.hf",
     "SPMLinear": "spmconvert.operator.linear",
-    "convert": "spmconvert.conversion",
-    "export": "spmconvert.exporting",
-    "finetune": "spmconvert.finetuning",
-    "load": "spmconvert.conversion",
-    "report": "spmconvert.reporting.report",
-    "verify": "spmconvert.verification",
+    "convert": "spmconvert.commands.convert",
+    "export": "spmconvert.commands.export",
+    "finetune": "spmconvert.commands.finetune",
+    "fit_linear": "spmconvert.fit.solver",
+    "load": "spmconvert.model.loading",
+    "report": "spmconvert.commands.report",
+    "verify": "spmconvert.commands.verify",
 }
 _QUANTIZERS = "transformers.quantizers.auto"
 
@@ -78,7 +92,7 @@ class _RegisterAfterImport(importlib.abc.MetaPathFinder):
 
 def _register() -> None:
     # the module registers itself when it is imported, also when it is the one that imported transformers' table
-    importlib.import_module("spmconvert.surgery.hf")
+    importlib.import_module("spmconvert.hf")
 
 
 if _QUANTIZERS in sys.modules:

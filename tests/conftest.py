@@ -18,7 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from spmconvert import cli
+from spmconvert.cli import app as cli
+from spmconvert.commands.convert import convert
+from spmconvert.commands.report import report
 
 VOCABULARY = 96
 
@@ -111,6 +113,44 @@ def text(tmp_path_factory) -> Path:
     file = tmp_path_factory.mktemp("text") / "text.txt"
     file.write_text("\n".join(lines), encoding="utf-8")
     return file
+
+
+@pytest.fixture(scope="session")
+def other_text(tmp_path_factory) -> Path:
+    """A text that nothing was fitted on."""
+    generator = random.Random(7)
+    lines = ["".join(generator.choices("bcdfgjkmpqvwxyz ", k=90)) for _ in range(120)]
+    file = tmp_path_factory.mktemp("other") / "other.txt"
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return file
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoints, text, tmp_path_factory) -> dict[str, Path]:
+    """Checkpoints whose MLPs were replaced, fitted on the calibration text; no test may change them."""
+    root = tmp_path_factory.mktemp("converted")
+    for name in ("gpt2", "bert", "llama-bf16"):
+        options = {"calib": text, "fit.iterations": 20, "calibration.rows": 24}
+        convert(checkpoints[name], root / name, targets="mlp", **options)
+    return {path.name: path for path in root.iterdir()}
+
+
+@pytest.fixture(scope="session")
+def gpt2_spm(converted) -> Path:
+    """The converted tiny GPT-2."""
+    return converted["gpt2"]
+
+
+@pytest.fixture(scope="session")
+def quick_report(gpt2_spm, text, other_text):
+    """A report with every part."""
+    return report(gpt2_spm, data=other_text, other_data=text, baselines=True, rows=6, seconds=0.01)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> None:
+    """A cache of its own for every test."""
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture

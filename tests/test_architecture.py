@@ -1,60 +1,36 @@
-"""Imports point downward only."""
+"""Imports go one way: no circle among modules or rooms, and CONTRIBUTING.md draws the floors as they are."""
 
-import ast
+import graphlib
+import re
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "spmconvert"
-# from the bottom up; a module may import from its own layer's package and from those before it
-LAYERS = [
-    ["version", "errors", "caches", "devices", "processes", "units", "fresh"],
-    ["operator"],
-    ["recipe", "checkpoint", "text"],
-    ["fitting", "distill"],
-    ["surgery"],
-    ["plan"],
-    ["sensitivity", "response", "sequential"],
-    ["layerfit"],
-    ["curvecache", "curves"],
-    ["allocation"],
-    ["fitrun"],
-    ["conversion"],
-    ["finetuning"],
-    ["reporting"],
-    ["verification", "exporting", "demonstration"],
-    ["console"],
-    ["cli", "__main__", "__init__"],
-]
-# upward imports inside functions, each with its reason beside it in the code
-EXCEPTIONS = {("operator/linear.py", "fitting"), ("surgery/hf.py", "conversion")}
+import pytest
+
+from tests.architecture import drawing, floors, module_imports, room_imports
+
+CONTRIBUTING = (Path(__file__).parent.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
 
-def layer_of(name: str) -> int:
-    return next(index for index, names in enumerate(LAYERS) if name in names)
+def test_modules_import_in_no_circle():
+    modules = module_imports()
+    assert len(modules) > 100
+    assert "operator.geometry" in modules["operator.linear"], "imports are found"
+    assert "commands.in_memory" in modules["hf"], "those inside of functions, too"
+    assert "commands.verify" in modules["__init__"], "and those by name"
+    floors(modules)
 
 
-def imports(file: Path) -> set[tuple[str, bool]]:
-    """Top-level parts of this package that a file imports, and whether only for type checking."""
-    found = set()
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    checking = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    typing_only = {id(child) for node in checking for child in ast.walk(node)}
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("spmconvert"):
-            parts = node.module.split(".")
-            names = [parts[1]] if len(parts) > 1 else [alias.name for alias in node.names]
-            found |= {(name, id(node) in typing_only) for name in names}
-    return found
+def test_rooms_import_in_no_circle():
+    ground, *_, roof = floors(room_imports(module_imports()))
+    assert "errors" in ground
+    assert roof == ["__init__", "__main__"]
 
 
-def test_imports_point_downward():
-    checked = 0
-    for file in PACKAGE.rglob("*.py"):
-        place = file.relative_to(PACKAGE).as_posix()
-        own = layer_of(place.split("/")[0].removesuffix(".py"))
-        for name, typing_only in imports(file):
-            checked += 1
-            if typing_only or (place, name) in EXCEPTIONS:
-                continue
-            # operator/geometry is integers only and below everything
-            assert layer_of(name) <= own, f"{place} imports {name}, which is above it"
-    assert checked > 40
+def test_a_circle_is_found():
+    with pytest.raises(graphlib.CycleError):
+        floors({"a": {"b"}, "b": {"c"}, "c": {"a"}})
+
+
+def test_the_drawing_is_of_this_house():
+    (drawn,) = re.findall(r"```text\n(.*?)\n```", CONTRIBUTING, flags=re.DOTALL)
+    assert drawn == drawing(), "print it anew by python -m tests.architecture"

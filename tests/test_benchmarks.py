@@ -144,7 +144,7 @@ def test_masked_weights_stay_zero():
 def test_monarch_projection_recovers_its_own_kind():
     from benchmarks.common import Layer
     from benchmarks.monarch import MonarchLinear
-    from spmconvert.fitting.statistics import ActivationStatistics
+    from spmconvert.calibrate.statistics import ActivationStatistics
 
     torch.manual_seed(0)
     # 2 blocks and 2 groups, which other shapes of as many parameters or more cannot be

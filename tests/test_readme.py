@@ -32,7 +32,6 @@ def commands():
 def workplace(checkpoints, text, tmp_path, monkeypatch):
     """A directory with what the README takes for granted."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
     lines = text.read_text().splitlines()
     for file, part in (("wikitext-2-valid.txt", lines[:150]), ("wikitext-2-test.txt", lines[150:]), ("corpus.txt", lines)):
         (tmp_path / file).write_text("\n".join(part))
@@ -59,7 +58,7 @@ def test_commands_and_python(run, workplace):
 
 
 def test_options_and_keys_of_the_tables_exist():
-    from spmconvert.recipe import Budget, Calibration, Fit, LayerDesign, Training
+    from spmconvert.recipe.recipe import Budget, Calibration, Fit, LayerDesign, Training
 
     help_texts = {name: _options(name) for name in ("convert", "finetune", "report", "export")}
     for option in re.findall(r"`(--[a-z-]+)", README):
@@ -77,7 +76,7 @@ def test_options_and_keys_of_the_tables_exist():
 def _options(command):
     from typer.main import get_command
 
-    from spmconvert.cli import app
+    from spmconvert.cli.app import app
 
     parameters = get_command(app).commands[command].params
     return {option for parameter in parameters for option in (*parameter.opts, *parameter.secondary_opts)}

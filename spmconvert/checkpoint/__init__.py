@@ -1,1 +1,1 @@
-"""Reading dense checkpoints, writing converted ones, and what the latter say about themselves."""
+"""Checkpoints on disk: reading and checking them, and writing one so that it is there completely or not at all."""

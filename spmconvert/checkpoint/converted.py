@@ -7,8 +7,9 @@ from typing import Any
 
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.names import resolve_name, shared_prefix
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
+from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,10 @@ class Converted:
         Raises:
             CorruptCheckpointError: when the checkpoint has no tensors of the layer.
         """
-        suffix = ".scale_in"
-        prefixes = [name.removesuffix(suffix) for name in self.tensors if name.endswith(suffix)]
-        for prefix in prefixes:
-            if prefix == layer or prefix.endswith(f".{layer}") or layer.endswith(f".{prefix}"):
-                return prefix
-        raise CorruptCheckpointError(
-            f"{self.directory} has no tensors of layer {layer}, which its layer map names; download it or convert it again"
-        )
+        modules = {name.rpartition(".")[0] for name in self.tensors}
+        found = resolve_name(layer, modules, shared_prefix(self.layers, modules))
+        assert found is not None, "the shared prefix resolves every layer of the map"
+        return found
 
 
 def open_source(converted: Converted, place: str | None) -> Checkpoint:

@@ -5,11 +5,13 @@ disagrees with its map is found out. It is plain JSON, because transformers copi
 This module does not import torch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from spmconvert.errors import CheckpointError
 from spmconvert.operator.geometry import Geometry
+from spmconvert.version import __version__
 
 QUANT_METHOD = "spm"
 FORMAT_VERSION = 1
@@ -62,6 +64,16 @@ class LayerSpec:
     def parameter_count(self) -> int:
         """Number of parameters of the layer, bias included."""
         return self.geometry.parameter_count(bias=self.bias)
+
+
+def quantization_config(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
+    """What config.json carries about replaced layers, as plain JSON values."""
+    return {
+        "quant_method": QUANT_METHOD,
+        "format_version": FORMAT_VERSION,
+        "spmconvert_version": __version__,
+        "layers": {name: spec.to_json() for name, spec in layers.items()},
+    }
 
 
 def check_format_version(found: object) -> None:

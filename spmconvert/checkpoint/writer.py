@@ -33,6 +33,7 @@ from spmconvert.errors import (
 
 if TYPE_CHECKING:
     import torch
+from spmconvert.system.files import sync, write_whole
 
 LARGEST_SHARD = 2 << 30
 # what runs keep beside finished layers: a finetune its training state, a conversion to a budget what it chose
@@ -140,7 +141,7 @@ class OutputDirectory:
         elif self.partial.exists():
             shutil.rmtree(self.partial)
         (self.partial / "layers").mkdir(parents=True, exist_ok=True)
-        _replace_file(run, json.dumps({"fingerprint": self.fingerprint}).encode())
+        write_whole(run, json.dumps({"fingerprint": self.fingerprint}).encode(), durable=True)
         shutil.rmtree(self.final, ignore_errors=True)
         self.final.mkdir()
 
@@ -158,7 +159,7 @@ class OutputDirectory:
 
         with _write_errors(self.output):
             content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"record": json.dumps(record)})
-            _replace_file(self._layer_file(name), content)
+            write_whole(self._layer_file(name), content, durable=True)
 
     def load_layer(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
         """A finished layer, or None where it is not finished.
@@ -181,7 +182,7 @@ class OutputDirectory:
     def store_file(self, name: str, content: bytes) -> None:
         """Keep what a run needs to go on beside finished layers; what was kept under the name before is replaced."""
         with _write_errors(self.output):
-            _replace_file(self.partial / name, content)
+            write_whole(self.partial / name, content, durable=True)
 
     def load_file(self, name: str) -> bytes | None:
         """What was last kept under a name, or None."""
@@ -241,11 +242,11 @@ class OutputDirectory:
         with _write_errors(self.output):
             write_checksums(self.final)
             for path in [*self.final.rglob("*"), self.final]:
-                _sync(path)
+                sync(path)
             if self.output.exists():
                 self.output.rename(self._replaced)
             self.final.rename(self.output)
-            _sync(self.output.parent)
+            sync(self.output.parent)
             shutil.rmtree(self._replaced, ignore_errors=True)
             # the output is there: nothing that happens to the rest can be an error of this run
             shutil.rmtree(self.partial, ignore_errors=True)
@@ -311,28 +312,10 @@ def _read_fingerprint(run: Path) -> object:
         raise OutputError(f"{run} of the unfinished run is damaged; start over without --resume") from None
 
 
-def _replace_file(file: Path, content: bytes) -> None:
-    temporary = file.with_suffix(".tmp")
-    with temporary.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
-    _sync(file.parent)
-
-
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

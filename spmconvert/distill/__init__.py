@@ -1,1 +1,1 @@
-"""Distillation: what the student is asked to match, on which rows, and the loop that does it."""
+"""Recovering quality: the loss of a converted model against its dense source, and the training loop around it."""

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from spmconvert.errors import BackendError, OptionError
-from spmconvert.recipe import Training
+from spmconvert.recipe.recipe import Training
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spmconvert.distill.data import Rows, batch_indices
-from spmconvert.distill.losses import relative_square
+from spmconvert.data.training import Rows, batch_indices
+from spmconvert.outputs.losses import relative_square
 
 # rows that a layer is matched on, and tokens a step
 ROWS = 64

@@ -17,12 +17,12 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from spmconvert.distill.data import TrainingData, step_indices
+from spmconvert.data.training import TrainingData, step_indices
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.layerwise import match_layer
-from spmconvert.distill.objective import Distillation, Loss
+from spmconvert.distill.loss import Distillation, Loss
 from spmconvert.distill.state import State, restore, snapshot
-from spmconvert.recipe import Training
+from spmconvert.recipe.recipe import Training
 
 # a held-out loss above this multiple of the first one ends a run at once; above the first one, two measurements in a row of
 # its second half do. In the first half the rate is still high, and the better the start, the farther above it runs go that
@@ -32,7 +32,7 @@ DIVERGED = 4.0
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """One training run.
 
     Attributes:
@@ -62,7 +62,7 @@ class Run:
     state: State = field(default_factory=State)
 
 
-def train(run: Run, kept: dict[str, Any] | None = None) -> State:
+def train(run: TrainingRun, kept: dict[str, Any] | None = None) -> State:
     """Distil end to end until the steps are done.
 
     Args:
@@ -113,7 +113,7 @@ def train(run: Run, kept: dict[str, Any] | None = None) -> State:
     return state
 
 
-def match_layers(run: Run, names: Sequence[str]) -> None:
+def match_layers(run: TrainingRun, names: Sequence[str]) -> None:
     """The stage before: match converted layers to their dense originals, one after the other; skips those done already."""
     if not run.state.history:
         measure(run)
@@ -161,7 +161,7 @@ def parameter_groups(
 
 
 @torch.no_grad()
-def measure(run: Run) -> None:
+def measure(run: TrainingRun) -> None:
     """Held-out loss, and perplexity where there is one; keeps the best state and notices divergence."""
     state = run.state
     with state.averaged(run.trained):
@@ -177,7 +177,7 @@ def measure(run: Run) -> None:
 
 
 @torch.no_grad()
-def held_out_losses(run: Run) -> dict[str, float]:
+def held_out_losses(run: TrainingRun) -> dict[str, float]:
     """Held-out loss a position, and the perplexities of student and teacher where there are words."""
     training, held_out, student = run.training, run.data.held_out, run.distillation.student
     # drops merged blocks: sharded parameters change without a trace that the cache could see
@@ -207,7 +207,7 @@ def _shares(rows: list[int], size: int, accelerator: Any) -> Iterator[tuple[list
         yield own or [rows[first]], bool(own)
 
 
-def _positions(run: Run, rows: Sequence[int]) -> int:
+def _positions(run: TrainingRun, rows: Sequence[int]) -> int:
     """What the rows weigh: their tokens, or their number where a row is one decision."""
     of_tokens = (run.distillation.student.config.architectures or [""])[0].endswith("ForTokenClassification")
     if run.distillation.objective in ("classes", "scores") and not of_tokens:
@@ -221,7 +221,7 @@ def _parts(rows: list[int], count: int) -> Iterator[list[int]]:
         yield rows[first : first + size]
 
 
-def _clip(run: Run) -> float:
+def _clip(run: TrainingRun) -> float:
     """Clip the gradient; its norm before."""
     if any(isinstance(parameter, DTensor) for parameter in run.trained.values()):
         norm = nn.utils.clip_grad_norm_(run.trained.values(), run.training.clip)
@@ -229,7 +229,7 @@ def _clip(run: Run) -> float:
     return float(run.accelerator.clip_grad_norm_(run.trained.values(), run.training.clip))
 
 
-def _sums(run: Run, losses: Sequence[Loss]) -> dict[str, float]:
+def _sums(run: TrainingRun, losses: Sequence[Loss]) -> dict[str, float]:
     """Sums over parts and processes: the loss, its positions and its unweighted parts."""
     names = list(losses[0].parts)
     rows = [[loss.total.detach().float(), *(loss.parts[name].float() for name in names)] for loss in losses]

@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
-from spmconvert.recipe import Training
+from spmconvert.recipe.recipe import Training
 
 
 class RunLog:

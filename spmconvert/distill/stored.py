@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spmconvert.distill.data import Rows, TokenRows, TrainingData
+from spmconvert.data.training import Rows, TokenRows, TrainingData
 from spmconvert.errors import CheckpointError, OptionError, OutputError
 
 ABOUT_FILE = "about.json"

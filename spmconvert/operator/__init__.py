@@ -1,1 +1,1 @@
-"""The SPM operator: its geometry in integers, the reference, the merged form, the dispatch and the layer."""
+"""The operator: geometry in integers, the reference, the merged form, the module, and the Triton kernels."""

@@ -159,12 +159,6 @@ def stage_exponent(stage: int, blocks: int) -> int:
     return stage % stage_period(blocks)
 
 
-def partner_blocks(stage: int, blocks: int) -> list[int | None]:
-    """For every block the block it is paired with in a stage, None where it is unpaired."""
-    stride = 1 << stage_exponent(stage, blocks)
-    return [i ^ stride if (i ^ stride) < blocks else None for i in range(blocks)]
-
-
 def padded_width(largest: int, block: int = 1) -> int:
     """Round a layer's larger side up to a width that its merge groups divide.
 

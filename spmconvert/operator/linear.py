@@ -20,10 +20,10 @@ from torch.nn.functional import linear
 
 from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
-from spmconvert.operator.merge_ops import merge_stages_triton
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
 from spmconvert.operator.reference import reference_forward
-from spmconvert.operator.triton_ops import apply_blocks_triton
+from spmconvert.operator.triton.merge import merge_stages_triton
+from spmconvert.operator.triton.mix import apply_blocks_triton
 
 
 class SPMLinear(nn.Module):
@@ -113,15 +113,6 @@ class SPMLinear(nn.Module):
                 self.low_rank_out.zero_()
             if self.bias is not None:
                 self.bias.zero_()
-
-    @classmethod
-    def from_dense(cls, dense: nn.Linear, **options: Any) -> Self:
-        """Fit a layer to a dense one by least squares; see ``spmconvert.fitting.solve.fit_linear`` for the options."""
-        # the fitter is above this package; it is only needed here when somebody asks for a fit
-        from spmconvert.fitting.solve import fit_linear
-
-        layer, _ = fit_linear(dense, layer_class=cls, **options)
-        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., in_features] -> [..., out_features], in the dtype of x or of autocast."""

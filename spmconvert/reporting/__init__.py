@@ -1,1 +1,1 @@
-"""What a conversion gained and lost: measurements, the report they make, and the forms it is shown in."""
+"""What a conversion gained and lost: measuring, the schema of a report, and its pages."""

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
+from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.checkpoint.manifest import LayerSpec
-from spmconvert.fitting.calibration import CalibrationRows
-from spmconvert.fitting.statistics import ActivationStatistics, collect, statistics_bytes
-from spmconvert.layerfit import whitened_svd
-from spmconvert.plan import STATISTICS_BUDGET
-from spmconvert.surgery.swap import copy_sharing_tensors, replace_module
+from spmconvert.data.calibration import CalibrationRows
+from spmconvert.fit.layer import whitened_svd
+from spmconvert.model.swap import copy_sharing_tensors, replace_module
+from spmconvert.plan.plan import STATISTICS_BUDGET, statistics_bytes
 
 METHODS = {"svd": "whitened SVD, equal parameters", "2:4": "magnitude 2:4"}
 

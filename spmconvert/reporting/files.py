@@ -15,6 +15,7 @@ from spmconvert.errors import NotWritableError
 from spmconvert.reporting.html import render
 from spmconvert.reporting.markdown import section
 from spmconvert.reporting.schema import Report
+from spmconvert.system.files import write_whole
 
 JSON_NAME, HTML_NAME = REPORT_FILES
 COMPARISON_DIRECTORY = "spm-comparison"
@@ -55,9 +56,7 @@ def _write(place: Path, contents: dict[str, str]) -> Path:
     try:
         place.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            temporary = place / f".{name}.tmp"
-            temporary.write_text(content, encoding="utf-8")
-            temporary.replace(place / name)
+            write_whole(place / name, content)
     except OSError as error:
         raise NotWritableError(f"{place} cannot be written ({error.strerror}); choose another output with -o") from error
     return place / HTML_NAME

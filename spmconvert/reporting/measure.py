@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, normalize
 
-from spmconvert.distill.objective import class_logits, objective_for
+from spmconvert.data.tokens import padded_batch, reads_packed
+from spmconvert.outputs.objective import class_logits, objective_for
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Metric
-from spmconvert.text import padded_batch, reads_packed
 
 BATCH_ROWS = 4
 BOOTSTRAP_DRAWS = 200

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from spmconvert.reporting.schema import Candidate, Layer, Report, TimingRow
+from spmconvert.reporting.schema import Layer, MethodResult, Report, TimingRow
 
 # stand-in colours and the CSS they become
 _CSS = {
@@ -108,7 +108,7 @@ def training_plot(report: Report) -> Figure:
     return figure
 
 
-def pareto_plot(candidates: Sequence[Candidate]) -> Figure:
+def pareto_plot(candidates: Sequence[MethodResult]) -> Figure:
     """Quality against parameters, and against time where the methods were timed."""
     timed = all(candidate.latency for candidate in candidates)
     figure, axes = _figure(5.4, 6.2 if timed else 3.2, rows=2 if timed else 1)

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from spmconvert.checkpoint.converted import Converted
+from spmconvert.data.calibration import load_rows
+from spmconvert.data.documents import read_documents
+from spmconvert.data.tokens import load_tokenizer, row_length, token_rows
 from spmconvert.errors import CalibrationError
-from spmconvert.fitting.calibration import load_rows
-from spmconvert.recipe import Calibration, Recipe
+from spmconvert.recipe.recipe import Calibration, Recipe
 from spmconvert.reporting.schema import NotMeasured
-from spmconvert.text import load_tokenizer, read_documents, row_length, token_rows
 
 Domain = Literal["first", "other"]
 SEED = 0

@@ -232,7 +232,7 @@ class TimingRow(_Part):
         return 1000 * self.tokens / getattr(self, which).p50
 
 
-class Candidate(_Part):
+class MethodResult(_Part):
     """One way to make the model smaller, or the untouched model.
 
     Attributes:
@@ -276,7 +276,7 @@ class TrainingPoint(_Part):
     perplexity: float | None = None
 
 
-class Training(_Part):
+class FinetuneRecord(_Part):
     """One finetune.
 
     Attributes:
@@ -326,11 +326,11 @@ class Report(_Part):
     layers: tuple[Layer, ...]
     layer_errors_on: str
     quantities: tuple[Quantity, ...]
-    training: tuple[Training, ...]
+    training: tuple[FinetuneRecord, ...]
     quality: tuple[Quality, ...]
     generations: tuple[Generation, ...]
     timing: tuple[TimingRow, ...]
-    candidates: tuple[Candidate, ...]
+    candidates: tuple[MethodResult, ...]
     tasks: tuple[Task, ...]
     recorded_output: RecordedOutput | None
     not_measured: tuple[NotMeasured, ...]

@@ -12,9 +12,9 @@ from typing import Any
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.headers import TensorEntry
 from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.model.architecture import skeleton
+from spmconvert.plan.structure import find_linears
 from spmconvert.reporting.schema import Layer, Quantity
-from spmconvert.surgery.architecture import skeleton
-from spmconvert.surgery.structure import find_linears
 
 
 def replaced_layers(converted: Converted) -> tuple[Layer, ...]:

@@ -7,8 +7,8 @@ would have been better. Each names what it was measured on; none of them is roun
 from dataclasses import dataclass
 from typing import Literal
 
-from spmconvert.recipe import Fit
-from spmconvert.reporting.schema import Candidate, Metric, Report, TimingRow, Training
+from spmconvert.recipe.recipe import Fit
+from spmconvert.reporting.schema import FinetuneRecord, MethodResult, Metric, Report, TimingRow
 from spmconvert.units import count, measured, milliseconds, size
 
 Tone = Literal["good", "bad", "plain"]
@@ -146,7 +146,7 @@ def _baseline_figure(report: Report) -> KeyFigure:
     )
 
 
-def _training_sentences(training: tuple[Training, ...]) -> list[str]:
+def _training_sentences(training: tuple[FinetuneRecord, ...]) -> list[str]:
     """One sentence a finetune: losses of two are not comparable where their texts, splits or objectives differ."""
     if not training:
         return ["The checkpoint has not been finetuned."]
@@ -171,10 +171,10 @@ def _layer_sentence(report: Report) -> str:
 
 
 def _aims(report: Report) -> str:
-    return Fit.model_validate(report.model.recipe["fit"]).aims
+    return Fit.model_validate(report.model.recipe["fit"]).fit_note
 
 
-def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
+def _candidate_sentences(candidates: tuple[MethodResult, ...]) -> list[str]:
     own = next((one for one in candidates if one.key == "spm"), None)
     if own is None or not own.metrics:
         return []
@@ -193,13 +193,13 @@ def _candidate_sentences(candidates: tuple[Candidate, ...]) -> list[str]:
     return said
 
 
-def _relative_time(own: Candidate, other: Candidate) -> str:
+def _relative_time(own: MethodResult, other: MethodResult) -> str:
     if own.latency is None or other.latency is None:
         return ""
     return f" and {own.latency.p50 / other.latency.p50:.2f} times its time for {own.tokens} tokens"
 
 
-def _compared(own: Candidate, other: Candidate) -> list[tuple[Metric, Metric, str]]:
+def _compared(own: MethodResult, other: MethodResult) -> list[tuple[Metric, Metric, str]]:
     """The metrics of two candidates, one beside the other, and what they say of the first."""
     pairs = zip(own.metrics, other.metrics, strict=True)
     return [(mine, its, _outcome(mine, its)) for mine, its in pairs]

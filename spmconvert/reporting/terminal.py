@@ -6,10 +6,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from spmconvert.checkpoint.unfinished import Unfinished
 from spmconvert.reporting import comparison
-from spmconvert.reporting.schema import Candidate, Report
+from spmconvert.reporting.schema import MethodResult, Report
 from spmconvert.reporting.summary import describe_call, describe_error, findings, key_figures
-from spmconvert.reporting.unfinished import Unfinished
 from spmconvert.units import count, measured, milliseconds, size
 
 STYLES = {"good": "green", "bad": "red", "plain": "", "faster": "green", "slower": "red", "no clear difference": ""}
@@ -129,7 +129,7 @@ def _timing(report: Report) -> Table:
     return table
 
 
-def _candidates(candidates: Sequence[Candidate]) -> Table:
+def _candidates(candidates: Sequence[MethodResult]) -> Table:
     metrics = [metric.title for metric in candidates[0].metrics]
     table = _table("method", "parameters", "in layers", *metrics, f"ms, {candidates[0].tokens} tokens")
     for candidate in candidates:

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 
 from spmconvert.errors import SpmconvertError
-from spmconvert.fresh import run_fresh
+from spmconvert.outputs.probe import token_batch
 from spmconvert.reporting.schema import Latency, NotMeasured, Quantity, TimingRow
+from spmconvert.system.fresh import run_fresh
 
 TOKENS = (1, 16, 128, 1024)
 # tokens of the passes that compare methods and measure memory
@@ -67,17 +68,6 @@ def time_models(dense: Any, converted: Any, seconds: float, device: str) -> list
     if dense.can_generate():
         rows.append(_time_generation(dense, converted, seconds, device))
     return rows
-
-
-def token_batch(model: Any, tokens: int) -> dict[str, Any]:
-    """Random token ids as keyword arguments: one row, or several full rows where the model's positions end."""
-    positions = getattr(model.config, "max_position_embeddings", None) or tokens
-    # a power of two, because some models keep a few positions for themselves
-    length = min(tokens, 1 << (positions.bit_length() - 1))
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (-(-tokens // length), length), generator=generator).to(model.device)
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch
 
 
 def forward_call(model: Any, batch: dict[str, Any]) -> Callable[[], Any]:
@@ -133,7 +123,7 @@ def peak_memory(dense: Path, converted: Path, device: str) -> Quantity | NotMeas
 
 def memory_of(directory: str, device: str) -> int:
     """Load a checkpoint in this process, run it once, and return the bytes it needed beyond the libraries."""
-    from spmconvert.conversion import load
+    from spmconvert.model.loading import load
 
     before = 0 if device.startswith("cuda") else _resident("VmRSS")
     model = load(directory, dtype="auto").to(device).eval()

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 import spmconvert
+from spmconvert.commands.finetune import finetune
 from spmconvert.errors import OptionError
-from spmconvert.finetuning import finetune
-from tests.test_finetune import cache, converted  # noqa: F401 - fixtures
 
 OPTIONS = {"steps": 6, "batch_size": 6, "block_size": 32}
 SETTINGS = ["evaluate_every=3", "save_every=4"]
@@ -27,10 +26,10 @@ def start(arguments, *, launcher=()):
 
 
 @pytest.mark.parametrize("how", ["replicated", "sharded", "accelerate"])
-def test_two_processes_equal_one(converted, text, tmp_path, how):  # noqa: F811
+def test_two_processes_equal_one(converted, text, tmp_path, how):
     settings = dict(item.split("=") for item in SETTINGS)
-    finetune(converted / "gpt2", tmp_path / "one", data=text, **OPTIONS, **{k: int(v) for k, v in settings.items()})
-    arguments = [converted / "gpt2", "-o", tmp_path / "two", "--data", text, "--steps", 6, "--batch-size", 6]
+    finetune(converted["gpt2"], tmp_path / "one", data=text, **OPTIONS, **{k: int(v) for k, v in settings.items()})
+    arguments = [converted["gpt2"], "-o", tmp_path / "two", "--data", text, "--steps", 6, "--batch-size", 6]
     arguments += ["--block-size", 32, *(part for item in SETTINGS for part in ("--set", item))]
     if how == "accelerate":
         module = "accelerate.commands.launch"
@@ -50,18 +49,18 @@ def test_two_processes_equal_one(converted, text, tmp_path, how):  # noqa: F811
     assert records[0]["history"][0]["held_out_loss"] == pytest.approx(records[1]["history"][0]["held_out_loss"], rel=1e-5)
 
 
-def test_parameters_that_no_loss_reaches_are_left_as_they_are(converted, text, tmp_path):  # noqa: F811
-    arguments = [converted / "bert", "-o", tmp_path / "o", "--data", text, "--batch-size", 4, "--block-size", 32]
+def test_parameters_that_no_loss_reaches_are_left_as_they_are(converted, text, tmp_path):
+    arguments = [converted["bert"], "-o", tmp_path / "o", "--data", text, "--batch-size", 4, "--block-size", 32]
     found = start([*arguments, "--steps", 2, "--train", "all", "--num-processes", 2])
     assert found.returncode == 0, found.stderr
-    before, after = (spmconvert.load(place).state_dict() for place in (converted / "bert", tmp_path / "o"))
+    before, after = (spmconvert.load(place).state_dict() for place in (converted["bert"], tmp_path / "o"))
     same = {name for name in before if torch.equal(before[name], after[name])}
     assert {"pooler.dense.weight", "pooler.dense.bias"} <= same
     assert len(same) < len(before)
 
 
-def test_resume_when_sharded(converted, text, tmp_path):  # noqa: F811
-    arguments = [converted / "gpt2", "--data", text, "--batch-size", 4, "--block-size", 32, "--steps", 6, "--shard"]
+def test_resume_when_sharded(converted, text, tmp_path):
+    arguments = [converted["gpt2"], "--data", text, "--batch-size", 4, "--block-size", 32, "--steps", 6, "--shard"]
     arguments += ["--num-processes", 2, "--set", "save_every=2", "--set", "evaluate_every=6"]
     assert start([*arguments, "-o", tmp_path / "whole"]).returncode == 0
     partial = tmp_path / ".cut.partial"
@@ -84,8 +83,8 @@ def test_resume_when_sharded(converted, text, tmp_path):  # noqa: F811
     assert all((whole[name] - cut[name]).abs().max() < 1e-6 for name in whole)
 
 
-def test_too_few_rows_for_the_processes(converted, text, tmp_path):  # noqa: F811
-    found = start([converted / "gpt2", "-o", tmp_path / "o", "--data", text, "--batch-size", 1, "--num-processes", 2])
+def test_too_few_rows_for_the_processes(converted, text, tmp_path):
+    found = start([converted["gpt2"], "-o", tmp_path / "o", "--data", text, "--batch-size", 1, "--num-processes", 2])
     assert found.returncode == OptionError.exit_code, found.stderr
     assert "batch_size is 1, 2 processes" in found.stderr
     assert "Traceback" not in found.stderr

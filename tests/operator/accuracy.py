@@ -4,7 +4,7 @@ import torch
 
 from spmconvert.operator.dispatch import interprets_triton
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
-from spmconvert.operator.triton_ops import apply_blocks_triton
+from spmconvert.operator.triton.mix import apply_blocks_triton
 from tests.operator.test_merged import by_reference, relative, tensors
 
 

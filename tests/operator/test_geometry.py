@@ -3,7 +3,7 @@
 import pytest
 
 from spmconvert.errors import OptionError
-from spmconvert.operator.geometry import Geometry, merge_groups, padded_width, partner_blocks, stage_exponent, stage_period
+from spmconvert.operator.geometry import Geometry, merge_groups, padded_width, stage_exponent, stage_period
 
 WIDTHS = [*range(1, 140), 200, 384, 768, 769, 1000, 1536, 2048, 5632, 8192, 8200, 11008, 14336, 28672, 100003]
 
@@ -45,18 +45,6 @@ def test_large_groups_stay_small():
     for largest in WIDTHS:
         blocks = padded_width(largest)
         assert all(group.middle <= 128 for group in merge_groups(blocks, stage_period(blocks)))
-
-
-@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 12, 25, 64, 100])
-def test_partners_are_symmetric_and_differ_in_one_bit(blocks):
-    for stage in range(2 * stage_period(blocks)):
-        partners = partner_blocks(stage, blocks)
-        for i, other in enumerate(partners):
-            if other is None:
-                assert i ^ (1 << stage_exponent(stage, blocks)) >= blocks
-            else:
-                assert partners[other] == i
-                assert (i ^ other) == 1 << stage_exponent(stage, blocks)
 
 
 def test_parameter_counts():

@@ -253,17 +253,6 @@ def test_inference_tensors_as_parameters():
         torch.testing.assert_close(layer(x), 2 * first)
 
 
-def test_from_dense():
-    torch.manual_seed(0)
-    dense = torch.nn.Linear(24, 24)
-    layer = SPMLinear.from_dense(dense, stages=10, iterations=30)
-    assert isinstance(layer, SPMLinear)
-    assert layer.geometry.stages == 10
-    error = (layer.to_dense() - dense.weight).square().sum() / dense.weight.square().sum()
-    assert error < 0.9
-    torch.testing.assert_close(layer.bias, dense.bias)
-
-
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_region_is_computed_again_once(reentrant):
     layers = torch.nn.Sequential(SPMLinear(128, 96), SPMLinear(96, 128))

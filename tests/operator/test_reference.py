@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.autograd import gradcheck, gradgradcheck
 
-from spmconvert.operator.geometry import Geometry
-from spmconvert.operator.reference import apply_stages, expand, fold, reference_forward
+from spmconvert.operator.geometry import Geometry, stage_exponent, stage_period
+from spmconvert.operator.reference import apply_stages, expand, fold, partner_index, reference_forward
 from tests.operator.dense import operator_matrix, random_parameters, stage_matrix
 
 DESIGNS = [("general", 1), ("rotation", 1), ("general", 3)]
@@ -74,3 +74,15 @@ def test_unpaired_mixers_have_no_effect_and_no_gradient():
     assert weight.grad[0, 1, 2] == 0
     assert weight.grad[1, 1, 1] == 0
     assert (weight.grad != 0).sum() == weight.numel() - 2
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 12, 25, 64, 100])
+def test_partners_are_symmetric_and_differ_in_one_bit(blocks):
+    own = torch.arange(blocks)
+    for stage in range(2 * stage_period(blocks)):
+        index, paired = partner_index(stage, blocks, own.device)
+        stride = 1 << stage_exponent(stage, blocks)
+        assert torch.equal(index[index], own)
+        assert torch.equal(paired, (own ^ stride) < blocks)
+        assert ((index ^ own)[paired] == stride).all()
+        assert torch.equal(index[~paired], own[~paired])

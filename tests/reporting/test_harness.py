@@ -5,8 +5,8 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from spmconvert.conversion import load
 from spmconvert.errors import OptionError
+from spmconvert.model.loading import load
 from spmconvert.reporting.harness import read_results, run_tasks
 
 pytestmark = pytest.mark.filterwarnings("default")
@@ -31,10 +31,10 @@ def task(tmp_path):
     }
 
 
-def test_both_models_run_a_task(converted, checkpoints, task):
+def test_both_models_run_a_task(gpt2_spm, checkpoints, task):
     pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed; pip install 'spmconvert[eval]'")
-    tokenizer = AutoTokenizer.from_pretrained(converted)
-    models = load(converted).eval(), load(checkpoints["gpt2"]).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gpt2_spm)
+    models = load(gpt2_spm).eval(), load(checkpoints["gpt2"]).eval()
     (found,) = run_tasks(*models, tokenizer, (task,))
     # the same question six times, so the model is right on half of them whatever it answers
     assert (found.task, found.metric, found.converted, found.dense, found.samples) == ("local", "acc", 0.5, 0.5, 6)

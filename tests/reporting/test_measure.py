@@ -7,13 +7,14 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2LMHeadModel
 
+from spmconvert.outputs.probe import token_batch
 from spmconvert.reporting.baselines import keep_two_of_four
 from spmconvert.reporting.measure import _similarity_ranking, _spearman, compare
 from spmconvert.reporting.plots import _kinds
 from spmconvert.reporting.rows import EvaluationRows
-from spmconvert.reporting.schema import Latency, Layer, Metric, TimingRow, Training
+from spmconvert.reporting.schema import FinetuneRecord, Latency, Layer, Metric, TimingRow
 from spmconvert.reporting.summary import _outcome, _training_sentences, break_even
-from spmconvert.reporting.timing import MOST_ROUNDS, interleaved, token_batch
+from spmconvert.reporting.timing import MOST_ROUNDS, interleaved
 from tests.conftest import bert_config, gpt2_config
 
 
@@ -196,7 +197,7 @@ def test_layers_of_every_stack_have_a_cell(names, kinds):
 
 def test_every_finetune_is_told_by_itself():
     def run(start, best):
-        return Training(
+        return FinetuneRecord(
             steps=100, tokens=1, objective="hidden", start_loss=start, best_loss=best, data_sha256="", seed=0, stopped="",
             history=(),
         )  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 
 from spmconvert.reporting.html import render
 from spmconvert.reporting.plots import plots, timing_plot
-from spmconvert.reporting.schema import Latency, TimingRow, Training, TrainingPoint
+from spmconvert.reporting.schema import FinetuneRecord, Latency, TimingRow, TrainingPoint
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 WIDTHS = {"desktop": 1200, "phone": 360}
@@ -15,7 +15,7 @@ WIDTHS = {"desktop": 1200, "phone": 360}
 
 def with_training(report):
     history = tuple(TrainingPoint(step=50 * i, tokens=100 * i, held_out_loss=2.0 / (i + 1)) for i in range(4))
-    run = Training(
+    run = FinetuneRecord(
         steps=150,
         tokens=300,
         objective="logits",

@@ -1,0 +1,106 @@
+"""Where measured curves are kept: one file a layer and structure, named by everything that decides about it.
+
+That is the checkpoint, class and dtype of the model, layer, calibration text and rows, kind of sensitivity and structure.
+Nothing is ever deleted: a changed text or a new version leaves the old files behind.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.data.tokens import tokenizer_hash
+from spmconvert.outputs.objective import objective_of
+from spmconvert.plan.plan import LayerPlan
+from spmconvert.recipe.recipe import Recipe
+from spmconvert.system.caches import cache_directory
+from spmconvert.system.files import write_whole
+
+# changes with anything that changes what a curve holds
+CURVE_VERSION = 5
+# name of what is measured beside the curves of all structures
+RESPONSE = "response"
+
+
+@dataclass(frozen=True)
+class CacheIdentity:
+    """How a model is measured; its curves hold for no other class or dtype of the same checkpoint.
+
+    Attributes:
+        architecture: its class, which may be another than the checkpoint's while a model is loaded.
+        dtype: of its weights.
+    """
+
+    architecture: str
+    dtype: str
+
+    @classmethod
+    def of_checkpoint(cls, source: Checkpoint, device: str) -> "CacheIdentity":
+        """As ``spmconvert.model.loading.load_dense_model`` loads it."""
+        return cls((source.config.get("architectures") or [""])[0], "float32" if device == "cpu" else "auto")
+
+    @classmethod
+    def of_model(cls, model: Any) -> "CacheIdentity":
+        """As it is."""
+        return cls(type(model).__name__, str(model.dtype).removeprefix("torch."))
+
+
+@dataclass(frozen=True)
+class CurveCache:
+    """Where curves are kept by structure, and the model's response to errors beside them.
+
+    Attributes:
+        parts: structures, and the response where it is measured.
+        shared: what decides about the curves of all layers.
+    """
+
+    parts: tuple[str, ...]
+    shared: dict[str, Any]
+
+    @classmethod
+    def of(cls, source: Checkpoint, recipe: Recipe, form: CacheIdentity) -> "CurveCache":
+        """Where the curves of a conversion are, or will be."""
+        calibration = recipe.calibration
+        shared = {
+            "version": CURVE_VERSION,
+            "source": source.sha256(),
+            "form": asdict(form),
+            "calibration": calibration.model_dump(exclude={"file"}),
+            "seed": recipe.seed,
+            "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
+            "weighted": recipe.weights_fits,
+        }
+        if calibration.file is not None:
+            shared["text"] = hashlib.sha256(calibration.file.read_bytes()).hexdigest()
+            shared["tokenizer"] = tokenizer_hash(source.directory)
+        response = (RESPONSE,) if measures_response(form, recipe) else ()
+        return cls((*recipe.budget.structures, *response), shared)
+
+    def files(self, layer: LayerPlan) -> dict[str, Path]:
+        """Files of a layer by part."""
+        decides = json.dumps({**self.shared, "layer": layer.target.name, "bias": layer.spec.bias}, sort_keys=True)
+        digests = {part: hashlib.sha256(f"{decides}:{part}".encode()).hexdigest() for part in self.parts}
+        return {part: cache_directory("curves") / f"{digest[:32]}.json" for part, digest in digests.items()}
+
+
+def measures_response(form: CacheIdentity, recipe: Recipe) -> bool:
+    """Whether losses are scaled by what a model with one replaced layer loses; see ``spmconvert.budget.response``."""
+    if recipe.budget.sensitivity != "gradient":
+        return recipe.budget.sensitivity == "kl"
+    return objective_of(form.architecture) != "hidden"
+
+
+def read_part(file: Path) -> list[Any] | None:
+    """What was kept, or None where it has to be measured: there is no file, or it is damaged."""
+    try:
+        found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def write_part(file: Path, content: Any) -> None:
+    """Keep what was measured; appears by one rename."""
+    write_whole(file, json.dumps(content))

@@ -1,0 +1,128 @@
+"""How much a model cares about errors of each layer's output, measured on calibration rows.
+
+The curvature of a layer is gathered by one backward pass a batch through random probes of what the model puts out: words
+or classes drawn from the model's own distribution, so that the gradients' second moment is the Fisher matrix and
+trace(C D Σ Dᵀ) is the KL divergence to second order; or, for an encoder, normal directions of a row's mean hidden state at
+unit length, which gives the squared distance of these. On all-MiniLM-L6-v2, MLPs at 25 % by low rank, the correlation of
+similarities with the dense model is 0.854 with that probe, 0.793 with one of all tokens' states, 0.812 with one of their
+directions, and 0.836 for uniform whitened SVD. One probe a row is enough, since a few hundred rows are averaged.
+
+Positions whose inputs are small after a norm have gradients orders of magnitude above the others'. Curvature and input
+moments are averaged apart, so such a position would count as if its inputs were large; gradients are therefore clipped at a
+multiple of the median norm. On a small Llama, MLPs at 25 % by low rank, the loss is 4.68 nats with clipping and 7.36
+without, 5.53 for uniform whitened SVD and 4.14 dense; at 10 % it is 5.75, 6.92 and 6.43.
+
+What it gives up: third order, and the interplay of errors in several layers or tokens.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import log_softmax, normalize
+
+from spmconvert.calibrate.statistics import attended
+from spmconvert.errors import CalibrationError
+from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_positions
+
+_SEED_OFFSET = 7919
+# largest norm of a position's gradient, in medians of its batch
+CLIP = 3.0
+
+
+def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[str, Any]], seed: int) -> dict[str, Tensor]:
+    """Curvature of the model's output with respect to the outputs of layers.
+
+    Args:
+        model: the dense model, in float32; gradients of its parameters are left alone.
+        names: layers, by module name.
+        batches: keyword arguments of the model.
+        seed: seed of the probes.
+
+    Returns:
+        By name, a matrix [out_features, out_features], float32, on the CPU. Together with a layer's input moments it
+        predicts the loss a position of the model's output.
+
+    Raises:
+        CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
+    """
+    objective = objective_for(model.config, type(model).__name__)
+    generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
+    sums: dict[str, Tensor] = {}
+    positions = 0
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    try:
+        for batch in batches:
+            with _differentiated(model, names) as leaves, torch.enable_grad():
+                output = model(**batch)
+                probe, count = _probe(output, objective, batch, generator)
+                probe.backward()
+            positions += count
+            for name, found in leaves.items():
+                for leaf in found:
+                    _add(sums, name, leaf.grad, batch)
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+    factor = 1.0 if objective == "hidden" else 0.5
+    return {name: _checked(name, sums.get(name)) * (factor / positions) for name in names}
+
+
+@contextmanager
+def _differentiated(model: Any, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Add a zero to the outputs of layers, whose gradient is the gradient with respect to the output."""
+    leaves: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def hook_for(name: str) -> Any:
+        def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            leaf = torch.zeros_like(output, requires_grad=True)
+            leaves[name].append(leaf)
+            return output + leaf
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+    try:
+        yield leaves
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _probe(output: Any, objective: Objective, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, int]:
+    """A random scalar of the output, and the number of positions that it sums over."""
+    if objective == "hidden":
+        means = normalize(pooled(output[0], batch).float(), dim=-1)
+        directions = torch.randn(means.shape, generator=generator).to(means.device)
+        return (means * directions).sum(), len(means)
+    logits = real_positions(output.logits, batch) if objective == "logits" else class_logits(output, batch)
+    log_probabilities = log_softmax(logits.float(), dim=-1)
+    if objective == "scores":
+        return logits.float().mul(torch.randn(logits.shape, generator=generator).to(logits.device)).sum(), len(logits)
+    drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
+    return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits)
+
+
+def _add(sums: dict[str, Tensor], name: str, gradient: Tensor | None, batch: dict[str, Any]) -> None:
+    if gradient is None:
+        return
+    rows = attended(gradient, batch.get("attention_mask")).float()
+    norms = rows.norm(dim=1, keepdim=True)
+    if norms.any():
+        rows = rows * (CLIP * norms[norms > 0].median() / norms.clamp_min(1e-30)).clamp_max(1.0)
+    product = (rows.t() @ rows).cpu()
+    sums[name] = sums[name] + product if name in sums else product
+
+
+def _checked(name: str, total: Tensor | None) -> Tensor:
+    if total is None or not total.any():
+        raise CalibrationError(
+            f"layer {name} has no influence on what the model puts out; leave it out with --ignore {name}"
+        )
+    if not total.isfinite().all():
+        raise CalibrationError.not_finite(f"gradients at layer {name}", name)
+    return total

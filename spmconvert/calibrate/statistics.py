@@ -1,0 +1,148 @@
+"""Mean and centred second moment of what goes into each layer, gathered by hooks while the real model runs.
+
+The fit only needs these two (see ``solve``), so the memory is in_features² numbers a layer, whatever the number of tokens.
+Batches are combined by the pairwise update of Chan, Golub and LeVeque (1979): centring happens inside every batch, so the
+result does not depend on how rows are split over batches or processes except for rounding, and a large mean does not
+cancel the variance. What it gives up: everything above second order.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spmconvert.errors import CalibrationError
+
+
+@dataclass
+class ActivationStatistics:
+    """Moments of the inputs of one layer.
+
+    Attributes:
+        rows: number of input vectors seen.
+        mean: [in_features], float32.
+        scatter: sum over rows of (x - mean)(x - mean)ᵀ, [in_features, in_features], float32.
+    """
+
+    rows: int
+    mean: Tensor
+    scatter: Tensor
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> "ActivationStatistics":
+        """Statistics of no rows."""
+        mean = torch.zeros(in_features, device=device)
+        return cls(0, mean, torch.zeros(in_features, in_features, device=device))
+
+    @classmethod
+    def isotropic(cls, in_features: int) -> "ActivationStatistics":
+        """What stands in for data when there is none: zero mean, unit covariance, so the fit is in the Frobenius norm."""
+        return cls(1, torch.zeros(in_features), torch.eye(in_features))
+
+    @classmethod
+    def of(cls, x: Tensor) -> "ActivationStatistics":
+        """Statistics of the rows of x [rows, in_features]."""
+        x = x.detach().float()
+        mean = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
+        centred = x - mean
+        return cls(len(x), mean, centred.t() @ centred)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Centred second moment, [in_features, in_features]."""
+        return self.scatter / max(self.rows, 1)
+
+    def to(self, device: torch.device | str) -> "ActivationStatistics":
+        """The same on another device."""
+        return ActivationStatistics(self.rows, self.mean.to(device), self.scatter.to(device))
+
+    def corrected_bias(self, weight: Tensor, replacement: Tensor, bias: Tensor | None) -> Tensor:
+        """The bias b + (W - S) mean, with which S in the place of W keeps the mean output exact; float32."""
+        shift = (weight.float() - replacement) @ self.mean
+        return shift if bias is None else shift + bias.float()
+
+    def merge_(self, other: "ActivationStatistics") -> None:
+        """Add the rows of other statistics, in place; the same result as seeing all rows at once."""
+        total = self.rows + other.rows
+        if total == 0:
+            return
+        difference = other.mean - self.mean
+        self.scatter += other.scatter
+        self.scatter.addr_(difference, difference, alpha=self.rows * other.rows / total)
+        self.mean += difference * (other.rows / total)
+        self.rows = total
+
+
+@contextmanager
+def recording(
+    model: nn.Module, names: Sequence[str], mask: Callable[[], Tensor | None]
+) -> Iterator[dict[str, ActivationStatistics]]:
+    """Record the inputs of the named layers while the block runs.
+
+    Args:
+        model: the model that will be called inside the block.
+        names: module names of layers whose first argument is [..., in_features].
+        mask: gives the attention mask [rows, tokens] of the running batch, or None when every token counts.
+
+    Yields:
+        Statistics by layer name, on the CPU, filled while the model runs.
+    """
+    gathered: dict[str, ActivationStatistics] = {}
+
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            batch = ActivationStatistics.of(attended(arguments[0], mask()))
+            batch.mean, batch.scatter = batch.mean.cpu(), batch.scatter.cpu()
+            if name in gathered:
+                gathered[name].merge_(batch)
+            else:
+                gathered[name] = batch
+
+        return hook
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    try:
+        yield gathered
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attended(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Rows of x [..., in_features] that are not padding; layers off the masked sequence count in full."""
+    rows = x.reshape(-1, x.shape[-1])
+    if mask is None or mask.numel() != rows.shape[0]:
+        return rows
+    return rows[mask.reshape(-1).bool().to(rows.device)]
+
+
+def collect(model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, Any]]) -> dict[str, ActivationStatistics]:
+    """Run the model over batches of keyword arguments and return the statistics of the named layers.
+
+    Where all layers are in the base model only that is run: the logits of a large vocabulary would be the largest tensor.
+
+    Raises:
+        CalibrationError: when a layer never ran, or its inputs are not finite.
+    """
+    current: dict[str, Tensor | None] = {"mask": None}
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    inside = len(prefix) > 1 and all(name.startswith(prefix) for name in names)
+    runner = model.get_submodule(prefix[:-1]) if inside else model
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad(), recording(model, names, lambda: current["mask"]) as gathered:
+            for batch in batches:
+                current["mask"] = batch.get("attention_mask")
+                runner(**batch)
+    finally:
+        model.train(was_training)
+    for name in names:
+        if name not in gathered:
+            raise CalibrationError(f"layer {name} never ran on the calibration rows; leave it out with --ignore {name}")
+        if not gathered[name].scatter.isfinite().all():
+            raise CalibrationError.not_finite(f"inputs of layer {name}", name)
+    return gathered

@@ -1,0 +1,5 @@
+"""The command line: options in, one command run, its result printed."""
+
+from spmconvert.cli.app import main
+
+__all__ = ["main"]

@@ -1,0 +1,404 @@
+"""The command line: parse, call one library function, print its result.
+
+Options and recipes are checked before torch is imported. Every error is one line with its own exit code, see ``errors``.
+"""
+
+import os
+import shlex
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from spmconvert.cli import console, progress, views
+from spmconvert.cli.processes import run_in_processes
+from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
+from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
+from spmconvert.recipe.recipe import Recipe, Training
+from spmconvert.version import __version__
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Replace dense layers of pretrained models by near-linear Stagewise Pairwise Mixers.",
+)
+
+
+def main() -> None:
+    """Run the command line; errors become one line and an exit code."""
+    try:
+        app()
+    except SpmconvertError as error:
+        console.error(str(error))
+        raise SystemExit(error.exit_code) from None
+
+
+def _show_version(value: bool) -> None:
+    if value:
+        typer.echo(f"spmconvert {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Accept the options that belong to no command."""
+
+
+@app.command()
+def convert(
+    model: Annotated[str, typer.Argument(help="Hub id or local directory of a safetensors checkpoint.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-spm.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(help="Presets mlp, attn, all; globs; re: patterns; comma-separated. Default mlp.")
+    ] = None,
+    ignore: Annotated[str | None, typer.Option(help="Globs and re: patterns to leave alone, comma-separated.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Only these blocks, for example 4-10,-1.")] = None,
+    stages: Annotated[int | None, typer.Option(help="Stages a layer; default one pass over all strides.")] = None,
+    variant: Annotated[str | None, typer.Option(help="general or rotation.")] = None,
+    block: Annotated[int | None, typer.Option(help="Coordinates a block; 1 is the plain operator.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank companion; default 0.")] = None,
+    keep: Annotated[
+        float | None, typer.Option(help="Share of the targeted parameters to keep; chooses the design of every layer.")
+    ] = None,
+    keep_bytes: Annotated[str | None, typer.Option(help="The same as a size of these layers, for example 40MB.")] = None,
+    keep_flops: Annotated[float | None, typer.Option(help="The same as a share of their FLOPs a token.")] = None,
+    max_error: Annotated[float | None, typer.Option(help="Smallest designs with at most this held-out error.")] = None,
+    sensitivity: Annotated[
+        str | None, typer.Option(help="What layers' errors cost a budget: gradient (default), kl or none.")
+    ] = None,
+    structures: Annotated[
+        str | None, typer.Option(help="What a budget may build: spm, block, companion, lowrank; default all but block.")
+    ] = None,
+    sequential: Annotated[
+        bool | None, typer.Option("--sequential/--independent", help="Fit layers on what converted ones feed them.")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Text file (.txt, .jsonl) whose activations weight the fit, or none.")
+    ] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options replace single values of it.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe, repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="Device of the calibration run and the fits.")] = "cpu",
+    dtype: Annotated[str | None, typer.Option(help="dtype of the new layers: auto, float32, bfloat16, float16.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of starts and calibration rows; default 0.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; touch nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Replace dense layers of MODEL by SPM layers, fit them, and write a checkpoint."""
+    if resume and dry_run:
+        raise OptionError("--resume and --dry-run contradict each other; a dry run writes nothing to resume")
+    given = {
+        **dict(parse_assignment(text) for text in set_ or []),
+        **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
+        **_given(rank=rank, dtype=dtype, seed=seed, sensitivity=sensitivity, structures=structures),
+        **_given(keep=keep, keep_bytes=keep_bytes, keep_flops=keep_flops, max_error=max_error, sequential=sequential),
+        **({} if calib is None else {"calib": None if calib == "none" else calib}),
+    }
+    resolved = recipe_from_keywords(given, recipe)
+    if dry_run:
+        _dry_run(model, resolved, output, device, as_json)
+    else:
+        _convert(model, resolved, output, device, resume, force, as_json)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_json: bool) -> None:
+    from spmconvert.budget.allocation import allocate, choice_record, compare_budgets, describe_choice
+    from spmconvert.budget.cache import CacheIdentity
+    from spmconvert.budget.curves import check_measurable, read_curves
+    from spmconvert.commands.convert import default_output, open_plan
+    from spmconvert.data.documents import read_documents
+
+    source, plan, _ = open_plan(model, recipe)
+    if recipe.calibration.file is not None:
+        read_documents(recipe.calibration.file)
+    choice = budgets = None
+    if recipe.budget.limits:
+        check_measurable(recipe)
+        curves = read_curves(source, plan, recipe, CacheIdentity.of_checkpoint(source, device))
+        if curves is None:
+            raise OptionError(
+                "designs for a budget follow from measurements that have not been made yet; run the command once without "
+                "--dry-run, then a dry run shows any budget"
+            )
+        allocation = allocate(curves, recipe.budget)
+        plan, choice = allocation.plan, allocation.choice
+        # a largest error has curves of its own, by which no share is chosen
+        budgets = None if recipe.budget.max_error is not None else compare_budgets(curves)
+    destination = str(output or default_output(model))
+    if as_json:
+        calibrated = recipe.calibration.file is not None
+        console.data(
+            {
+                "output": destination,
+                "layers": views.plan_rows(plan),
+                "left_alone": [asdict(skipped) for skipped in plan.selection.skipped],
+                "output_bytes": plan.output_bytes,
+                "predicted_seconds": plan.predicted_seconds(recipe),
+                "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
+                "allocation": choice and choice_record(choice, recipe.budget),
+                "budgets": budgets,
+                "recipe": recipe.model_dump(mode="json", exclude={"finetune"}),
+            }
+        )
+    else:
+        views.show_plan(plan, recipe, destination)
+        if choice is not None:
+            views.show_spent(describe_choice(choice, recipe.budget))
+        if budgets is not None:
+            views.show_budgets(budgets, recipe.budget.loss_name)
+
+
+def _convert(
+    model: str, recipe: Recipe, output: Path | None, device: str, resume: bool, force: bool, as_json: bool
+) -> None:
+    from spmconvert.commands.convert import convert as run
+
+    began = time.monotonic()
+    if recipe.calibration.file is None:
+        console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
+    console.silence_libraries()
+    try:
+        with progress.ConversionProgress() as watch:
+            conversion = run(model, output, recipe=recipe, device=device, resume=resume, force=force, progress=watch)
+    except KeyboardInterrupt:
+        console.note("interrupted; finished layers are kept. Continue with the same command and --resume")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    if as_json:
+        console.data({**asdict(conversion), "output": str(conversion.output), "measured_on": conversion.measured_on})
+    else:
+        views.show_conversion(conversion, began)
+
+
+@app.command()
+def finetune(
+    directory: Annotated[
+        Path | None, typer.Argument(help="Converted checkpoint; default the only one in the working directory.")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Text (.txt, .jsonl, .parquet, datasets:ID[:CONFIG[:SPLIT]]) or processor tensors (.safetensors)."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-ft.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="The dense source, where it is not where it was.")] = None,
+    teacher_device: Annotated[str | None, typer.Option(help="Device of the teacher; default the student's.")] = None,
+    store_logits: Annotated[
+        Path | None, typer.Option(help="Only write the teacher's likeliest words there, for --teacher-logits.")
+    ] = None,
+    teacher_logits: Annotated[Path | None, typer.Option(help="Stored words that take the teacher's place.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate of the SPM layers.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes.")] = None,
+    block_size: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
+    train: Annotated[str | None, typer.Option(help="spm layers only, with all norms and biases, or all.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the split and of the order of rows.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="TOML recipe with a table finetune.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of that table, repeatable.")] = None,
+    device: Annotated[str, typer.Option(help="Device of the student.")] = "cpu",
+    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    shard: Annotated[bool, typer.Option("--shard", help="Split the model over the processes (FSDP2).")] = False,
+    tracker: Annotated[str | None, typer.Option(help="tensorboard, wandb, trackio, ...")] = None,
+    in_place: Annotated[bool, typer.Option("--in-place", help="Replace DIRECTORY by the result.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Distil a converted checkpoint against the dense one it came from."""
+    if data is None:
+        raise OptionError("no training data is given; name a text with --data")
+    options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
+    training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
+    if num_processes > 1 and "RANK" not in os.environ:
+        raise SystemExit(run_in_processes(sys.argv[1:], num_processes))
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.commands.finetune import finetune as run
+
+    chosen = directory or only_converted(Path.cwd())
+    console.silence_libraries()
+    began = time.monotonic()
+    try:
+        if store_logits is not None:
+            _store_logits(chosen, store_logits, data, training, teacher, device)
+            return console.data({"output": str(store_logits)}) if as_json else None
+        with progress.TrainingProgress(training.steps) as watch:
+            result = run(
+                chosen,
+                output,
+                data=data,
+                recipe=training,
+                teacher=teacher,
+                teacher_logits=teacher_logits,
+                teacher_device=teacher_device,
+                device=device,
+                shard=shard,
+                tracker=tracker,
+                in_place=in_place,
+                force=force,
+                resume=resume,
+                report=watch.show,
+            )
+    except KeyboardInterrupt:
+        console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    if result is not None and as_json:
+        return console.data({**asdict(result), "output": str(result.output)})
+    return None if result is None else views.show_finetuned(result, time.monotonic() - began)
+
+
+def _store_logits(
+    directory: Path, destination: Path, data: str, training: Training, teacher: str | None, device: str
+) -> None:
+    from spmconvert.commands.finetune import store_teacher_logits
+
+    with progress.StepProgress("storing logits") as watch:
+        store_teacher_logits(
+            directory, destination, data=data, recipe=training, teacher=teacher, device=device, report=watch.update
+        )
+    console.note(f"next: the same command with --teacher-logits {shlex.quote(str(destination))} in place of --store-logits")
+
+
+@app.command()
+def report(
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Converted checkpoints; without one, the only one in the working directory.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Directory for the files; default the checkpoint itself.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Text to measure quality on, neither fitted nor trained on.")] = None,
+    other_data: Annotated[Path | None, typer.Option(help="A second text, of another domain.")] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
+    calib: Annotated[Path | None, typer.Option(help="Another place of the calibration text, for --baselines.")] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Measure whitened SVD and 2:4 beside it.")] = False,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")] = None,
+    rows: Annotated[int, typer.Option(help="Most rows of a text that are measured.")] = 64,
+    seconds: Annotated[float, typer.Option(help="About how long one timing takes; 0 measures no time and memory.")] = 2.0,
+    device: Annotated[str, typer.Option(help="Device the models run on.")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Measure what a conversion gained and lost; write report.json, report.html and the model card."""
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.checkpoint.unfinished import find_unfinished
+
+    directories = models or [only_converted(Path.cwd())]
+    unfinished = find_unfinished(directories[0]) if len(directories) == 1 else None
+    if unfinished is not None:
+        from spmconvert.reporting.terminal import unfinished_view
+
+        if as_json:
+            return console.data({**asdict(unfinished), "output": str(unfinished.output)})
+        return console.show(unfinished_view(unfinished))
+    from spmconvert.commands.report import report as run
+    from spmconvert.reporting.files import write_comparison, write_report
+    from spmconvert.reporting.terminal import comparison_view, report_view
+
+    names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
+    console.silence_libraries()
+    with progress.Steps() as steps:
+        found = [
+            run(
+                directory,
+                data=data,
+                other_data=other_data,
+                teacher=teacher,
+                calibration=calib,
+                baselines=baselines,
+                tasks=names,
+                rows=rows,
+                seconds=seconds,
+                device=device,
+                progress=steps,
+            )
+            for directory in directories
+        ]
+    one = len(found) == 1
+    page = write_report(found[0], directories[0], output) if one else write_comparison(found, output)
+    if as_json:
+        listed = [each.model_dump(mode="json") for each in found]
+        return console.data(listed[0] if one else listed)
+    console.show(report_view(found[0]) if one else comparison_view(found))
+    return console.note(f"wrote {page}")
+
+
+@app.command()
+def verify(
+    model: Annotated[
+        Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
+) -> None:
+    """Check hashes, shapes, values and untouched tensors of a converted checkpoint, and load it in a fresh process."""
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.commands.verify import verify as run
+
+    directory = model or only_converted(Path.cwd())
+    checks = run(directory, teacher=teacher)
+    if as_json:
+        console.data([asdict(check) for check in checks])
+    else:
+        for check in checks:
+            console.show(f"{check.outcome:8}{check.name:20}{check.detail}")
+    failed = [check.name for check in checks if check.outcome == "FAILED"]
+    if failed:
+        raise VerificationError(
+            f"{directory} failed {len(failed)} of {len(checks)} checks: {', '.join(failed)}; convert again"
+        )
+
+
+@app.command()
+def export(
+    model: Annotated[
+        Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-dense.")] = None,
+    form: Annotated[str, typer.Option("--format", help="dense is the only one.")] = "dense",
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Write a plain dense checkpoint that computes the same and loads without spmconvert."""
+    from spmconvert.checkpoint.converted import only_converted
+    from spmconvert.commands.export import export as run
+
+    directory = model or only_converted(Path.cwd())
+    console.silence_libraries()
+    result = run(directory, output, form=form, force=force)
+    if as_json:
+        console.data({**asdict(result), "output": str(result.output)})
+    else:
+        views.show_export(result)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory for texts, checkpoints and report.")] = Path(
+        "spm-demo"
+    ),
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps of the finetune; default fits in five minutes.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace the checkpoints of an earlier demo.")] = False,
+) -> None:
+    """Convert, finetune and report on a real sentence encoder, without network; the extra demo has the model."""
+    from spmconvert.commands.demo import demo as run
+    from spmconvert.reporting.schema import read_report
+    from spmconvert.reporting.terminal import report_view
+
+    console.silence_libraries()
+    page = run(output, force=force, step=console.note, **_given(steps=steps))
+    console.show(report_view(read_report(page.with_suffix(".json"))))
+    console.show(f"open {page} in a browser")

@@ -1,0 +1,49 @@
+"""The only module that prints: tables, progress and errors of the command line.
+
+Results go to standard output; progress, notes and errors go to standard error, so that ``--json`` can be piped.
+"""
+
+import json
+import logging
+import sys
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.text import Text
+
+if TYPE_CHECKING:
+    pass
+
+
+# a pipe or a file has no width; wide enough that no name is folded
+# names and paths may hold brackets and colons, which are not markup
+out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+
+
+def error(message: str) -> None:
+    """Print one error line."""
+    err.print(Text.assemble(("error: ", "bold red"), " ".join(message.split())), soft_wrap=True)
+
+
+def note(message: str) -> None:
+    """Print one line that is not part of the result."""
+    err.print(Text(message), soft_wrap=True)
+
+
+def data(value: Any) -> None:
+    """Print a result as JSON."""
+    out.out(json.dumps(value, indent=2), highlight=False)
+
+
+def silence_libraries() -> None:
+    """Turn off the progress bars of transformers, which would break into ours, and news of weights that stay on disk."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+
+
+def show(renderable: RenderableType) -> None:
+    """Print a result that another module has laid out."""
+    out.print(renderable)

@@ -1,0 +1,342 @@
+"""The conversion: read a checkpoint, gather statistics, fit every target, write an ordinary checkpoint.
+
+Read top to bottom: ``convert`` is the whole of it. Finished layers are stored one by one in a working directory beside the
+output, so a run can be interrupted anywhere and resumed to the same bytes; the output appears by one rename at the end.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.budget.allocation import Allocation, allocate, check_reachable, choice_record, describe_choice
+from spmconvert.budget.cache import CacheIdentity
+from spmconvert.budget.curves import measure_curves
+from spmconvert.budget.knapsack import Choice
+from spmconvert.checkpoint.card import inherited_metadata, model_card
+from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
+from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_output
+from spmconvert.data.calibration import CalibrationRows, calibration_rows
+from spmconvert.data.tokens import tokenizer_hash
+from spmconvert.errors import OptionError, OutputError
+from spmconvert.fit.layer import LayerRecord
+from spmconvert.fit.progress import Progress, Silent
+from spmconvert.fit.run import FitRun, fit_all
+from spmconvert.fit.sequential import check_chain, is_chain, layer_blocks, on_one_path
+from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.loading import DenseModel
+from spmconvert.model.swap import layer_from_spec
+from spmconvert.plan.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
+from spmconvert.recipe.loading import recipe_from_keywords
+from spmconvert.recipe.recipe import Recipe
+from spmconvert.system.devices import check_device
+from spmconvert.version import __version__
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """The result of ``convert``.
+
+    Attributes:
+        output: the converted checkpoint.
+        layers: one record a replaced layer.
+        parameters_before: parameters of the whole checkpoint before.
+        parameters_after: parameters of the whole checkpoint after.
+        bytes_before: bytes of its tensors before.
+        bytes_after: bytes of its tensors after.
+        fitted_rows: calibration rows that were fitted, 0 without data.
+        held_out_rows: calibration rows on which errors were measured.
+        choice: what a budget was spent on, None without one.
+        left_dense: targeted layers that a budget left dense.
+        budget_note: what a budget was spent on, in words.
+        fit_note: what fits went for beside each layer's own error, in words.
+        above_limit: layers whose final fit came out above the largest error that was allowed.
+    """
+
+    output: Path
+    layers: tuple[LayerRecord, ...]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    fitted_rows: int
+    held_out_rows: int
+    choice: Choice | None = None
+    left_dense: int = 0
+    budget_note: str = ""
+    fit_note: str = ""
+    above_limit: tuple[str, ...] = ()
+
+    @property
+    def measured_on(self) -> str:
+        """What the records' errors were measured on, in words, and what fits went for beside them."""
+        if not self.held_out_rows:
+            return "relative squared Frobenius norm of the weight's error, no data was used"
+        measured = f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
+        return f"{measured}; {self.fit_note}" if self.fit_note else measured
+
+
+def convert(
+    model: str | Path,
+    output: str | Path | None = None,
+    *,
+    recipe: Recipe | str | Path | None = None,
+    device: str = "cpu",
+    force: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+    **changes: Any,
+) -> Conversion:
+    """Convert a checkpoint.
+
+    Args:
+        model: local directory or hub id.
+        output: directory to write; None for the model's name with ``-spm`` in the working directory.
+        recipe: a recipe, or the path of one; None for the defaults.
+        device: where the calibration run and the fits happen.
+        force: replace an output that exists.
+        resume: continue an interrupted run of the same conversion.
+        progress: told how it gets on.
+        **changes: recipe keys, as ``SPMConfig`` takes them: ``targets="mlp"``, ``stages=11``, ``calib="text.txt"``.
+
+    Returns:
+        Where the output is, and what it cost and kept.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    resolved = resolve_recipe(recipe, changes)
+    check_device(device)
+    source, plan, config = open_plan(str(model), resolved)
+    destination = default_output(str(model)) if output is None else Path(output)
+    if destination.resolve() == source.directory.resolve():
+        raise OptionError(f"the output {destination} is the source; choose another with -o")
+    check_output(destination.resolve(), force=force)
+    rows = calibration_rows(source.directory, config, resolved)
+    listener = progress or Silent()
+    budgeted = bool(resolved.budget.limits)
+    if budgeted:
+        check_reachable(plan, resolved.budget)
+    dense = DenseModel(source.directory, config, device)
+    resolved = _load_and_settle(resolved, plan, rows, dense)
+    # a budget is spent later; until then the output may be as large as the source
+    needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
+    fingerprint = _fingerprint(source, resolved)
+    with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed) as target:
+        run = FitRun(source, dense, plan, resolved, rows, target, listener)
+        choice = _spend_budget(run) if budgeted else None
+        listener.planned(run.plan)
+        records = fit_all(run)
+        listener.writing(run.plan.output_bytes)
+        conversion = _summary(run, destination, records, choice)
+        _write(run, conversion)
+    return conversion
+
+
+def _spend_budget(run: FitRun) -> Choice:
+    """Choose the designs of a run, or take what it chose before it was interrupted; its plan has them afterwards."""
+    chosen_before = run.target.load_file(CHOICE_FILE)
+    if chosen_before is None:
+        identity = CacheIdentity.of_checkpoint(run.source, run.dense.device)
+        listener = run.progress
+        curves = measure_curves(
+            run.source, run.plan, run.recipe, identity, run.rows, run.dense, listener.calibrating, listener.measured
+        )
+        allocation = allocate(curves, run.recipe.budget)
+        # finished layers have these designs, whatever a cache says when the run is resumed
+        run.target.store_file(CHOICE_FILE, allocation.to_json())
+    else:
+        allocation = Allocation.from_json(run.plan, chosen_before)
+    run.plan = allocation.plan
+    return allocation.choice
+
+
+def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, Any]:
+    """Open a checkpoint and plan its conversion; headers and config only.
+
+    Returns:
+        The checkpoint, the plan, and the model's config.
+
+    Raises:
+        SpmconvertError: as for ``convert``.
+    """
+    source = open_checkpoint(model)
+    config = load_config(source.directory)
+    model = skeleton(config)
+    plan = plan_conversion(source, model, recipe)
+    if recipe.fit.sequential:
+        layer_blocks(model, [layer.target.name for layer in plan.layers])
+    return source, plan, config
+
+
+def _load_and_settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> Recipe:
+    """The recipe with what it leaves open about the fits decided, so that it is recorded as it was done.
+
+    Whether blocks are a chain is seen by running them, so the dense model is loaded where fits in sequence are wanted.
+
+    Raises:
+        OptionError: when fits in sequence are asked for and cannot be made; before anything is measured for a budget.
+    """
+    names = [layer.target.name for layer in plan.layers]
+    sequential = recipe.fit.sequential
+    if sequential is None:
+        sequential = recipe.prefers_sequence and on_one_path(skeleton(dense.config), names)
+    if sequential:
+        container, _ = layer_blocks(skeleton(dense.config), names)
+        if recipe.budget.limits and rows is not None:
+            model = dense()
+            batch = next(rows.batches(rows.fitted[:1], model))
+            if recipe.fit.sequential:
+                check_chain(model, container, batch)
+            else:
+                sequential = is_chain(model, container, batch)
+    settled = {"output_weighting": recipe.weights_fits, "sequential": sequential}
+    calibration = recipe.calibration
+    if calibration.file is not None:
+        # a relative path would mean another place to the commands that come later
+        calibration = calibration.model_copy(update={"file": calibration.file.resolve()})
+    return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled), "calibration": calibration})
+
+
+def default_output(model: str) -> Path:
+    """``<name>-spm`` in the working directory, for a directory or a hub id."""
+    return Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-spm")
+
+
+def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) -> Recipe:
+    """A recipe from its path or from the defaults, with single keys replaced.
+
+    Raises:
+        RecipeError: when it does not parse or a key is unknown.
+        OptionError: when a finished recipe and changes are both given.
+    """
+    if isinstance(recipe, Recipe):
+        if changes:
+            raise OptionError(f"a Recipe and {', '.join(changes)} are both given; change the recipe instead")
+        return recipe
+    return recipe_from_keywords(changes, None if recipe is None else Path(recipe))
+
+
+def _fingerprint(source: Checkpoint, recipe: Recipe) -> str:
+    """Everything that decides about the bytes of the output."""
+    text = "" if recipe.calibration.file is None else hashlib.sha256(recipe.calibration.file.read_bytes()).hexdigest()
+    parts = (
+        source.sha256(),
+        recipe.model_dump_json(exclude={"calibration": {"file"}, "finetune": True}),
+        text,
+        "" if recipe.calibration.file is None else tokenizer_hash(source.directory),
+        __version__,
+    )
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _write(run: FitRun, conversion: Conversion) -> None:
+    """Write weights, config, companions, provenance and model card, and make the output appear."""
+    target = run.target
+    target.write_weights(list(_output_tensors(run)))
+    quantization = quantization_config({layer.target.name: layer.spec for layer in run.plan.layers})
+    target.add_text("config.json", _json({**run.source.config, "quantization_config": quantization}))
+    target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion)))
+    target.add_text("README.md", _card(run, conversion))
+    for file in run.source.companion_files():
+        target.add_file(str(file.relative_to(run.source.directory)), file)
+    target.commit()
+
+
+def _output_tensors(run: FitRun) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+    """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
+    replaced = {layer.weight: layer for layer in run.plan.layers}
+    dropped = {layer.bias for layer in run.plan.layers}
+    for name, entry in run.source.tensors.items():
+        if name in dropped:
+            continue
+        if name not in replaced:
+            yield name, entry.nbytes, partial(run.source.read, name)
+            continue
+        layer = replaced[name]
+        shapes = dict(layer_from_spec(layer.spec, device="meta").named_parameters())
+        for part, parameter in shapes.items():
+            size = parameter.numel() * DTYPE_BYTES[layer.stored_dtype]
+            yield f"{layer.prefix}.{part}", size, partial(_stored_tensor, run.target, layer.target.name, part)
+
+
+def _stored_tensor(target: OutputDirectory, layer: str, part: str) -> Tensor:
+    stored = target.load_layer(layer)
+    if stored is None:
+        raise OutputError(f"the finished layer {layer} is gone from the working directory; start again without --resume")
+    return stored[0][part]
+
+
+def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
+    rows = run.rows
+    calibration = None
+    if rows is not None:
+        calibration = {
+            "file_sha256": rows.file_sha256,
+            "fitted_rows": len(rows.fitted),
+            "held_out_rows": len(rows.held_out),
+            "seed": run.recipe.seed,
+        }
+    return {
+        "format_version": FORMAT_VERSION,
+        "spmconvert_version": __version__,
+        "torch_version": torch.__version__,
+        "source": {"name": run.source.name, "revision": run.source.revision, "sha256": run.source.sha256()},
+        "recipe": run.recipe.model_dump(mode="json", exclude={"finetune"}),
+        "calibration": calibration,
+        "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
+        "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
+        "layers": [asdict(record) for record in conversion.layers],
+        "allocation": conversion.choice and choice_record(conversion.choice, run.recipe.budget),
+        "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
+    }
+
+
+def _card(run: FitRun, conversion: Conversion) -> str:
+    sizes = (
+        f"Parameters {conversion.parameters_before:,} before, {conversion.parameters_after:,} after; "
+        f"tensor bytes {conversion.bytes_before:,} before, {conversion.bytes_after:,} after."
+    )
+    return model_card(
+        source=run.source.name if run.source.revision else run.source.directory.resolve().name,
+        source_sha256=run.source.sha256(),
+        inherited=inherited_metadata(run.source.directory / "README.md"),
+        rows=conversion.layers,
+        measured_on=conversion.measured_on,
+        sizes=sizes,
+        version=__version__,
+    )
+
+
+def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], choice: Choice | None) -> Conversion:
+    entries = run.source.tensors.values()
+    before = sum(math.prod(entry.shape) for entry in entries)
+    saved = sum(record.dense_parameters - record.parameters for record in records)
+    max_error = run.recipe.budget.max_error or math.inf
+    return Conversion(
+        output=output,
+        layers=records,
+        parameters_before=before,
+        parameters_after=before - saved,
+        bytes_before=sum(entry.nbytes for entry in entries),
+        bytes_after=run.plan.output_bytes,
+        fitted_rows=0 if run.rows is None else len(run.rows.fitted),
+        held_out_rows=0 if run.rows is None else len(run.rows.held_out),
+        choice=choice,
+        left_dense=0 if choice is None else len(choice.chosen) - len(records),
+        budget_note="" if choice is None else describe_choice(choice, run.recipe.budget),
+        fit_note=run.recipe.fit.fit_note,
+        above_limit=tuple(record.name for record in records if record.error > max_error),
+    )
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2) + "\n"

@@ -1,0 +1,353 @@
+"""Recovering quality: a converted checkpoint is distilled against the dense one it came from.
+
+Read top to bottom: ``finetune`` is the whole of it. The teacher is the recorded source, checked by its hash; the student
+is trained in float32 and written in the dtypes it came in, every tensor that was not trained byte for byte. The result
+appears by one rename, also in place of the input, and until then the run lives in the working directory of the output, from
+where it can be resumed. With several processes all of them train and the first one writes.
+"""
+
+import io
+import json
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.checkpoint.card import finetuned_card
+from spmconvert.checkpoint.converted import Converted, open_converted, open_source
+from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
+from spmconvert.checkpoint.manifest import PROVENANCE_FILE
+from spmconvert.checkpoint.names import resolve_name
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory
+from spmconvert.data.training import TrainingData, load_training_data
+from spmconvert.distill.distributed import make_accelerator, prepare_student, share_bytes
+from spmconvert.distill.guide import Guide
+from spmconvert.distill.loop import TrainingRun, held_out_losses, match_layers, train
+from spmconvert.distill.loss import Distillation
+from spmconvert.distill.models import load_student, load_teacher
+from spmconvert.distill.parameters import choose_trained, converted_layers, structured_parameters
+from spmconvert.distill.runlog import RunLog
+from spmconvert.distill.state import State, restore, whole
+from spmconvert.distill.stored import StoredLogits, store_logits
+from spmconvert.errors import CheckpointError, FitError, OptionError
+from spmconvert.model.architecture import load_config, model_class
+from spmconvert.outputs.objective import objective_for
+from spmconvert.recipe.loading import training_from_keywords
+from spmconvert.recipe.recipe import Training
+from spmconvert.system.devices import check_device
+from spmconvert.version import __version__
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """The result of ``finetune``.
+
+    Attributes:
+        output: the finetuned checkpoint.
+        steps: optimizer steps that were run.
+        tokens: tokens trained on; rows for classifiers, images and sound.
+        start_loss: held-out loss a token before.
+        best_loss: held-out loss a token of what was written.
+        objective: what the loss compares: ``logits``, ``classes``, ``scores`` or ``hidden`` states.
+        history: all measurements on held-out rows.
+        stopped: why the run ended early, or an empty string.
+    """
+
+    output: Path
+    steps: int
+    tokens: int
+    start_loss: float
+    best_loss: float
+    objective: str
+    history: list[dict[str, Any]]
+    stopped: str
+
+
+def finetune(
+    directory: str | Path,
+    output: str | Path | None = None,
+    *,
+    data: str | Path,
+    recipe: Training | str | Path | None = None,
+    teacher: str | None = None,
+    teacher_logits: str | Path | None = None,
+    teacher_device: str | None = None,
+    device: str = "cpu",
+    shard: bool = False,
+    tracker: str | None = None,
+    in_place: bool = False,
+    force: bool = False,
+    resume: bool = False,
+    report: Callable[[dict[str, Any]], None] = lambda _: None,
+    **changes: Any,
+) -> Finetuned | None:
+    """Distil a converted checkpoint against its source.
+
+    Args:
+        directory: output of a conversion.
+        output: directory to write; None for the same name with ``-ft``. A log of the run is written beside it.
+        data: .txt, .jsonl or .parquet file, ``datasets:ID``, or a .safetensors file of a processor's tensors.
+        recipe: numbers of the run, or the path of a recipe file with a table ``finetune``; None for the defaults.
+        teacher: another place of the source checkpoint; None for the recorded one.
+        teacher_logits: directory of stored logits that take the teacher's place.
+        teacher_device: where the teacher is; None for the student's device.
+        device: where the student is.
+        shard: split parameters, gradients and optimizer over the processes (FSDP2), instead of a copy in each (DDP).
+        tracker: experiment tracker that accelerate knows: tensorboard, wandb, trackio, ...
+        in_place: replace the converted checkpoint; it stays as it was until the result is complete.
+        force: replace an output that exists.
+        resume: continue an interrupted run of the same settings.
+        report: told about every step and measurement, in the first process.
+        **changes: keys of ``Training``.
+
+    Returns:
+        What was reached; None in all processes but the first.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    training = _resolve_training(recipe, changes)
+    check_device(device)
+    converted, source, config = _open(directory, teacher)
+    destination = _destination(converted, output, in_place=in_place)
+    rows = load_training_data(str(data), converted.directory, config, training)
+    accelerator = make_accelerator(training, device, shard=shard, tracker=tracker, place=destination)
+    stored = None if teacher_logits is None else StoredLogits(Path(teacher_logits), source.sha256())
+    size = sum(entry.nbytes for entry in converted.tensors.values())
+    with ExitStack() as stack:
+        target = None
+        if accelerator.is_main_process:
+            fingerprint = _fingerprint(converted, source, rows, training, stored)
+            # the state holds parameters, their best, their average and two moments, in float32, at most
+            target = stack.enter_context(
+                OutputDirectory(
+                    destination, fingerprint=fingerprint, force=force or in_place, resume=resume, needed_bytes=6 * size
+                )
+            )
+        kept = share_bytes(accelerator, None if target is None else target.load_file(STATE_FILE))
+        snapshot = None if kept is None else torch.load(io.BytesIO(kept), weights_only=True)
+        student = load_student(converted, config, training, accelerator.device)
+        dense = None if stored is not None else load_teacher(source, config, teacher_device or accelerator.device)
+        trained = choose_trained(student, training)
+        stored_names = {name: _stored_name(name, converted, student.base_model_prefix) for name in trained}
+        log = stack.enter_context(RunLog(destination, accelerator, training, snapshot, report))
+        distillation = Distillation(student, dense, objective_for(config), training, converted_layers(student), stored)
+        run = TrainingRun(
+            distillation=distillation,
+            data=rows,
+            training=training,
+            accelerator=accelerator,
+            called=student,
+            trained=trained,
+            structured=frozenset(structured_parameters(student)),
+            save=partial(_save, target),
+            report=log.write,
+            guide=_guide(distillation),
+        )
+        _run_stages(run, snapshot, shard=shard)
+        best = {name: whole(value) for name, value in run.state.best.items()}
+        result = _result(run, destination, best, converted, stored_names)
+        if target is not None:
+            written = {stored_names[name]: value for name, value in best.items()}
+            _write(converted, written, target, _provenance(converted, rows, run, result))
+        accelerator.wait_for_everyone()
+    return result if accelerator.is_main_process else None
+
+
+def store_teacher_logits(
+    directory: str | Path,
+    destination: str | Path,
+    *,
+    data: str | Path,
+    words: int = 64,
+    recipe: Training | str | Path | None = None,
+    teacher: str | None = None,
+    device: str = "cpu",
+    report: Callable[[int, int], None] = lambda *_: None,
+    **changes: Any,
+) -> None:
+    """Write the teacher's likeliest words for all rows of a text, so that ``finetune`` needs no teacher.
+
+    Args:
+        directory: output of a conversion.
+        destination: directory to write; it must not exist.
+        data: as for ``finetune``.
+        words: words a token.
+        recipe: as for ``finetune``; row length, held-out share, seed and column matter.
+        teacher: as for ``finetune``.
+        device: where the teacher is.
+        report: told how many rows of how many are done.
+        **changes: keys of ``Training``.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    training = _resolve_training(recipe, changes)
+    check_device(device)
+    converted, source, config = _open(directory, teacher)
+    if objective_for(config) != "logits":
+        raise OptionError(
+            f"{config.architectures[0]} has no logits over words to store; distil it with the teacher in memory"
+        )
+    rows = load_training_data(str(data), converted.directory, config, training)
+    dense = model_class(config).from_pretrained(source.directory, dtype="auto").to(device).eval()
+    store_logits(Path(destination), dense, rows, teacher_sha256=source.sha256(), count=words, report=report)
+
+
+def _open(directory: str | Path, teacher: str | None) -> tuple[Converted, Checkpoint, Any]:
+    """The converted checkpoint, its verified source, and the model's config."""
+    converted = open_converted(Path(directory))
+    return converted, open_source(converted, teacher), load_config(converted.directory)
+
+
+def _resolve_training(recipe: Training | str | Path | None, changes: dict[str, Any]) -> Training:
+    if isinstance(recipe, Training):
+        if changes:
+            raise OptionError(f"a Training and {', '.join(changes)} are both given; change the Training instead")
+        return recipe
+    return training_from_keywords(changes, None if recipe is None else Path(recipe))
+
+
+def _destination(converted: Converted, output: str | Path | None, *, in_place: bool) -> Path:
+    if in_place and output is not None:
+        raise OptionError(f"an output {output} and replacing the input in place are both asked for; choose one")
+    if in_place:
+        return converted.directory
+    directory = converted.directory.resolve()
+    destination = Path(output) if output is not None else directory.with_name(f"{directory.name}-ft")
+    if destination.resolve() == directory:
+        raise OptionError(f"the output {destination} is the input; choose another with -o, or ask for --in-place")
+    return destination
+
+
+def _guide(distillation: Distillation) -> Guide | None:
+    steps = round(distillation.training.guided * distillation.training.steps)
+    if not steps:
+        return None
+    student, teacher = distillation.student, distillation.teacher
+    if teacher is None or teacher.device != student.device:
+        raise OptionError("guided steps need the teacher on the student's device; set guided = 0 or move the teacher")
+    return Guide(student, teacher, distillation.layers, steps)
+
+
+def _run_stages(run: TrainingRun, snapshot: dict[str, Any] | None, *, shard: bool) -> State:
+    """Layer by layer, then end to end, going on from a snapshot of either."""
+    if snapshot is not None and snapshot["moments"] is None:
+        restore(snapshot, run.state, run.trained, None)
+        snapshot = None
+    if run.training.layerwise and snapshot is None:
+        match_layers(run, run.distillation.layers)
+    run.called, parameters = prepare_student(
+        run.accelerator, run.distillation.student, shard=shard, unused=partial(_some_unused, run)
+    )
+    run.trained = {name: parameters[name] for name in run.trained}
+    return train(run, snapshot)
+
+
+def _some_unused(run: TrainingRun) -> bool:
+    """Whether some trained parameters may get no gradient in a step: a pooler that nothing compares, an idle expert."""
+    if any(".experts." in name for name in run.trained):
+        return True
+    student = run.distillation.student
+    run.distillation.loss(run.data.held_out.batch([0], student, 0)).total.backward()
+    unused = any(parameter.grad is None for parameter in run.trained.values())
+    student.zero_grad(set_to_none=True)
+    return unused
+
+
+def _save(target: OutputDirectory | None, snapshot: dict[str, Any]) -> None:
+    if target is not None:
+        buffer = io.BytesIO()
+        torch.save(snapshot, buffer)
+        target.store_file(STATE_FILE, buffer.getvalue())
+
+
+def _result(
+    run: TrainingRun, destination: Path, best: dict[str, Tensor], converted: Converted, stored_names: dict[str, str]
+) -> Finetuned:
+    """Measures the best parameters once more, rounded to the dtypes they are written in."""
+    state = run.state
+    if not best:
+        raise FitError("the converted model has no finite loss on the held-out rows; convert it again")
+    for name, value in best.items():
+        best[name] = value.to(getattr(torch, SAFETENSORS_DTYPES[converted.tensors[stored_names[name]].dtype]))
+    restore({"state": {}, "parameters": best, "moments": None}, state, run.trained, None)
+    return Finetuned(
+        output=destination,
+        steps=state.step,
+        tokens=state.tokens,
+        start_loss=state.history[0]["held_out_loss"],
+        best_loss=held_out_losses(run)["held_out_loss"],
+        objective=run.distillation.objective,
+        history=state.history,
+        stopped=state.stopped,
+    )
+
+
+def _fingerprint(
+    converted: Converted, source: Checkpoint, data: TrainingData, training: Training, stored: StoredLogits | None
+) -> str:
+    """Everything that decides about the run; losses against a teacher and against stored logits are not alike."""
+    weights = [str((name, entry.shape, entry.dtype)) for name, entry in converted.tensors.items()]
+    provenance = json.dumps(converted.provenance)
+    teacher = source.sha256() if stored is None else stored.sha256
+    parts = [teacher, data.sha256, provenance, *weights, training.model_dump_json(), __version__]
+    return sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirectory, provenance: dict[str, Any]) -> None:
+    directory = converted.directory
+    source = Checkpoint(directory, str(directory), None, converted.config, converted.tensors)
+
+    def read(name: str) -> Tensor:
+        return best[name] if name in best else source.read(name)
+
+    target.write_weights([(name, entry.nbytes, partial(read, name)) for name, entry in converted.tensors.items()])
+    target.add_text("config.json", (directory / "config.json").read_text(encoding="utf-8"))
+    target.add_text(PROVENANCE_FILE, json.dumps(provenance, indent=2) + "\n")
+    card = directory / "README.md"
+    if card.exists():
+        target.add_text("README.md", finetuned_card(card.read_text(encoding="utf-8"), provenance["finetune"][-1]))
+    for file in source.companion_files():
+        target.add_file(str(file.relative_to(directory)), file)
+    target.commit()
+
+
+def _stored_name(name: str, converted: Converted, prefix: str) -> str:
+    found = resolve_name(name, converted.tensors, prefix)
+    if found is None:
+        raise CheckpointError(
+            f"parameter {name} is not a tensor of {converted.directory} (merged or renamed when the model loads); "
+            "train fewer parameters"
+        )
+    return found
+
+
+def _provenance(converted: Converted, data: TrainingData, run: TrainingRun, result: Finetuned) -> dict[str, Any]:
+    entry = {
+        "recipe": run.training.model_dump(mode="json"),
+        "data_sha256": data.sha256,
+        "seed": run.training.seed,
+        "training_rows": len(data.training),
+        "held_out_rows": min(len(data.held_out), run.training.evaluation_rows),
+        "processes": run.accelerator.num_processes,
+        "device": str(run.accelerator.device.type),
+        "spmconvert_version": __version__,
+        "torch_version": torch.__version__,
+        "objective": result.objective,
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "start_loss": result.start_loss,
+        "best_loss": result.best_loss,
+        "history": result.history,
+        "curve": [float(f"{loss:.5g}") for loss in run.state.curve],
+        "stopped": result.stopped,
+    }
+    return {**converted.provenance, "finetune": [*converted.provenance.get("finetune", []), entry]}

@@ -1,0 +1,290 @@
+"""The report on a converted checkpoint: what it saves, what it costs, and whether it was the right choice.
+
+Read top to bottom: ``report`` is the whole of it. Sizes and layer errors come from the checkpoint's own files; quality,
+time and memory are measured anew, dense and converted in the same run. A part whose input is missing is listed with the
+remedy and never estimated.
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from spmconvert.checkpoint.converted import Converted, open_converted
+from spmconvert.data.tokens import load_tokenizer
+from spmconvert.errors import CheckpointError, OptionError
+from spmconvert.model.architecture import load_config
+from spmconvert.recipe.recipe import Fit
+from spmconvert.reporting import timing
+from spmconvert.reporting.harness import check_harness, run_tasks
+from spmconvert.reporting.measure import compare
+from spmconvert.reporting.methods import measure_candidates
+from spmconvert.reporting.models import ReportRun
+from spmconvert.reporting.recorded import record_output
+from spmconvert.reporting.rows import EvaluationRows, evaluation_rows
+from spmconvert.reporting.schema import (
+    SCHEMA_VERSION,
+    FinetuneRecord,
+    Generation,
+    Machine,
+    Model,
+    NotMeasured,
+    Quality,
+    Quantity,
+    Report,
+    Task,
+    TimingRow,
+    TrainingPoint,
+)
+from spmconvert.reporting.sizes import quantities, replaced_layers
+from spmconvert.system.devices import check_device
+from spmconvert.version import __version__
+
+GENERATIONS = 3
+PROMPT_TOKENS = 24
+CONTINUATION_TOKENS = 40
+
+
+def report(
+    directory: str | Path,
+    *,
+    data: str | Path | None = None,
+    other_data: str | Path | None = None,
+    teacher: str | None = None,
+    calibration: str | Path | None = None,
+    baselines: bool = False,
+    tasks: tuple[str, ...] = (),
+    rows: int = 64,
+    seconds: float = 2.0,
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Measure a converted checkpoint against its source.
+
+    Args:
+        directory: output of a conversion or of a finetune.
+        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on.
+        other_data: a second text, of another domain.
+        teacher: another place of the source checkpoint; None for the recorded one.
+        calibration: another place of the calibration text, for the baselines; None for the recorded one.
+        baselines: measure whitened SVD and 2:4 beside it.
+        tasks: names of lm-evaluation-harness tasks.
+        rows: most rows of a text that are measured.
+        seconds: about how long one timing may take; 0 measures neither time nor memory.
+        device: where the models run.
+        progress: told what is being done.
+
+    Raises:
+        SpmconvertError: see ``spmconvert.errors`` for the kinds.
+    """
+    if rows < 1 or seconds < 0:
+        raise OptionError(f"rows is {rows}, seconds {seconds}; rows must be at least 1 and seconds at least 0")
+    check_device(device)
+    if tasks:
+        check_harness()
+    converted = open_converted(Path(directory))
+    config = load_config(converted.directory)
+    progress("loading")
+    machine = describe_machine(device)
+    run = ReportRun(converted, config, device, seconds, progress)
+    training = _training(run)
+    run.open_dense(teacher)
+    texts = _texts(run, data, other_data, rows)
+    layers = replaced_layers(converted)
+    amounts = [*quantities(converted, run.source, config, layers), *_memory(run)]
+    quality = _quality(run, texts)
+    return Report(
+        schema_version=SCHEMA_VERSION,
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=machine,
+        model=_describe_model(run),
+        layers=layers,
+        layer_errors_on=_layer_errors_on(converted),
+        quantities=tuple(amounts),
+        training=training,
+        quality=quality,
+        generations=_generations(run, texts),
+        timing=_timing(run),
+        candidates=measure_candidates(run, layers, amounts, texts, quality, calibration) if baselines else (),
+        tasks=_tasks(run, tasks),
+        recorded_output=record_output(run.student) if run.reads_tokens else None,
+        # last: every part above may have added to it
+        not_measured=tuple(run.not_measured),
+    )
+
+
+def describe_machine(device: str) -> Machine:
+    """Where the measurements are made."""
+    import transformers
+
+    cuda = device.startswith("cuda")
+    return Machine(
+        device=device,
+        processor=torch.cuda.get_device_name(device) if cuda else _processor(),
+        threads=torch.get_num_threads(),
+        cores=os.cpu_count() or 1,
+        load=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        system=f"{platform.system()} {platform.machine()}",
+        versions={
+            "python": platform.python_version(),
+            "spmconvert": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    )
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def _describe_model(run: ReportRun) -> Model:
+    provenance = run.converted.provenance
+    calibration = provenance["calibration"]
+    if calibration is not None:
+        calibration = {**calibration, "file": Path(provenance["recipe"]["calibration"]["file"]).name}
+    return Model(
+        name=run.converted.directory.resolve().name,
+        architecture=type(run.student).__name__,
+        weights_sha256=run.converted.checkpoint().sha256(),
+        source=provenance["source"]["name"],
+        source_revision=provenance["source"]["revision"],
+        source_sha256=provenance["source"]["sha256"],
+        source_reachable=run.source is not None,
+        dtype=str(run.student.dtype).removeprefix("torch."),
+        converted_with=provenance["spmconvert_version"],
+        recipe=provenance["recipe"],
+        calibration=calibration,
+        finetuned=bool(provenance.get("finetune")),
+    )
+
+
+def _layer_errors_on(converted: Converted) -> str:
+    calibration = converted.provenance["calibration"]
+    if calibration is None:
+        return "relative squared Frobenius error of the weight; the fit used no data"
+    held_out, fitted = calibration["held_out_rows"], calibration["fitted_rows"]
+    measured = f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
+    aims = Fit.model_validate(converted.provenance["recipe"]["fit"]).fit_note
+    return f"{measured}; {aims}" if aims else measured
+
+
+def _training(run: ReportRun) -> tuple[FinetuneRecord, ...]:
+    """The finetunes as they were recorded; a record holds more than the report shows."""
+    recorded = run.converted.provenance.get("finetune", [])
+    try:
+        return tuple(
+            FinetuneRecord.model_validate(
+                {**_shown(one, FinetuneRecord), "history": [_shown(point, TrainingPoint) for point in one["history"]]}
+            )
+            for one in recorded
+        )
+    except (ValidationError, KeyError) as error:
+        raise CheckpointError(
+            f"{run.converted.directory} has a finetune in its provenance that is not understood ({error!r:.80}); "
+            "finetune again with this version"
+        ) from None
+
+
+def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key in part.model_fields}
+
+
+def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
+    """The unseen rows of the texts that were given; what is missing is noted."""
+    if data is None:
+        run.note_missing(
+            "quality", "no text is given", "name a text that was neither fitted nor trained on with --data FILE"
+        )
+    if run.student.__class__.__name__.endswith("ForQuestionAnswering"):
+        run.note_missing("quality", "spans of question answering are not compared", "measure the task itself with --tasks")
+        return []
+    found = []
+    for file, domain in ((data, "first"), (other, "other")):
+        if file is None:
+            continue
+        rows = evaluation_rows(run.converted, run.config, Path(file), domain, count=count)  # type: ignore[arg-type]
+        if isinstance(rows, NotMeasured):
+            run.not_measured.append(rows)
+        else:
+            found.append(rows)
+    return found
+
+
+def _quality(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Quality, ...]:
+    if run.dense is None:
+        return ()
+    found = []
+    for text in texts:
+        run.progress(f"measuring quality on {text.file.name}")
+        found.append(
+            Quality(
+                text=text.file.name,
+                domain=text.domain,
+                sha256=text.sha256,
+                rows_from=text.origin,
+                rows=len(text.rows),
+                tokens=text.tokens,
+                metrics=compare(run.dense, run.student, text),
+            )
+        )
+    return tuple(found)
+
+
+def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generation, ...]:
+    """Greedy continuations of the beginnings of unseen rows, by models that only generate."""
+    if run.dense is None or not texts or not run.dense.can_generate() or run.config.is_encoder_decoder:
+        return ()
+    run.progress("generating samples")
+    tokenizer = load_tokenizer(run.converted.directory)
+    positions = getattr(run.config, "max_position_embeddings", None) or PROMPT_TOKENS + CONTINUATION_TOKENS
+    prompt_tokens = min(PROMPT_TOKENS, positions // 2)
+    new = min(CONTINUATION_TOKENS, positions - prompt_tokens)
+    samples = []
+    for row in texts[0].rows[:GENERATIONS]:
+        ids = row[None, :prompt_tokens].to(run.device)
+        answers = [timing.generate(model, ids, new)[0, ids.shape[1] :] for model in (run.dense, run.student)]
+        prompt, dense, converted = (tokenizer.decode(part) for part in (ids[0], *answers))
+        samples.append(Generation(prompt=prompt, dense=dense, converted=converted, new_tokens=new))
+    return tuple(samples)
+
+
+def _timing(run: ReportRun) -> tuple[TimingRow, ...]:
+    if run.dense is None:
+        return ()
+    if not run.seconds:
+        run.note_missing("time and memory", "--seconds is 0", "give --seconds 2 or more")
+        return ()
+    if not run.reads_tokens:
+        run.note_missing(
+            "time", f"the model reads {run.student.main_input_name}, only token inputs are timed", "time it yourself"
+        )
+        return ()
+    run.progress("timing dense and converted in turn")
+    return tuple(timing.time_models(run.dense, run.student, run.seconds, run.device))
+
+
+def _memory(run: ReportRun) -> list[Quantity]:
+    if run.source is None or not run.reads_tokens or not run.seconds:
+        return []
+    run.progress("measuring memory in fresh processes")
+    found = timing.peak_memory(run.source.directory, run.converted.directory, run.device)
+    if isinstance(found, NotMeasured):
+        run.not_measured.append(found)
+        return []
+    return [found]
+
+
+def _tasks(run: ReportRun, names: tuple[str, ...]) -> tuple[Task, ...]:
+    if not names:
+        return ()
+    run.progress(f"running {', '.join(names)}")
+    return run_tasks(run.student, run.dense, load_tokenizer(run.converted.directory), names)

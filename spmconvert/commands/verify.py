@@ -1,0 +1,193 @@
+"""Whether a converted checkpoint is what it says it is, check by check.
+
+Files are compared with the hashes that were noted when they were written, headers with the layer map, values with what is
+finite, and every tensor that was not replaced with the source, byte for byte. Then the checkpoint is loaded in a fresh
+process, as a user would, and answers the tokens that the last report recorded. A check whose input is missing is skipped
+and says so; it does not count as passed.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spmconvert.checkpoint.converted import Converted, open_converted, open_source
+from spmconvert.checkpoint.headers import TensorEntry
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, REPORT_FILES
+from spmconvert.errors import CheckpointError, ModelNotFoundError, SpmconvertError
+from spmconvert.model.swap import layer_from_spec
+from spmconvert.reporting.schema import Report, read_report
+from spmconvert.system.fresh import run_fresh
+
+Outcome = Literal["ok", "FAILED", "skipped"]
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check.
+
+    Attributes:
+        name: what was checked.
+        outcome: ``ok``, ``FAILED`` or ``skipped``.
+        detail: what was found.
+    """
+
+    name: str
+    outcome: Outcome
+    detail: str
+
+
+def verify(directory: str | Path, *, teacher: str | None = None) -> list[Check]:
+    """Check a converted checkpoint.
+
+    Args:
+        directory: output of a conversion or of a finetune.
+        teacher: another place of the source checkpoint; None for the recorded one.
+
+    Returns:
+        One entry a check, in order. A checkpoint that cannot be opened has one.
+
+    Raises:
+        ModelNotFoundError: when there is no such directory.
+    """
+    try:
+        converted = open_converted(Path(directory))
+    except CheckpointError as error:
+        return [Check("files", "FAILED", str(error))]
+    count = len(converted.tensors)
+    checks = [Check("files", "ok", f"config, layer map, provenance and headers of {count} tensors agree")]
+    steps: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
+        ("hashes", lambda: [_hashes(converted)]),
+        ("shapes", lambda: [_shapes(converted)]),
+        ("finite values", lambda: [_finite(converted)]),
+        ("untouched tensors", lambda: [_untouched(converted, teacher)]),
+        ("fresh process", lambda: _runs(converted)),
+    )
+    for name, step in steps:
+        try:
+            checks += step()
+        except SpmconvertError as error:
+            checks.append(Check(name, "FAILED", str(error)))
+    return checks
+
+
+def _hashes(converted: Converted) -> Check:
+    name, file = "hashes", converted.directory / CHECKSUM_FILE
+    if not file.is_file():
+        return Check(name, "skipped", f"there is no {CHECKSUM_FILE}; convert again to have one")
+    changed, lines = [], file.read_text(encoding="utf-8").splitlines()
+    for line in lines:
+        digest, _, relative = line.partition("  ")
+        path = converted.directory / relative
+        if not path.is_file() or _sha256(path) != digest:
+            changed.append(relative)
+    if changed:
+        return Check(name, "FAILED", f"{', '.join(changed)} changed or gone since the checkpoint was written")
+    return Check(name, "ok", f"{len(lines)} files are as they were written")
+
+
+def _shapes(converted: Converted) -> Check:
+    expected = {}
+    for layer, spec in converted.layers.items():
+        prefix = converted.stored_prefix(layer)
+        for part, parameter in layer_from_spec(spec, device="meta").named_parameters():
+            expected[f"{prefix}.{part}"] = tuple(parameter.shape)
+    for name, shape in expected.items():
+        found = converted.tensors.get(name)
+        if found is None or found.shape != shape:
+            what = "is missing" if found is None else f"is {found.shape}"
+            return Check("shapes", "FAILED", f"tensor {name} {what}, the layer map says {shape}")
+    return Check("shapes", "ok", f"{len(expected)} tensors of {len(converted.layers)} layers are as the layer map says")
+
+
+def _finite(converted: Converted) -> Check:
+    checkpoint = converted.checkpoint()
+    for name in converted.tensors:
+        checkpoint.read_finite(name)
+    return Check("finite values", "ok", f"all values of {len(converted.tensors)} tensors are finite")
+
+
+def _untouched(converted: Converted, teacher: str | None) -> Check:
+    name = "untouched tensors"
+    try:
+        source = open_source(converted, teacher)
+    except (ModelNotFoundError, CheckpointError) as error:
+        if teacher is not None:
+            raise
+        return Check(name, "skipped", f"the source cannot be compared: {error}")
+    prefixes = tuple(f"{converted.stored_prefix(layer)}." for layer in converted.layers)
+    before = {key: entry for key, entry in source.tensors.items() if not key.startswith(prefixes)}
+    after = {key: entry for key, entry in converted.tensors.items() if not key.startswith(prefixes)}
+    if set(before) != set(after):
+        odd = sorted(set(before) ^ set(after))
+        return Check(name, "FAILED", f"{len(odd)} tensors are on one side only, for example {odd[0]}")
+    changed = [key for key in before if not _same_bytes(before[key], after[key])]
+    trained = [run.get("recipe", {}).get("train", "spm") for run in converted.provenance.get("finetune", [])]
+    if changed and set(trained) - {"spm"}:
+        same = len(before) - len(changed)
+        return Check(
+            name, "ok", f"{same} of {len(before)} are those of the source; a finetune trained {', '.join(trained)}"
+        )
+    if changed:
+        return Check(name, "FAILED", f"{len(changed)} of {len(before)} differ from the source, for example {changed[0]}")
+    return Check(name, "ok", f"{len(before)} tensors are byte for byte those of the source")
+
+
+def _runs(converted: Converted) -> list[Check]:
+    """Load the checkpoint in a fresh process, and compare its answer with the recorded one."""
+    report = _report(converted)
+    record = None if report is None else report.recorded_output
+    tokens = None if record is None else list(record.tokens)
+    found = run_fresh("spmconvert.commands.verify:loaded", str(converted.directory), tokens)
+    loads = Check("fresh process", "ok", f"loads as {found['architecture']} with {found['layers']} SPM layers")
+    if record is None:
+        remedy = "no report has recorded outputs of these weights; run spmconvert report first"
+        return [loads, Check("recorded outputs", "skipped", remedy)]
+    largest = max(abs(value) for value in record.values)
+    difference = max(abs(a - b) for a, b in zip(found["values"], record.values, strict=True)) / (largest or 1)
+    outcome: Outcome = "ok" if difference <= record.tolerance else "FAILED"
+    detail = f"largest difference {difference:.2g} of the largest value, tolerance {record.tolerance:g}"
+    return [loads, Check("recorded outputs", outcome, detail)]
+
+
+def loaded(directory: str, tokens: list[int] | None) -> dict[str, object]:
+    """Load a checkpoint in this process; its architecture, its SPM layers, and its answer to the tokens."""
+    from spmconvert.model.loading import load
+    from spmconvert.operator.linear import SPMLinear
+    from spmconvert.reporting.recorded import recorded_values
+
+    model = load(directory, dtype="auto").eval()
+    return {
+        "architecture": type(model).__name__,
+        "layers": sum(isinstance(module, SPMLinear) for module in model.modules()),
+        "values": None if tokens is None else recorded_values(model, tokens),
+    }
+
+
+def _report(converted: Converted) -> Report | None:
+    """The checkpoint's own report, where it is one of these weights."""
+    file = converted.directory / REPORT_FILES[0]
+    if not file.is_file():
+        return None
+    report = read_report(file)
+    return report if report.model.weights_sha256 == converted.checkpoint().sha256() else None
+
+
+def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
+    if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
+        return False
+    with one.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(one.start)
+        second.seek(other.start)
+        for start in range(0, one.nbytes, CHUNK):
+            size = min(CHUNK, one.nbytes - start)
+            if first.read(size) != second.read(size):
+                return False
+    return True
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

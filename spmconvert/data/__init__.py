@@ -1,0 +1,1 @@
+"""From text files to rows: documents, tokens, and the splits that calibration and training use."""

@@ -1,0 +1,89 @@
+"""Which rows of a text are fitted and which only measure.
+
+Rows are drawn with a seed, and the held-out rows are drawn apart from the fitted ones, so that no error is ever measured on
+a row that was fitted. How a text becomes rows is in ``spmconvert.data.tokens``.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.data.documents import read_documents
+from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows
+from spmconvert.errors import CalibrationError
+from spmconvert.recipe.recipe import Calibration, Recipe
+
+
+@dataclass(frozen=True)
+class CalibrationRows:
+    """Token rows for the fit and for measuring errors.
+
+    Attributes:
+        fitted: rows whose activations are fitted, each [tokens] (int64).
+        held_out: rows that are only used to measure errors.
+        unused: rows of the text that were not drawn.
+        padding: token id that fills short rows in a batch.
+        batch_size: rows a batch.
+        file_sha256: hash of the text file.
+    """
+
+    fitted: list[Tensor]
+    held_out: list[Tensor]
+    unused: list[Tensor]
+    padding: int
+    batch_size: int
+    file_sha256: str
+
+    def batches(self, rows: list[Tensor], model: Any) -> Iterator[dict[str, Any]]:
+        """Padded batches as keyword arguments of the model, on its device."""
+        for first in range(0, len(rows), self.batch_size):
+            yield padded_batch(rows[first : first + self.batch_size], self.padding, model)
+
+
+def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:
+    """The rows that a recipe asks for, or None where it names no text; as ``load_rows``."""
+    if recipe.calibration.file is None:
+        return None
+    return load_rows(directory, config, recipe.calibration, recipe.seed)
+
+
+def load_rows(directory: Path, config: Any, calibration: Calibration, seed: int) -> CalibrationRows:
+    """Read, tokenise and split the calibration text.
+
+    Args:
+        directory: checkpoint directory, for the tokenizer.
+        config: the model's config.
+        calibration: what to read; ``file`` must be given.
+        seed: seed of the draw.
+
+    Raises:
+        CalibrationError: when the text is missing, empty, not UTF-8 or too short, or there is no tokenizer.
+    """
+    if calibration.file is None:
+        raise CalibrationError("no calibration file is given; name one with --calib FILE")
+    documents = read_documents(calibration.file)
+    tokenizer = load_tokenizer(directory)
+    length = row_length(config, calibration.tokens)
+    rows = token_rows(documents, tokenizer, config, length, calibration.file)
+    if len(rows) < 2:
+        raise CalibrationError(
+            f"{calibration.file} gives {len(rows)} row of {length} tokens; 2 are needed, one to fit and one held out: "
+            "use a longer text or a smaller calibration.tokens"
+        )
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out_count = min(len(rows) - 1, max(1, round(calibration.held_out * min(calibration.rows, len(rows)))))
+    drawn = [rows[i] for i in order]
+    fitted_end = calibration.rows + held_out_count
+    return CalibrationRows(
+        fitted=drawn[held_out_count:fitted_end],
+        held_out=drawn[:held_out_count],
+        unused=drawn[fitted_end:],
+        padding=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        batch_size=calibration.batch_size,
+        file_sha256=hashlib.sha256(calibration.file.read_bytes()).hexdigest(),
+    )

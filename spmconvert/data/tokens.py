@@ -1,0 +1,105 @@
+"""From text files to rows of token ids, for calibration and for finetuning.
+
+A document is a non-empty line of a .txt file, or the ``text`` of a .jsonl line, of a .parquet row or of a dataset's item;
+documents shorter than a few words (headings, captions) are left out where there are longer ones. Encoders and masked
+models read one document a row, cut at the row length; causal and encoder-decoder models read documents joined by the
+end-of-text token and cut into full rows, as they were trained. A rest that does not fill a row is dropped.
+"""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spmconvert.errors import CalibrationError
+
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer of a checkpoint.
+
+    Raises:
+        CalibrationError: when there is none that can be used.
+    """
+    from transformers import AutoTokenizer
+
+    # without files transformers may answer with a tokenizer of no words
+    if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
+        raise CalibrationError(f"{directory} has no tokenizer files, which a text needs; convert with --calib none")
+    try:
+        return AutoTokenizer.from_pretrained(directory)
+    except Exception as error:
+        # transformers raises whatever its converters raise; all of it means that text cannot be tokenised here
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CalibrationError(
+            f"{directory} has no usable tokenizer ({first}), which a text needs; convert with --calib none"
+        ) from error
+
+
+def tokenizer_hash(directory: Path) -> str:
+    """Hash of a checkpoint's tokenizer files by name and content."""
+    total = hashlib.sha256()
+    for file in sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()}):
+        total.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def reads_packed(config: Any) -> bool:
+    """Whether a model reads rows cut from one stream of tokens, rather than one document a row."""
+    architecture = (getattr(config, "architectures", None) or [""])[0]
+    generates = architecture.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration"))
+    return bool(config.is_encoder_decoder or generates)
+
+
+def row_length(config: Any, wanted: int) -> int:
+    """The wanted number of tokens a row, or the most that the model has positions for."""
+    positions = getattr(config, "max_position_embeddings", None) or wanted
+    reserved = (getattr(config, "pad_token_id", None) or 0) + 1
+    if wanted + reserved > positions and _counts_from_padding(config, positions):
+        return min(wanted, positions - reserved)
+    return min(wanted, positions)
+
+
+def _counts_from_padding(config: Any, positions: int) -> bool:
+    """Whether positions start after that of padding, as in RoBERTa: their embedding has a row for padding then."""
+    from transformers import AutoModel
+
+    with torch.device("meta"):
+        modules = AutoModel.from_config(config).modules()
+    embeddings = [module for module in modules if isinstance(module, torch.nn.Embedding)]
+    return any(one.num_embeddings == positions and one.padding_idx is not None for one in embeddings)
+
+
+def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, file: Path) -> list[Tensor]:
+    """Rows of at most ``length`` token ids (int64), packed or one a document, as the model reads them.
+
+    Raises:
+        CalibrationError: when packed documents do not fill one row.
+    """
+    if not reads_packed(config):
+        return [torch.tensor(ids) for ids in tokenizer(documents, truncation=True, max_length=length)["input_ids"]]
+    separator = tokenizer.eos_token_id
+    stream: list[int] = []
+    for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
+        stream += ids if separator is None else [*ids, separator]
+    if len(stream) < length:
+        raise CalibrationError(
+            f"{file} has {len(stream)} tokens, one row has {length}; use a longer text or fewer tokens a row"
+        )
+    return [torch.tensor(stream[start : start + length]) for start in range(0, len(stream) - length + 1, length)]
+
+
+def padded_batch(rows: list[Tensor], padding: int, model: Any) -> dict[str, Any]:
+    """Rows as keyword arguments of the model, padded on the right, on its device."""
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+    lengths = torch.tensor([len(row) for row in rows])
+    mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
+    batch: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
+    if hasattr(model.config, "use_cache"):
+        batch["use_cache"] = False
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = batch["input_ids"]
+    return batch

@@ -1,0 +1,41 @@
+"""The two models of a finetune: the converted student in float32 without dropout, and its dense teacher."""
+
+from typing import Any
+
+import torch
+
+from spmconvert.checkpoint.converted import Converted
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.errors import OptionError
+from spmconvert.model.architecture import model_class
+from spmconvert.model.loading import load
+from spmconvert.recipe.recipe import Training
+
+
+def load_student(converted: Converted, config: Any, training: Training, device: torch.device) -> Any:
+    """The converted model that is trained: float32, dropout off, recomputing or compiled as the numbers of the run say.
+
+    Raises:
+        OptionError: when gradient checkpointing is asked for and the architecture has none.
+    """
+    # dropout is off as in the teacher, also in the mode that recomputing activations needs
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    student = load(converted.directory, config=config, dtype=torch.float32).to(device).eval()
+    if training.gradient_checkpointing:
+        if not student.supports_gradient_checkpointing:
+            raise OptionError(f"{type(student).__name__} has no gradient checkpointing; leave it out")
+        # transformers 5.23 calls it activation checkpointing
+        name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
+        getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
+        student.train()
+    if training.compile:
+        student.base_model.forward = torch.compile(student.base_model.forward)
+    return student
+
+
+def load_teacher(source: Checkpoint, config: Any, device: torch.device | str) -> Any:
+    """The dense source in float32, in eval and without gradients."""
+    teacher = model_class(config).from_pretrained(source.directory, dtype=torch.float32)
+    return teacher.to(device).eval().requires_grad_(False)

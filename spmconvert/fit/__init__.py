@@ -1,0 +1,1 @@
+"""Fitting: one layer by weighted least squares, and all layers of a conversion."""

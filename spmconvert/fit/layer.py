@@ -1,0 +1,152 @@
+"""One planned layer: fit it, store it in its dtype, and measure it beside the baseline of equal size."""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from spmconvert.calibrate.moments import Moments
+from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.fit.error import LayerError, measure_error
+from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.fit.sequential import Regression
+from spmconvert.fit.solver import fit_
+from spmconvert.model.swap import layer_from_spec
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.plan.plan import LayerPlan
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """What happened to one layer; an error is E‖y - ŷ‖² / E‖y‖².
+
+    Without calibration data all errors are ‖W - S‖² / ‖W‖² in the Frobenius norm.
+
+    Attributes:
+        name: module name.
+        in_features: size of the input.
+        out_features: size of the output.
+        design: stages, variant, block and rank in words.
+        dense_parameters: parameters before, bias included.
+        parameters: parameters after, bias included.
+        fitted_error: error on the fitted rows.
+        error: error on the held-out rows.
+        centred_error: the same relative to E‖y - E y‖².
+        baseline_rank: rank of the whitened truncated SVD that has no more parameters than the new layer.
+        baseline_error: its error on the held-out rows.
+        baseline_centred_error: the same relative to E‖y - E y‖².
+        seconds: time of the fit.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    design: str
+    dense_parameters: int
+    parameters: int
+    fitted_error: float
+    error: float
+    centred_error: float
+    baseline_rank: int
+    baseline_error: float
+    baseline_centred_error: float
+    seconds: float
+
+
+def fit_layer(
+    plan: LayerPlan,
+    weight: Tensor,
+    bias: Tensor | None,
+    moments: Moments | None,
+    *,
+    iterations: int,
+    seed: int,
+    regression: Regression | None = None,
+) -> tuple[SPMLinear, LayerRecord]:
+    """Fit the replacement of one layer.
+
+    Args:
+        plan: what to build.
+        weight: dense weight [out_features, in_features], on the device to fit on.
+        bias: dense bias [out_features], or None.
+        moments: input statistics, or None to fit in the Frobenius norm; their metric weighs the fit.
+        iterations: most iterations of the solver.
+        seed: the recipe's seed; every layer derives its own from it.
+        regression: what the layer should do with the converted model's activations, in place of the dense layer;
+            errors are still measured against the dense layer, on what the dense model feeds it.
+
+    Returns:
+        The layer, in the dtype in which it is stored, and its record.
+
+    Raises:
+        FitError: when weight or statistics are not finite.
+    """
+    known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
+    statistics = known.fitted
+    layer = layer_from_spec(plan.spec, device=weight.device).float()
+    own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
+    aim = (weight, bias, statistics)
+    if regression is not None:
+        moved = regression.to(weight.device)
+        aim = (moved.weight, moved.bias, moved.inputs)
+    result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric)
+    layer = layer.to(getattr(torch, plan.stored_dtype))
+
+    dense = (weight, bias)
+    stored = (_rounded_matrix(layer), layer.bias)
+    left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
+    error, baseline_error = (
+        measure_error(dense, replacement, known.held_out) for replacement in (stored, (left @ right, baseline_bias))
+    )
+    fitted_error = measure_error(dense, stored, statistics)
+    return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds)
+
+
+def _record(
+    plan: LayerPlan, fitted: LayerError, error: LayerError, rank: int, baseline: LayerError, seconds: float
+) -> LayerRecord:
+    return LayerRecord(
+        name=plan.target.name,
+        in_features=plan.target.in_features,
+        out_features=plan.target.out_features,
+        design=plan.spec.geometry.describe(),
+        dense_parameters=plan.dense_parameters,
+        parameters=plan.parameters,
+        fitted_error=fitted.relative,
+        error=error.relative,
+        centred_error=error.centred,
+        baseline_rank=rank,
+        baseline_error=baseline.relative,
+        baseline_centred_error=baseline.centred,
+        seconds=round(seconds, 3),
+    )
+
+
+def whitened_svd(
+    spec: LayerSpec, weight: Tensor, bias: Tensor | None, statistics: ActivationStatistics
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The baseline: whitened truncated SVD of the same size, with the same bias correction where there is a bias.
+
+    Args:
+        spec: the layer it is compared with.
+        weight: dense weight [out_features, in_features].
+        bias: dense bias [out_features], or None.
+        statistics: moments of the layer's inputs, on the weight's device.
+
+    Returns:
+        U [out_features, rank], V [rank, in_features] with no more parameters than the layer's, and the bias.
+    """
+    out_features, in_features = weight.shape
+    rank = rank_at(spec.geometry.parameter_count(bias=False), in_features, out_features)
+    left, right = truncated_svd(weight, covariance_root(statistics.covariance), rank)
+    return left, right, statistics.corrected_bias(weight, left @ right, bias) if spec.bias else None
+
+
+@torch.no_grad()
+def _rounded_matrix(layer: SPMLinear) -> Tensor:
+    """The matrix of a layer with the parameters it is stored with, float32."""
+    identity = torch.eye(layer.in_features, device=layer.weight.device)
+    wide: Tensor = layer(identity)
+    return (wide - layer.bias.float() if layer.bias is not None else wide).t()

@@ -1,0 +1,90 @@
+"""Whitened truncated SVD: the baseline at equal parameters, and the start of the low-rank companion.
+
+Among all matrices of rank r it is the one that minimises E‖(W - S)(x - μ)‖² (Eckart and Young in the norm that the
+covariance gives; SVD-LLM's recipe). Only the left singular vectors are needed: S = U_r U_rᵀ W. They come from an
+eigendecomposition on the smaller side, whose squared condition number costs nothing that matters at the kept ranks.
+A metric on the outputs only changes coordinates: the factors are those of C^(1/2) W, and U is mapped back.
+
+U has orthonormal columns (without a metric) and V the scale. Factors of equal scale, with the roots of the singular values
+on both sides, train no better: after 150 steps whitened SVD of a small GPT-2 at 10 % is at 4.578 nats with either, low rank
+under ``--keep`` at 4.444 instead of 4.443, a Llama at 5 % at 4.582 with either.
+"""
+
+import torch
+from torch import Tensor
+
+from spmconvert.calibrate.metric import OutputMetric
+
+# added to the covariance, as a share of its mean diagonal, so that dead channels and few rows stay factorisable
+RIDGE = 1e-6
+
+
+def covariance_root(covariance: Tensor) -> Tensor:
+    """A matrix R [in_features, in_features] with RᵀR = covariance plus the ridge, float32.
+
+    The rows of R serve as the tokens of the least-squares problem: ‖R (W - S)ᵀ‖² = trace((W - S) Σ (W - S)ᵀ).
+    A covariance of zero (a single row, or a constant input) counts as the identity.
+    """
+    sigma = covariance.double()
+    level = sigma.diagonal().mean()
+    if not level > 0:
+        return torch.eye(len(sigma), device=sigma.device)
+    sigma = (sigma + sigma.t()) / 2
+    sigma.diagonal().add_(RIDGE * level)
+    factor, failed = torch.linalg.cholesky_ex(sigma)
+    if failed:
+        values, vectors = torch.linalg.eigh(sigma)
+        factor = vectors * values.clamp_min(RIDGE * level).sqrt()
+    return factor.t().float().contiguous()
+
+
+def left_singular_vectors(weight: Tensor, root: Tensor, rank: int) -> Tensor:
+    """The top left singular vectors of weight @ rootᵀ: [out_features, rank], orthonormal columns, float32.
+
+    Args:
+        weight: [out_features, in_features].
+        root: as ``covariance_root`` gives it.
+        rank: number of vectors, at most min(out_features, in_features).
+    """
+    whitened = (weight.float() @ root.t()).double()
+    if whitened.shape[0] <= whitened.shape[1]:
+        vectors = torch.linalg.eigh(whitened @ whitened.t())[1]
+        return vectors.flip(-1)[:, :rank].float()
+    right = torch.linalg.eigh(whitened.t() @ whitened)[1].flip(-1)[:, :rank]
+    # directions of no energy give columns that are not orthogonal to the others; QR replaces them
+    return torch.linalg.qr(whitened @ right)[0].float()
+
+
+def truncated_svd(weight: Tensor, root: Tensor, rank: int, metric: OutputMetric | None = None) -> tuple[Tensor, Tensor]:
+    """The best factors U [out_features, rank] and V [rank, in_features] of rank r in the whitened norm.
+
+    Args:
+        weight: [out_features, in_features].
+        root: as ``covariance_root`` gives it.
+        rank: of the factors.
+        metric: weighs the outputs' errors; None counts all directions alike.
+    """
+    weight = weight.float()
+    return factors_on(left_singular_vectors(metric_weighted(weight, metric), root, rank), weight, metric)
+
+
+def metric_weighted(weight: Tensor, metric: OutputMetric | None) -> Tensor:
+    """C^(1/2) W for a weight [out_features, in_features]."""
+    return weight if metric is None else metric.root(weight.t()).t()
+
+
+def factors_on(basis: Tensor, weight: Tensor, metric: OutputMetric | None) -> tuple[Tensor, Tensor]:
+    """Factors U [out_features, rank], V [rank, in_features] of a weight's projection.
+
+    Args:
+        basis: orthonormal columns [out_features, rank], of the weighted outputs.
+        weight: [out_features, in_features].
+        metric: weighs the outputs' errors; None counts all directions alike.
+    """
+    left = basis if metric is None else metric.inverse_root(basis.t()).t()
+    return left, basis.t() @ metric_weighted(weight, metric)
+
+
+def rank_at(parameters: int, in_features: int, out_features: int) -> int:
+    """Largest rank whose two factors have no more than the given number of parameters."""
+    return min(parameters // (in_features + out_features), in_features, out_features)

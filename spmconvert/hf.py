@@ -1,0 +1,184 @@
+"""How transformers loads, saves and trains a converted checkpoint: the quantisation method ``spm``.
+
+transformers lets a third party take part in ``from_pretrained`` through a quantizer: it builds the model without memory,
+calls us to swap modules, streams the tensors in, and calls us again. That is all this format needs; there is no code in
+the checkpoint and nothing of transformers is patched. Two paths:
+
+- a converted checkpoint: layers are swapped from the layer map before the weights are read, and afterwards every SPM
+  parameter must have come from the file;
+- a dense checkpoint loaded with ``quantization_config=SPMConfig(targets=...)``: the model is loaded as it is, then fitted
+  and swapped in memory, and ``save_pretrained`` writes a converted checkpoint.
+
+What it gives up: a program that never imports spmconvert cannot load the checkpoint. It fails with a size mismatch on
+``weight``, whose shape can never be that of a dense layer. Tensor-parallel plans that name a replaced layer are refused.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from spmconvert.checkpoint.manifest import FORMAT_VERSION, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
+from spmconvert.model.swap import swap_layers
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.recipe.loading import recipe_from_keywords
+from spmconvert.recipe.recipe import Recipe
+from spmconvert.version import __version__
+
+_MAP_KEYS = ("quant_method", "format_version", "spmconvert_version", "layers")
+
+
+class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The ``quantization_config`` of a converted checkpoint, or a request to convert a dense one while it is loaded.
+
+    Args:
+        layers: layer map of a converted checkpoint; None for a request.
+        format_version: version of the checkpoint format.
+        spmconvert_version: version that wrote the checkpoint.
+        quant_method: always ``spm``; transformers passes it back.
+        **recipe: keys of a request, as in a recipe file, dotted where they are in a table:
+            ``SPMConfig(targets=["mlp"], **{"design.stages": 11})``. ``stages``, ``variant``, ``block``, ``rank`` and
+            ``calib`` may be given directly.
+
+    Raises:
+        CheckpointError: when the format version or a layer is not readable.
+        RecipeError: when a key is unknown or a value outside its range.
+        OptionError: when a layer map and recipe keys are both given.
+    """
+
+    def __init__(
+        self,
+        layers: dict[str, Any] | None = None,
+        *,
+        format_version: int = FORMAT_VERSION,
+        spmconvert_version: str = __version__,
+        quant_method: str = QUANT_METHOD,
+        **recipe: Any,
+    ) -> None:
+        if quant_method != QUANT_METHOD:
+            raise OptionError(f"quant_method is {quant_method!r}; an SPMConfig is always {QUANT_METHOD!r}")
+        if layers is not None and recipe:
+            raise OptionError(
+                f"layers and {', '.join(recipe)} are both given; a converted checkpoint has its design already"
+            )
+        check_format_version(format_version)
+        self.quant_method = quant_method
+        self.format_version = format_version
+        self.spmconvert_version = spmconvert_version
+        self.layers = layers
+        self.request = (
+            None if layers is not None else recipe_from_keywords(recipe).model_dump(mode="json", exclude={"finetune"})
+        )
+        self.specs()
+
+    def specs(self) -> dict[str, LayerSpec]:
+        """The layer map, parsed."""
+        return {name: LayerSpec.from_json(name, entry) for name, entry in (self.layers or {}).items()}
+
+    def recipe(self) -> Recipe:
+        """The request, parsed."""
+        return Recipe.model_validate(self.request or {})
+
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json carries: plain JSON values. A request has no layers yet."""
+        return {key: getattr(self, key) for key in _MAP_KEYS}
+
+
+class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
+    """Takes part in ``from_pretrained`` and ``save_pretrained``."""
+
+    requires_calibration = False
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        if self.pre_quantized:
+            swap_layers(model, self.quantization_config.specs())
+        return model
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        if self.pre_quantized:
+            _check_complete(model)
+        else:
+            # only for this: it takes more imports than loading does
+            from spmconvert.commands.in_memory import convert_in_memory_
+
+            self.quantization_config.layers = {
+                name: spec.to_json() for name, spec in convert_in_memory_(model, self.quantization_config.recipe()).items()
+            }
+            self.quantization_config.request = None
+        # the parameters are ordinary floating point: half(), float() and the Trainer apply
+        model.is_quantized = False  # type: ignore[assignment]
+        return model
+
+    def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
+        """Drop the entries of replaced layers, which cannot be sharded by rows or columns.
+
+        Raises:
+            CheckpointError: when tensor parallelism is in use and the plan names a replaced layer.
+        """
+        replaced = {name for name, module in model.named_modules() if isinstance(module, SPMLinear)}
+        patterns = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in replaced}
+        hit = [key for key in plan if key.removesuffix(".weight") in patterns]
+        if hit and getattr(model, "_tp_size", None):
+            raise CheckpointError(f"tensor parallelism cannot split the SPM layers {hit}; load without tp_plan")
+        for key in hit:
+            del plan[key]
+
+    def is_serializable(self) -> bool:
+        """A converted model is saved like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """SPM layers are trained by ordinary optimizers."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """What the Trainer asks before it accepts a model with a quantisation config."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The operator has no graph breaks."""
+        return True
+
+
+def _check_complete(model: nn.Module) -> None:
+    """Every SPM parameter must have come from the checkpoint.
+
+    Raises:
+        CorruptCheckpointError: when one was missing or had another shape.
+    """
+    for name, module in model.named_modules():
+        if not isinstance(module, SPMLinear):
+            continue
+        for part, parameter in module.named_parameters():
+            if not (getattr(parameter, "_is_hf_initialized", False) or _on_disk(module, part)):
+                raise CorruptCheckpointError(
+                    f"tensor {name}.{part} {tuple(parameter.shape)} is missing from the checkpoint or has another shape; "
+                    "download it again or convert again"
+                )
+
+
+def _on_disk(module: SPMLinear, part: str) -> bool:
+    """Whether accelerate keeps a parameter on disk, in the right shape, and reads it whenever the layer runs."""
+    parameter = module.get_parameter(part)
+    weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    return parameter.is_meta and weights is not None and part in weights and weights[part].shape == parameter.shape
+
+
+def _register() -> None:
+    # the module may be executed again in one process (importlib.reload), and registering twice is an error
+    if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        register_quantization_config(QUANT_METHOD)(SPMConfig)
+        register_quantizer(QUANT_METHOD)(SPMQuantizer)
+
+
+_register()

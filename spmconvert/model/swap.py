@@ -1,0 +1,92 @@
+"""Building SPM layers from a layer map and putting them in the place of dense ones.
+
+Names in a map are those of the architecture the checkpoint was converted as. The same weights are also loaded under other
+heads, where every name gains or loses the base model's prefix, so names are resolved both ways.
+"""
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.checkpoint.names import resolve_name
+from spmconvert.errors import CheckpointError
+from spmconvert.operator.linear import SPMLinear
+
+
+def copy_sharing_tensors(model: Any) -> Any:
+    """Modules of their own, parameters and buffers of the model: what is replaced in one is not in the other."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
+def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the module of that name."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer)
+
+
+def layer_from_spec(spec: LayerSpec, *, device: torch.device | str | None = None) -> SPMLinear:
+    """An SPM layer of the given shape with fresh parameters, in the default dtype unless the spec pins one."""
+    g = spec.geometry
+    return SPMLinear(
+        g.in_features,
+        g.out_features,
+        spec.bias,
+        stages=g.stages,
+        variant=g.variant,
+        block=g.block,
+        rank=g.rank,
+        width=g.width,
+        device=device,
+        dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
+    )
+
+
+def swap_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> list[str]:
+    """Replace every layer of the map that the model has, in place.
+
+    Returns:
+        The names of the replaced modules in this model. A base model that lacks part of a map (a decoder loaded alone,
+        say) gets the rest.
+
+    Raises:
+        CheckpointError: when the model has none of the layers, or one of another shape.
+    """
+    replaced = []
+    modules = dict(model.named_modules())
+    for name, spec in specs.items():
+        found = resolve_name(name, modules, getattr(model, "base_model_prefix", ""))
+        if found is None:
+            continue
+        dense = model.get_submodule(found)
+        device = next((p.device for p in dense.parameters()), None)
+        check_shape(found, dense, spec)
+        layer = layer_from_spec(spec, device=device)
+        layer.train(dense.training)
+        replace_module(model, found, layer)
+        replaced.append(found)
+    if specs and not replaced:
+        raise CheckpointError(
+            f"{type(model).__name__} has none of the {len(specs)} converted layers, for example {next(iter(specs))!r}; "
+            "load the architecture that was converted"
+        )
+    return replaced
+
+
+def check_shape(name: str, dense: nn.Module, spec: LayerSpec) -> None:
+    """Compare a dense module with the spec that is to replace it.
+
+    Raises:
+        CheckpointError: when the shapes differ.
+    """
+    expected = (spec.geometry.out_features, spec.geometry.in_features)
+    shape = tuple(getattr(dense, "weight", torch.empty(0)).shape)
+    if spec.fan_in_fan_out:
+        shape = shape[::-1]
+    if shape != expected:
+        raise CheckpointError(
+            f"layer {name} is {shape} in the model and {expected} in the layer map; config.json was changed"
+        )

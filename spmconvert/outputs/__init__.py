@@ -1,0 +1,1 @@
+"""What a model puts out, and how two models' outputs are compared."""

@@ -1,0 +1,25 @@
+"""Token ids for a run that only looks at shapes, times or agreement, and the first output of a model on them."""
+
+from typing import Any
+
+import torch
+
+
+def first_output(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits, or hidden states of a model without a head, for ids [rows, tokens]; float32."""
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        batch["decoder_input_ids"] = ids
+    with torch.no_grad():
+        return model(**batch)[0].float()
+
+
+def token_batch(model: Any, tokens: int) -> dict[str, Any]:
+    """Random token ids as keyword arguments: one row, or several full rows where the model's positions end."""
+    positions = getattr(model.config, "max_position_embeddings", None) or tokens
+    # a power of two, because some models keep a few positions for themselves
+    length = min(tokens, 1 << (positions.bit_length() - 1))
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (-(-tokens // length), length), generator=generator).to(model.device)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch

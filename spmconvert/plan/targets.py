@@ -1,0 +1,243 @@
+"""Which layers of a model are replaced: presets, patterns, block ranges, and what is left alone with the reason why.
+
+Presets take layers of the repeated blocks only: ``mlp`` the feed-forward layers, ``attn`` the attention projections,
+``all`` every linear layer there. Output heads, anything tied, routers and layers whose weight the model's code reads itself
+are never part of a preset. A pattern may name any plain linear layer that is not tied. What matches nothing is an error.
+"""
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
+from spmconvert.plan.structure import (
+    Kind,
+    find_linears,
+    fused_experts,
+    is_router,
+    output_head,
+    reads_weight_directly,
+    tied_to,
+    unsupported_forms,
+)
+
+PRESETS = ("mlp", "attn", "all")
+_WILDCARDS = re.compile(r"[*?\[]")
+_RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A dense layer that will be replaced."""
+
+    name: str
+    kind: Kind
+    in_features: int
+    out_features: int
+    bias: bool
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A layer that is left alone, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Targets in module order, and the layers that were left alone."""
+
+    targets: tuple[Target, ...]
+    skipped: tuple[Skipped, ...]
+
+
+def matches(pattern: str, name: str, prefix: str = "") -> bool:
+    """Whether a glob or ``re:`` pattern matches a module name.
+
+    A glob is compared with the whole name, with the name without the base model's prefix, and, where it has no dot, with
+    the last part of the name.
+
+    Raises:
+        OptionError: when a regular expression does not compile.
+    """
+    if pattern.startswith("re:"):
+        try:
+            return re.fullmatch(pattern[3:], name) is not None
+        except re.error as error:
+            raise OptionError(f"pattern {pattern!r} is not a regular expression: {error}; fix it or use a glob") from None
+    names = {name, name.removeprefix(f"{prefix}.")} | ({name.rpartition(".")[2]} if "." not in pattern else set())
+    return any(fnmatchcase(candidate, pattern) for candidate in names)
+
+
+def select_targets(
+    model: nn.Module, *, targets: Sequence[str], ignore: Sequence[str] = (), layers: str | None = None
+) -> Selection:
+    """Resolve presets and patterns against a model.
+
+    Args:
+        model: module tree, on any device; only names and shapes are read.
+        targets: presets, globs and ``re:`` patterns.
+        ignore: presets and patterns that take layers away again.
+        layers: block numbers such as ``4-10,-1``; negative ones count from the end of each stack.
+
+    Raises:
+        TargetError: when a pattern or everything together matches nothing, or only layers that are tied.
+        UnsupportedLayerError: when a module is named that cannot be converted.
+        OptionError: when a regular expression or the block numbers are malformed.
+    """
+    if not targets:
+        raise OptionError("no targets are given; use --targets mlp, attn, all or a pattern")
+    survey = _Survey(model)
+    wanted = {name for pattern in targets for name in survey.resolve(pattern)}
+    unwanted = {name for pattern in ignore for name in survey.resolve_ignored(pattern)}
+    numbers = None if layers is None else _block_numbers(layers, survey.depths)
+    chosen = [
+        linear
+        for linear in survey.linears
+        if linear.name in wanted - unwanted and (numbers is None or (linear.stack, linear.index) in numbers)
+    ]
+    if not chosen:
+        narrowed = " ".join(
+            text for text in (f"--ignore {','.join(ignore)}" * bool(ignore), f"--layers {layers}" * bool(layers)) if text
+        )
+        raise TargetError(f"--targets {','.join(targets)} {narrowed} leaves no layer to convert; widen the selection")
+    found = tuple(Target(c.name, c.kind, c.in_features, c.out_features, c.bias) for c in chosen)
+    names = {target.name for target in found}
+    skipped = tuple(Skipped(name, reason) for name, reason in survey.reasons.items() if name not in names)
+    return Selection(found, skipped)
+
+
+class _Survey:
+    """Everything that is known about a model's linear layers before any pattern is looked at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.prefix = getattr(model, "base_model_prefix", "")
+        self.linears = find_linears(model)
+        self.names = [linear.name for linear in self.linears]
+        stacks = dict.fromkeys(linear.stack for linear in self.linears if linear.stack is not None)
+        self.depths = {stack: len(list(model.get_submodule(stack).children())) for stack in stacks}
+        self.tied = tied_to(model)
+        self.experts = fused_experts(model)
+        self.reasons = self._left_alone()
+
+    def _left_alone(self) -> dict[str, str]:
+        """Layers that no preset takes, with the reason."""
+        head = output_head(self.model)
+        reasons = {}
+        for linear in self.linears:
+            if linear.name in self.tied:
+                reasons[linear.name] = f"shares its weight with {self.tied[linear.name]}"
+            elif linear.name == head:
+                reasons[linear.name] = "output head"
+            elif linear.stack is None:
+                reasons[linear.name] = "outside of the repeated blocks"
+            elif is_router(self.model, linear):
+                reasons[linear.name] = "router"
+            elif reads_weight_directly(self.model, linear.name):
+                reasons[linear.name] = "the model's code reads its weight itself"
+        for name, kind in unsupported_forms(self.model).items():
+            reasons[name] = f"of type {kind}, not a plain linear layer"
+        for name in self.experts:
+            reasons[name] = "fused three-dimensional expert parameter, not convertible"
+        return reasons
+
+    def resolve(self, pattern: str) -> list[str]:
+        """Names that a preset or pattern selects."""
+        if pattern in PRESETS:
+            return self._preset(pattern)
+        found = [name for name in self.names if matches(pattern, name, self.prefix)]
+        if not found:
+            self._explain_nothing(pattern)
+        free = [name for name in found if name not in self.tied and not self._read_directly(name)]
+        if not free:
+            name = found[0]
+            if name in self.tied:
+                raise TargetError(
+                    f"{name} shares its weight with {self.tied[name]}, so replacing it would untie them; leave it out, "
+                    "or untie the model first"
+                )
+            raise UnsupportedLayerError(
+                f"{name} cannot be replaced, the model's code reads its weight itself; leave it out"
+            )
+        return free
+
+    def resolve_ignored(self, pattern: str) -> list[str]:
+        """Names that an ignore pattern takes away."""
+        if pattern in PRESETS:
+            return self._preset(pattern)
+        found = [name for name in [*self.names, *self.experts] if matches(pattern, name, self.prefix)]
+        if not found:
+            raise TargetError(f"--ignore {pattern} matches no linear layer; {self._near(pattern)}")
+        return found
+
+    def _preset(self, preset: str) -> list[str]:
+        roles = ("attn", "mlp", "other") if preset == "all" else (preset,)
+        found = [linear.name for linear in self.linears if linear.role in roles and linear.name not in self.reasons]
+        if not found:
+            hint = f"; its experts are fused parameters, {self.experts[0]} for example" if self.experts else ""
+            raise TargetError(
+                f"preset {preset} finds no layer in {type(self.model).__name__}{hint}; name layers by pattern, "
+                f"{self._near(preset)}"
+            )
+        return found
+
+    def _read_directly(self, name: str) -> bool:
+        return self.reasons.get(name, "").startswith("the model's code")
+
+    def _explain_nothing(self, pattern: str) -> None:
+        fused = [name for name in self.experts if matches(pattern, name, self.prefix)]
+        modules = [name for name, _ in self.model.named_modules() if name]
+        named = [name for name in modules if matches(pattern, name, self.prefix)]
+        leaves = [name for name in named if not list(self.model.get_submodule(name).children())]
+        if not fused and named:
+            fused = [name for name in self.experts if any(name.startswith(f"{owner}.") for owner in named)]
+        if fused:
+            raise UnsupportedLayerError(
+                f"{fused[0]} is one fused three-dimensional parameter for all experts and cannot be converted; "
+                "choose other layers"
+            )
+        if leaves and not _WILDCARDS.search(pattern) and not pattern.startswith("re:"):
+            kind = type(self.model.get_submodule(leaves[0])).__name__
+            raise UnsupportedLayerError(
+                f"{leaves[0]} is of type {kind}; only plain linear layers (nn.Linear, Conv1D) can be converted"
+            )
+        raise TargetError(f"pattern {pattern!r} matches no linear layer; {self._near(pattern)}")
+
+    def _near(self, pattern: str) -> str:
+        plain = pattern.removeprefix("re:").replace("*", "")
+        near = difflib.get_close_matches(plain, self.names, n=3, cutoff=0.5)
+        last_parts = {name.rpartition(".")[2]: name for name in self.names}
+        near += [
+            last_parts[part] for part in difflib.get_close_matches(plain.rpartition(".")[2], last_parts, n=3, cutoff=0.6)
+        ]
+        examples = list(dict.fromkeys(near)) or self.names[:3]
+        return f"near names are {', '.join(examples)}" if near else f"there are {', '.join(examples)}"
+
+
+def _block_numbers(text: str, depth: dict[str, int]) -> set[tuple[str | None, int | None]]:
+    """Stack and index of every block that ``4-10,-1`` names, in every stack that is deep enough."""
+    if not depth:
+        raise OptionError(f"--layers {text} is given, but the model has no numbered blocks; leave it out")
+    chosen: set[tuple[str | None, int | None]] = set()
+    for part in text.split(","):
+        found = _RANGE.fullmatch(part.strip())
+        if found is None:
+            raise OptionError(f"--layers {text!r} is not understood at {part!r}; write for example 4-10,-1")
+        hit = False
+        for stack, size in depth.items():
+            first, last = (int(n) + (size if n.startswith("-") else 0) for n in (found[1], found[2] or found[1]))
+            if 0 <= first <= last < size:
+                chosen |= {(stack, index) for index in range(first, last + 1)}
+                hit = True
+        if not hit:
+            raise OptionError(
+                f"--layers {part} is outside of the model's blocks; they are numbered 0 to {max(depth.values()) - 1}"
+            )
+    return chosen

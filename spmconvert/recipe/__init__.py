@@ -1,0 +1,1 @@
+"""A recipe: what a conversion and a finetune do, as one validated object."""

@@ -1,0 +1,143 @@
+"""Recipes from TOML files, options and keywords; what is wrong with one is said in one line, before torch is imported."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from spmconvert.errors import RecipeError
+from spmconvert.recipe.recipe import Budget, Calibration, Fit, LayerDesign, Override, Recipe, Training
+
+
+def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
+    """Read a recipe file and replace single values in it.
+
+    Args:
+        path: TOML file, or None to start from the defaults. A relative calibration file is relative to the recipe.
+        changes: dotted key -> value, as from ``--set`` and the options; later entries win.
+
+    Raises:
+        RecipeError: when the file does not parse, a key is unknown or a value is outside its range.
+    """
+    table: dict[str, Any] = {} if path is None else _read_toml(path)
+    for key, value in changes.items():
+        _assign(table, key, value)
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError(_first_line(error, path)) from None
+
+
+_SHORT_KEYS = {
+    "stages": "design.stages",
+    "variant": "design.variant",
+    "block": "design.block",
+    "rank": "design.rank",
+    "calib": "calibration.file",
+    "keep": "budget.keep",
+    "keep_bytes": "budget.keep_bytes",
+    "keep_flops": "budget.keep_flops",
+    "max_error": "budget.max_error",
+    "sensitivity": "budget.sensitivity",
+    "structures": "budget.structures",
+    "sequential": "fit.sequential",
+    "output_weighting": "fit.output_weighting",
+}
+
+
+def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> Recipe:
+    """A recipe from Python keyword arguments over an optional recipe file.
+
+    Keys are those of the recipe, dotted where they are in a table; the design and the calibration file may be given by
+    their short names (``stages``, ``variant``, ``block``, ``rank``, ``calib``), and lists of patterns as one string.
+
+    Raises:
+        RecipeError: when a key is unknown or a value outside its range.
+    """
+    changes = {_SHORT_KEYS.get(key, key): value for key, value in keywords.items()}
+    for key in ("targets", "ignore", "budget.structures"):
+        if isinstance(changes.get(key), str):
+            changes[key] = [pattern.strip() for pattern in changes[key].split(",") if pattern.strip()]
+    return load_recipe(path, changes)
+
+
+def training_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> Training:
+    """The table ``finetune`` of an optional recipe file, with single keys of it replaced.
+
+    Raises:
+        RecipeError: when a key is unknown or a value outside its range.
+    """
+    return load_recipe(path, {f"finetune.{key}": value for key, value in keywords.items()}).finetune
+
+
+def parse_assignment(text: str) -> tuple[str, Any]:
+    """Split ``a.b=c`` into the dotted key and a TOML value; a bare word counts as a string.
+
+    Raises:
+        RecipeError: when there is no equals sign or no key.
+    """
+    key, sign, value = text.partition("=")
+    if not sign or not key.strip():
+        raise RecipeError(f"--set {text!r} has no key=value form; write for example --set fit.iterations=300")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"recipe {path} does not exist; give the path of a TOML file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error}; fix the file") from None
+    calibration = table.get("calibration")
+    if isinstance(calibration, dict) and isinstance(calibration.get("file"), str):
+        calibration["file"] = str(path.parent / calibration["file"])
+    return table
+
+
+def _assign(table: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        table = table.setdefault(parent, {})
+        if not isinstance(table, dict):
+            raise RecipeError(f"key {key!r} goes through {parent!r}, which is a value and not a table")
+    table[last] = value
+
+
+def _first_line(error: ValidationError, path: Path | None) -> str:
+    place = "options" if path is None else f"recipe {path}"
+    problems = []
+    items = error.errors()
+    # a list whose items are all wrong is called too short besides
+    containers = {item["loc"][:-1] for item in items} - {()}
+    for item in items:
+        if item["loc"] in containers:
+            continue
+        key = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}; known keys are {', '.join(_known_keys(item['loc'][:-1]))}")
+        elif item["type"] == "value_error":
+            # of several keys together, so the input would be a whole table
+            problems.append(": ".join(part for part in (key, str(item["ctx"]["error"])) if part))
+        else:
+            problems.append(f"{key} = {item['input']!r}: {item['msg'].lower()}")
+    return f"{place}: " + " | ".join(problems)
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    model: type[BaseModel] = Recipe
+    tables: dict[str, type[BaseModel]] = {
+        "design": LayerDesign,
+        "overrides": Override,
+        "calibration": Calibration,
+        "fit": Fit,
+        "budget": Budget,
+        "finetune": Training,
+    }
+    if location:
+        model = tables.get(str(location[0]), Recipe)
+    return list(model.model_fields)

@@ -1,0 +1,97 @@
+"""The converted model among the alternatives: untouched, whitened SVD and 2:4, measured alike and timed in turn."""
+
+from pathlib import Path
+from typing import Any
+
+from spmconvert.data.calibration import CalibrationRows, load_rows
+from spmconvert.errors import SpmconvertError
+from spmconvert.outputs.probe import token_batch
+from spmconvert.reporting import timing
+from spmconvert.reporting.baselines import METHODS, build_baselines
+from spmconvert.reporting.measure import compare
+from spmconvert.reporting.models import ReportRun
+from spmconvert.reporting.rows import EvaluationRows, recorded_calibration
+from spmconvert.reporting.schema import Latency, Layer, MethodResult, Metric, NotMeasured, Quality, Quantity
+
+
+def measure_candidates(
+    run: ReportRun,
+    layers: tuple[Layer, ...],
+    amounts: list[Quantity],
+    texts: list[EvaluationRows],
+    quality: tuple[Quality, ...],
+    calibration: str | Path | None,
+) -> tuple[MethodResult, ...]:
+    """The untouched model, ours, and the other methods, measured the same way and timed in turn."""
+    if run.dense is None:
+        return ()
+    rows = _calibration_rows(run, calibration)
+    if isinstance(rows, NotMeasured):
+        run.not_measured.append(rows)
+        return ()
+    run.progress("fitting the baselines")
+    others = build_baselines(run.dense, run.converted.layers, rows)
+    models = {"dense": run.dense, "spm": run.student, **{method: model for method, (model, _) in others.items()}}
+    latency = _time_candidates(run, models)
+    whole = next(one for one in amounts if (one.what, one.scope) == ("parameters", "whole model"))
+    replaced = sum(layer.dense_parameters for layer in layers)
+    in_layers = {"dense": replaced, "spm": sum(layer.parameters for layer in layers)}
+    in_layers |= {method: parameters for method, (_, parameters) in others.items()}
+    candidates = []
+    for key, model in models.items():
+        metrics: tuple[Metric, ...] = quality[0].metrics if key == "spm" and quality else ()
+        if texts and key != "spm":
+            run.progress(f"measuring {TITLES[key]} on {texts[0].file.name}")
+            metrics = compare(run.dense, model, texts[0])
+        candidates.append(
+            MethodResult(
+                key=key,
+                title=TITLES[key],
+                parameters=whole.dense - replaced + in_layers[key],
+                layer_parameters=in_layers[key],
+                note=_note(key, bool(run.converted.provenance.get("finetune"))),
+                metrics=metrics,
+                latency=latency.get(key),
+                tokens=timing.TYPICAL_TOKENS,
+            )
+        )
+    return tuple(candidates)
+
+
+TITLES = {"dense": "untouched", "spm": "SPM (this checkpoint)", **METHODS}
+
+
+def _note(key: str, finetuned: bool) -> str:
+    notes = {
+        "dense": "what the others are compared with",
+        "spm": "finetuned; the other methods are not" if finetuned else "not finetuned",
+        "svd": "two thin products, not finetuned",
+        "2:4": "stored with 2 bits of position a weight; timed as a dense product; not finetuned",
+    }
+    return notes[key]
+
+
+def _time_candidates(run: ReportRun, models: dict[str, Any]) -> dict[str, Latency]:
+    if not run.seconds or not run.reads_tokens:
+        return {}
+    run.progress("timing the methods in turn")
+    batch = token_batch(run.dense, timing.TYPICAL_TOKENS)
+    calls = {key: timing.forward_call(model, batch) for key, model in models.items()}
+    return timing.interleaved(calls, 2 * run.seconds, run.device)
+
+
+def _calibration_rows(run: ReportRun, place: str | Path | None) -> CalibrationRows | NotMeasured | None:
+    """The rows that the conversion fitted, None where it used none, or why they cannot be had."""
+    recorded = run.converted.provenance["calibration"]
+    if recorded is None:
+        return None
+    file = Path(place or run.converted.provenance["recipe"]["calibration"]["file"])
+    try:
+        rows = load_rows(run.converted.directory, run.config, *recorded_calibration(run.converted, file))
+        reason = "" if rows.file_sha256 == recorded["file_sha256"] else f"{file} is not the calibration text (other hash)"
+    except SpmconvertError as error:
+        reason = str(error)
+    if reason:
+        remedy = "name the calibration text with --calib"
+        return NotMeasured(what="baselines", reason=f"they need the same calibration rows: {reason}", remedy=remedy)
+    return rows

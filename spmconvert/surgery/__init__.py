@@ -1,1 +1,0 @@
-"""Model surgery: which layers are replaced, the swap, and the hooks through which transformers loads the result."""

@@ -1,0 +1,1 @@
+"""The machine: devices, caches, files that appear whole, and fresh processes."""

@@ -1,0 +1,53 @@
+"""Running one function in a fresh interpreter: what holds there holds for a user, and its memory is its own.
+
+Arguments and result are JSON; the result goes through a file, so that nothing a library prints can get in between.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import spmconvert
+from spmconvert.errors import SpmconvertError
+
+
+def run_fresh(function: str, *arguments: Any) -> Any:
+    """Call ``module:function`` in a new process.
+
+    Args:
+        function: its module and name.
+        arguments: JSON values.
+
+    Returns:
+        What the function returned.
+
+    Raises:
+        SpmconvertError: when the process ended without an answer, with its last line.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        answer = Path(place) / "answer.json"
+        command = [sys.executable, "-m", "spmconvert.system.fresh", function, json.dumps(arguments), str(answer)]
+        # the same package as here, also where it is run from its source tree
+        places = [str(Path(spmconvert.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
+        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if not answer.exists():
+            last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode}"])[-1]
+            raise SpmconvertError(f"a fresh process could not run {function}: {last}")
+        return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def main(function: str, arguments: str, answer: str) -> None:
+    """The other side: call the function and leave its result in a file."""
+    module, _, name = function.partition(":")
+    result = getattr(importlib.import_module(module), name)(*json.loads(arguments))
+    Path(answer).write_text(json.dumps(result), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,531 @@
+"""A conversion to a budget: what is chosen, what it costs, curves that are measured once, and sequential fitting."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, Phi3Config, Phi3ForCausalLM
+
+import spmconvert
+from spmconvert.budget import cache as curve_cache
+from spmconvert.budget.allocation import allocate
+from spmconvert.budget.cache import CacheIdentity
+from spmconvert.budget.curves import measure_curves, read_curves
+from spmconvert.commands.convert import open_plan, resolve_recipe
+from spmconvert.data.calibration import load_rows
+from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
+from spmconvert.fit import run as fit_run
+from spmconvert.fit.sequential import calling_order, on_one_path
+from spmconvert.model import loading
+from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.loading import load_dense_model
+from spmconvert.recipe.recipe import Budget
+from tests.support import files_of
+
+DESIGNED = {"fit.iterations": 6, "calibration.rows": 16}
+QUICK = {**DESIGNED, "budget.iterations": 4}
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def kept(result):
+    before = sum(record.dense_parameters for record in result.layers)
+    return sum(record.parameters for record in result.layers) / before
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("keep", [0.3, 0.6])
+def test_keep_is_kept(checkpoints, text, tmp_path, cache, name, keep):
+    result = spmconvert.convert(checkpoints[name], tmp_path / "out", keep=keep, calib=text, **QUICK)
+    dense = sum(entry.dense_parameters for entry in result.layers)
+    record = json.loads((tmp_path / "out" / "spm.json").read_text())
+    left = [entry for entry in record["left_alone"] if "best use of the budget" in entry["reason"]]
+    assert sum(entry.parameters for entry in result.layers) <= keep * dense + (0 if not left else dense)
+    assert left or kept(result) > 0.6 * keep
+    assert 0 < record["allocation"]["lower_bound"] <= record["allocation"]["predicted_loss"]
+    model = spmconvert.load(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == result.parameters_after
+
+
+def curves_of(checkpoints, text, name="gpt2", **changes):
+    recipe = resolve_recipe(None, {"keep": 0.5, "calib": text, **QUICK, **changes})
+    source, plan, config = open_plan(str(checkpoints[name]), recipe)
+    rows = load_rows(source.directory, config, recipe.calibration, recipe.seed)
+    loaded = []
+
+    def load():
+        loaded.append(1)
+        return load_dense_model(source.directory, config, "cpu")
+
+    form = CacheIdentity.of_checkpoint(source, "cpu")
+    curves = measure_curves(source, plan, recipe, form, rows, load, lambda *_: None, lambda *_: None)
+    return curves, loaded, recipe, source, plan
+
+
+def test_more_budget_never_costs_more(checkpoints, text, cache):
+    curves, *_ = curves_of(checkpoints, text)
+    losses = [allocate(curves, Budget(keep=keep)).choice.loss for keep in (0.25, 0.4, 0.6, 0.8)]
+    assert losses == sorted(losses, reverse=True)
+    assert all(one.error > 0 for own in curves.candidates for one in own)
+
+
+def test_a_mixture_is_never_worse_than_low_rank_alone(checkpoints, text, cache):
+    mixed, *_ = curves_of(checkpoints, text)
+    alone, *_ = curves_of(checkpoints, text, structures="lowrank")
+    assert {one.stages for own in alone.candidates for one in own} == {0}
+    assert any(one.stages for own in mixed.candidates for one in own)
+    for keep in (0.3, 0.5, 0.7):
+        assert allocate(mixed, Budget(keep=keep)).choice.loss <= allocate(alone, Budget(keep=keep)).choice.loss
+
+
+def test_curves_are_measured_once(checkpoints, text, cache):
+    first, loaded, recipe, source, plan = curves_of(checkpoints, text)
+    assert loaded == [1]
+    again, loaded, *_ = curves_of(checkpoints, text)
+    assert not loaded
+    assert again == first
+    form = CacheIdentity.of_checkpoint(source, "cpu")
+    assert read_curves(source, plan, recipe, form) == first
+    # one lost curve is measured again, to the same numbers
+    next(iter((cache / "curves").glob("*.json"))).unlink()
+    assert read_curves(source, plan, recipe, form) is None
+    assert read_curves(source, plan, recipe, replace(form, dtype="bfloat16")) is None
+    repaired, loaded, *_ = curves_of(checkpoints, text)
+    assert loaded == [1]
+    assert repaired == first
+    _, loaded, *_ = curves_of(checkpoints, text, **{"budget.sensitivity": "none"})
+    assert loaded == [1]
+
+
+def test_limits_of_other_kinds(checkpoints, text, cache):
+    curves, *_ = curves_of(checkpoints, text)
+    layers = curves.plan.layers
+    dense_bytes, dense_flops = sum(layer.dense_bytes for layer in layers), sum(layer.flops[0] for layer in layers)
+    plan = allocate(curves, Budget(keep_bytes=dense_bytes // 2)).plan
+    assert plan.output_bytes <= curves.plan.other_bytes + dense_bytes // 2
+    plan = allocate(curves, Budget(keep_flops=0.5)).plan
+    replaced = {layer.target.name: layer.flops[1] for layer in plan.layers}
+    assert sum(replaced.get(layer.target.name, layer.flops[0]) for layer in layers) <= 0.5 * dense_flops
+    errors = [one.error for own in curves.candidates for one in own]
+    bound = sorted(errors)[len(errors) // 2]
+    plan = allocate(curves, Budget(max_error=bound)).plan
+    for layer, own in zip(layers, curves.candidates, strict=True):
+        found = [other for other in plan.layers if other.target == layer.target]
+        if found:
+            g = found[0].spec.geometry
+            assert (
+                next(one for one in own if (one.stages, one.block, one.rank) == (g.stages, g.block, g.rank)).error <= bound
+            )
+
+
+@pytest.mark.parametrize(("name", "sensitivity"), [("gpt2", "kl"), ("bert", "kl"), ("gpt2", "gradient")])
+def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monkeypatch, name, sensitivity):
+    curves, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
+    monkeypatch.setattr(curve_cache, "measures_response", lambda *_: False)
+    plain, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
+    spread = []
+    for scaled, own in zip(curves.candidates, plain.candidates, strict=True):
+        factors = [a.loss / b.loss for a, b in zip(scaled, own, strict=True)]
+        assert all(factor > 0 for factor in factors)
+        # of the least accurate candidate and of the most accurate one
+        ends = [factor for _, factor in sorted(zip([one.loss for one in own], factors, strict=True))]
+        low, high = sorted((ends[0], ends[-1]))
+        assert all(low * (1 - 1e-9) <= factor <= high * (1 + 1e-9) for factor in factors)
+        spread.append(round(low, 9))
+    assert len(set(spread)) == len(spread)
+
+
+def test_encoders_respond_as_predicted(checkpoints, text, cache):
+    curves_of(checkpoints, text, "bert", structures="lowrank")
+    curves_of(checkpoints, text, "gpt2", structures="lowrank")
+    layers = {
+        name: len(curves_of(checkpoints, text, name, structures="lowrank")[0].plan.layers) for name in ("bert", "gpt2")
+    }
+    # a model of words has a second file a layer
+    assert len(list((cache / "curves").glob("*.json"))) == layers["bert"] + 2 * layers["gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"keep": 0.5, "max_error": 0.1}, RecipeError, "keep and max_error are both given"),
+        ({"keep": 0.5, "rank": 4}, RecipeError, "keep chooses the design of every layer"),
+        ({"keep": 1.5}, RecipeError, "less than 1"),
+        ({"keep": 1e-4}, OptionError, "parameters, the smallest candidates of all layers need"),
+        ({"keep_flops": 1e-4}, OptionError, "FLOPs a token, the smallest candidates"),
+        ({"keep_bytes": 9}, OptionError, "9 bytes, the smallest candidates"),
+        ({"keep_bytes": "9MB"}, OptionError, r"keep_bytes allows 9,000,000 bytes, .* have \d\d,\d\d\d as they are"),
+        ({"keep_bytes": "much"}, RecipeError, "keep_bytes: size 'much' is not understood"),
+        ({"keep": 0.5, "structures": "monarch"}, RecipeError, "'monarch': input should be .* 'lowrank'$"),
+        ({"keep": 0.5, "sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
+        ({"structures": "lowrank"}, RecipeError, r"budget\.structures, budget\.iterations is given without a budget"),
+        ({"max_error": 0.1, "sequential": True}, RecipeError, "max_error limits what each layer does alone"),
+        ({"max_error": 1e-6}, OptionError, "max_error leaves every layer dense; allow a larger error than 1e-06"),
+        ({"keep": 0.5, "calib": None}, OptionError, "sensitivity gradient is measured on calibration rows"),
+    ],
+)
+def test_wrong_budgets_are_refused(checkpoints, text, tmp_path, cache, changes, error, message):
+    with pytest.raises(error, match=message):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", **{"calib": text, **QUICK, **changes})
+    assert not (tmp_path / "out").exists()
+
+
+def test_budget_without_data_takes_all_layers_alike(checkpoints, tmp_path, cache):
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, sensitivity="none", **QUICK)
+    assert result.layers
+
+
+def output_error(dense, converted, batches):
+    with torch.no_grad():
+        pairs = [(dense(**batch).logits, converted(**batch).logits) for batch in batches]
+    return sum((a - b).square().sum().item() for a, b in pairs) / sum(a.square().sum().item() for a, _ in pairs)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_sequential_fits_undo_errors_of_earlier_layers(checkpoints, text, tmp_path, name):
+    design = {"calib": text, "stages": 0, "rank": 6, "fit.iterations": 6, "calibration.rows": 64}
+    for output, sequential in (("one", False), ("two", True)):
+        spmconvert.convert(checkpoints[name], tmp_path / output, sequential=sequential, **design)
+    dense = spmconvert.load(checkpoints[name], dtype=torch.float32).eval()
+    rows = load_rows(checkpoints[name], dense.config, resolve_recipe(None, design).calibration, seed=0)
+    batches = list(rows.batches(rows.fitted, dense))
+    errors = [output_error(dense, spmconvert.load(tmp_path / output).eval(), batches) for output in ("one", "two")]
+    assert errors[1] < errors[0]
+
+
+def test_sequential_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, monkeypatch):
+    changes = {"calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", **changes)
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", resume=True, **changes)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-bf16", "llama-sharded", "bert", "mixtral"])
+def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, monkeypatch, name):
+    changes = {
+        "targets": "attn", "calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True,
+    }  # fmt: skip
+    models = []
+
+    def kept(*arguments):
+        models.append(load(*arguments))
+        return models[-1]
+
+    load = fit_run.load_with_blocks_on_disk
+    monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", kept)
+    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
+    (model,) = models
+    converted = [model.get_submodule(layer.name).weight for layer in result.layers]
+    assert all(weight.is_meta for weight in converted)
+    assert not model.get_input_embeddings().weight.is_meta
+    monkeypatch.setattr(
+        fit_run,
+        "load_with_blocks_on_disk",
+        lambda directory, config, device, *_: load_dense_model(directory, config, device),
+    )
+    spmconvert.convert(checkpoints[name], tmp_path / "memory", **changes)
+    assert files_of(tmp_path / "disk") == files_of(tmp_path / "memory")
+
+
+def test_sequential_run_says_nothing_of_weights_on_disk(checkpoints, text, tmp_path):
+    changes = ["--rank", "2", "--set", "fit.iterations=2", "--set", "calibration.rows=8", "--sequential"]
+    command = [sys.executable, "-m", "spmconvert", "convert", checkpoints["gpt2"], "-o", tmp_path / "out", "--calib", text]
+    found = subprocess.run([*map(str, command), *changes], capture_output=True, text=True, check=True)
+    assert "meta device" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("gpt2", {"keep": 0.5}, True),
+        ("bert", {"keep_bytes": 9000}, True),
+        ("llama", {"keep": 0.5, "sequential": False}, False),
+        ("llama", {"max_error": 0.3}, False),
+        ("llama", {"rank": 2}, False),
+        ("llama", {"keep": 0.5, "structures": "lowrank"}, False),
+        ("bert", {"keep": 0.5, "sensitivity": "none", "targets": "*layer.0.output.dense,pooler.dense"}, False),
+        ("gpt2", {"keep": 0.5, "sensitivity": "none", "calib": None}, False),
+    ],
+)
+def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, cache, name, changes, expected):
+    given = (
+        {"calib": text, **DESIGNED} if "rank" in changes else {"calib": text, "structures": "companion,lowrank", **QUICK}
+    )
+    changes = {**given, **changes}
+    result = spmconvert.convert(checkpoints[name], tmp_path / "out", **changes)
+    fit = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]
+    assert fit["sequential"] is expected
+    assert ("make up for" in result.measured_on) == expected
+    assert ("weigh outputs" in result.measured_on) == fit["output_weighting"]
+    assert ("do not show" in (tmp_path / "out" / "README.md").read_text()) == (expected or fit["output_weighting"])
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("changes", [{}, {"sequential": False}, {"sensitivity": "kl"}], ids=str)
+def test_the_dense_model_is_loaded_once(checkpoints, text, tmp_path, cache, monkeypatch, changes, resumed):
+    changes = {"keep": 0.5, "calib": text, "structures": "companion,lowrank", **QUICK, **changes}
+    output = tmp_path / "out"
+    if resumed:
+        with monkeypatch.context() as patch:
+            interrupt_after(patch, 1)
+            with pytest.raises(KeyboardInterrupt):
+                spmconvert.convert(checkpoints["gpt2"], output, **changes)
+    loads = []
+    monkeypatch.setattr(loading, "load_dense_model", lambda *given: loads.append(given) or load_dense_model(*given))
+    monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", lambda *_: pytest.fail("a second model"))
+    spmconvert.convert(checkpoints["gpt2"], output, resume=resumed, **changes)
+    assert len(loads) == 1
+
+
+def test_experts_are_not_on_one_path(checkpoints):
+    names = ["model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"]
+    model = skeleton(load_config(checkpoints["llama"]))
+    assert on_one_path(model, names)
+    assert not on_one_path(model, [*names, "model.layers.1.mlp.experts.3.up_proj"])
+    assert not on_one_path(model, [*names, "lm_head"])
+
+
+@pytest.mark.parametrize("change", ["states", "calls"])
+def test_blocks_that_pass_on_something_else_are_refused(checkpoints, text, tmp_path, cache, monkeypatch, change):
+    def load(*arguments):
+        model = load_dense_model(*arguments)
+        block = model.transformer.h[1]
+        if change == "states":
+            block.register_forward_pre_hook(lambda _, given: (given[0] + 1.0, *given[1:]))
+        else:
+            block.register_forward_hook(lambda own, given, output: output if given[0] is None else own.forward(*given))
+            model.transformer.h.append(block)
+            model.config.num_hidden_layers += 1
+        return model
+
+    monkeypatch.setattr(loading, "load_dense_model", load)
+    with pytest.raises(OptionError, match=r"transformer\.h do not .* choose --independent"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, sequential=True, **QUICK)
+    assert not cache.exists(), "refused before anything is measured"
+    with pytest.raises(OptionError, match=r"transformer\.h do not .* choose --independent"):
+        spmconvert.convert(
+            checkpoints["gpt2"], tmp_path / "out", rank=2, calib=text, sequential=True, output_weighting=True, **DESIGNED
+        )
+    assert not (tmp_path / "out").exists()
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+    fit = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]
+    assert fit["sequential"] is False, "nobody asked for it"
+
+
+def test_sequential_needs_one_stack(checkpoints, text, tmp_path):
+    with pytest.raises(OptionError, match="one list of blocks"):
+        spmconvert.convert(
+            checkpoints["bert"], tmp_path / "out", targets="*layer.0.output.dense,pooler.dense",
+            calib=text, sequential=True, **{"fit.iterations": 2, "calibration.rows": 8},
+        )  # fmt: skip
+
+
+def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cache):
+    quick = [part for key, value in QUICK.items() for part in ("--set", f"{key}={value}")]
+    command = ["convert", checkpoints["gpt2"], "-o", tmp_path / "out", "--calib", text, *quick]
+    code, _, err = run(*command, "--keep", "0.5", "--dry-run")
+    assert code == OptionError.exit_code
+    assert "run the command once without --dry-run" in err
+    code, out, _ = run(*command, "--keep", "0.5")
+    assert code == 0
+    assert re.search(r"budget: ([\d,]+) parameters of the [\d,]+ allowed, predicted loss [\d.e-]+, no choice", out), out
+    code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
+    assert code == 0
+    assert re.search(r"budget: [\d,]+ parameters of the [\d,]+ allowed, predicted loss [\d.e-]+", out), out
+    assert re.search(r"75% +[\d.e-]+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ kB", out), out
+    code, out, _ = run(*command, "--max-error", "0.4", "--force")
+    assert code == 0
+    code, out, _ = run(*command, "--max-error", "0.4", "--dry-run")
+    assert code == 0
+    assert "75%" not in out, "curves of a largest error are not those by which a share is chosen"
+    code, out, _ = run(*command, "--keep", "0.3", "--dry-run", "--json")
+    shown = json.loads(out)
+    assert shown["allocation"]["cost"] <= shown["allocation"]["limit"]
+    losses = [row["predicted_loss"] for row in shown["budgets"]]
+    assert losses == sorted(losses, reverse=True)
+    assert all(row["kept"] <= row["keep"] for row in shown["budgets"])
+    code, _, err = run(*command, "--keep-bytes", "many")
+    assert code == RecipeError.exit_code
+    assert "40MB" in err
+    code, out, _ = run(*command, "--keep-bytes", "20kB", "--force", "--json")
+    assert sum(layer["parameters"] for layer in json.loads(out)["layers"]) * 4 <= 20_000
+
+
+def test_budget_while_loading(checkpoints, text, tmp_path, cache):
+    from transformers import AutoModelForCausalLM
+
+    config = spmconvert.SPMConfig(keep=0.4, calib=str(text), **QUICK)
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=config)
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, sequential=False, **QUICK)
+    for record in result.layers:
+        layer = model.get_submodule(record.name)
+        assert layer.geometry.describe() == record.design
+        torch.testing.assert_close(
+            layer.to_dense(), spmconvert.load(tmp_path / "out").get_submodule(record.name).to_dense()
+        )
+    with pytest.raises(OptionError, match="sequential fits are not made"):
+        AutoModelForCausalLM.from_pretrained(
+            checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **DESIGNED)
+        )
+
+
+@pytest.mark.parametrize("auto", [AutoModel, AutoModelForSequenceClassification])
+def test_a_model_loaded_as_another_class_has_curves_of_its_own(checkpoints, text, tmp_path, cache, auto):
+    config = spmconvert.SPMConfig(keep=0.4, calib=str(text), **QUICK)
+    other = auto.from_pretrained(checkpoints["gpt2"], quantization_config=config)
+    assert any(isinstance(module, spmconvert.SPMLinear) for module in other.modules())
+    files = set((cache / "curves").iterdir())
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, sequential=False, **QUICK)
+    assert len(set((cache / "curves").iterdir()) - files) > len(result.layers)
+
+
+def test_a_layer_of_constant_inputs_is_fitted_in_sequence(checkpoints, text, tmp_path, cache):
+    model = spmconvert.load(checkpoints["gpt2"])
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight.zero_()
+    model.save_pretrained(tmp_path / "dead")
+    for file in checkpoints["gpt2"].glob("tok*"):
+        shutil.copy(file, tmp_path / "dead")
+    result = spmconvert.convert(
+        tmp_path / "dead", tmp_path / "out", targets="*h.0.mlp.c_proj,*h.1.mlp.*", calib=text, sequential=True, **DESIGNED
+    )
+    assert result.layers[0].error < 1e-6
+
+
+def test_largest_error_is_kept(checkpoints, text, tmp_path, cache):
+    result = spmconvert.convert(checkpoints["llama"], tmp_path / "out", max_error=0.3, calib=text, **QUICK)
+    assert result.choice.cost == sum(record.parameters for record in result.layers) + sum(
+        layer.dense_parameters for layer in curves_of(checkpoints, text, "llama")[0].plan.layers
+        if layer.target.name not in {record.name for record in result.layers}
+    )  # fmt: skip
+    # final fits have more iterations than the measured candidates
+    assert all(record.error < 0.33 for record in result.layers)
+
+
+def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_path, cache, monkeypatch):
+    (tmp_path / "out").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "load_dense_model", None)
+        with pytest.raises(OutputError, match="exists already"):
+            spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+    with pytest.raises(OptionError, match="smallest candidates"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "new", keep=1e-4, calib=text, **QUICK)
+    assert not (cache / "curves").exists()
+    assert not list(tmp_path.glob(".new*"))
+
+
+def interrupt_after(monkeypatch, layers):
+    """Stop the next conversion when so many layers are fitted."""
+    whole, calls = fit_run.fit_layer, []
+
+    def interrupted(*arguments, **keywords):
+        calls.append(1)
+        if len(calls) > layers:
+            raise KeyboardInterrupt
+        return whole(*arguments, **keywords)
+
+    monkeypatch.setattr(fit_run, "fit_layer", interrupted)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_budget_resumes_what_it_chose_whatever_the_cache_says(
+    checkpoints, text, tmp_path, cache, monkeypatch, sequential
+):
+    changes = {"keep": 0.4, "calib": text, "sequential": sequential, **QUICK}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", **changes)
+    for file in (cache / "curves").iterdir():
+        found = json.loads(file.read_text())
+        # the order of the candidates is turned round
+        losses = [one["loss"] for one in found if isinstance(one, dict)]
+        file.write_text(json.dumps([{**one, "loss": 1 / loss} for one, loss in zip(found, losses, strict=False)] or found))
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", resume=True, **changes)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+
+
+def test_a_damaged_cache_is_measured_again(checkpoints, text, cache):
+    first = curves_of(checkpoints, text)[0]
+    for file in (cache / "curves").iterdir():
+        file.write_bytes(file.read_bytes()[:-9])
+    second, loaded, *_ = curves_of(checkpoints, text)
+    assert loaded
+    assert second.candidates == first.candidates
+
+
+def test_a_cache_that_cannot_be_written_is_refused_before_measuring(checkpoints, text, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("no directory")
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "file"))
+    with pytest.raises(NotWritableError, match="set SPMCONVERT_CACHE"):
+        curves_of(checkpoints, text)
+
+
+def test_another_tokenizer_has_curves_of_its_own(checkpoints, text, tmp_path, cache):
+    model = tmp_path / "gpt2"
+    shutil.copytree(checkpoints["gpt2"], model)
+    assert curves_of({"gpt2": model}, text)[1]
+    assert not curves_of({"gpt2": model}, text)[1]
+    tokenizer = model / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "another": "key"}))
+    assert curves_of({"gpt2": model}, text)[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (["--calib", "nothere.txt"], CalibrationError, "nothere.txt cannot be read"),
+        (["--keep", "0.4", "--calib", "nothere.txt"], CalibrationError, "nothere.txt cannot be read"),
+        (["--keep", "0.4"], OptionError, "give --calib FILE"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(run, checkpoints, cache, options, error, message):
+    code, _, err = run("convert", checkpoints["gpt2"], "--dry-run", *options)
+    assert code == error.exit_code
+    assert message in err
+
+
+def test_a_dry_run_refuses_fits_in_sequence_that_a_run_would(run, checkpoints, text):
+    command = ["convert", checkpoints["bert"], "--targets", "*layer.0.output.dense,pooler.dense", "--calib", text]
+    code, _, err = run(*command, "--sequential", "--dry-run")
+    assert code == OptionError.exit_code
+    assert "one list of blocks" in err
+
+
+def test_a_largest_error_wants_plain_fits_and_names_what_exceeds_it(checkpoints, text, tmp_path, cache, monkeypatch):
+    whole = fit_run.fit_layer
+
+    def worse(*arguments, **keywords):
+        layer, record = whole(*arguments, **keywords)
+        return layer, replace(record, error=0.5) if record.name.endswith("h.1.mlp.c_fc") else record
+
+    monkeypatch.setattr(fit_run, "fit_layer", worse)
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", max_error=0.4, calib=text, **QUICK)
+    assert json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]["output_weighting"] is False
+    assert result.above_limit == ("transformer.h.1.mlp.c_fc",)
+
+
+def test_layers_are_fitted_in_the_order_of_their_calls(text):
+    config = Phi3Config(
+        vocab_size=96, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, pad_token_id=1, architectures=["Phi3ForCausalLM"],
+    )  # fmt: skip
+    model = Phi3ForCausalLM(config).eval()
+    names = [f"model.layers.{index}.self_attn.{part}" for index in (0, 1) for part in ("o_proj", "qkv_proj")]
+    assert [name for name, _ in model.named_modules() if name in names] == names, "registered in the other order"
+    order = calling_order(model, names, {"input_ids": torch.randint(3, 90, (1, 8))})
+    assert order == [names[1], names[0], names[3], names[2]]

@@ -1,0 +1,311 @@
+"""The whole conversion through the Python API: what is written, what stays, resuming, and every design."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import spmconvert
+from spmconvert.checkpoint.reader import open_checkpoint
+from spmconvert.errors import (
+    BackendError,
+    CalibrationError,
+    CheckpointError,
+    CorruptCheckpointError,
+    OptionError,
+    OutputError,
+    TargetError,
+    UnsupportedLayerError,
+)
+from spmconvert.recipe.recipe import Recipe
+from tests.support import QUICK, files_of, raw_tensors
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "llama-sharded", "llama-bf16", "bert"])
+def test_untargeted_tensors_are_byte_identical(checkpoints, text, tmp_path, name):
+    result = spmconvert.convert(checkpoints[name], tmp_path / "out", targets="mlp", calib=text, **QUICK)
+    before, after = raw_tensors(checkpoints[name]), raw_tensors(tmp_path / "out")
+    replaced = {record.name for record in result.layers}
+    assert replaced
+    kept = {
+        key: value for key, value in before.items() if not any(layer.endswith(key.rsplit(".", 1)[0]) for layer in replaced)
+    }
+    assert len(kept) == len(before) - sum(1 for key in before if key not in kept)
+    for key, value in kept.items():
+        assert after[key] == value, key
+    assert sum(len(value) for _, value in after.values()) == result.bytes_after
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    source = json.loads((checkpoints[name] / "config.json").read_text())
+    assert {key: value for key, value in config.items() if key != "quantization_config"} == source
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (checkpoints[name] / "tokenizer.json").read_bytes()
+
+
+def test_records_are_true(checkpoints, text, tmp_path):
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", targets="mlp", calib=text, **QUICK)
+    model = spmconvert.load(tmp_path / "out")
+    assert sum(p.numel() for p in model.parameters()) == result.parameters_after
+    dense = spmconvert.load(checkpoints["gpt2"])
+    assert sum(p.numel() for p in dense.parameters()) == result.parameters_before
+    for record in result.layers:
+        layer = model.get_submodule(record.name)
+        assert record.parameters == sum(p.numel() for p in layer.parameters())
+        assert 0 < record.error < 1
+        assert record.baseline_rank * (record.in_features + record.out_features) <= record.parameters
+    provenance = json.loads((tmp_path / "out" / "spm.json").read_text())
+    assert provenance["source"]["sha256"] == open_checkpoint(str(checkpoints["gpt2"])).sha256()
+    assert provenance["calibration"]["held_out_rows"] == result.held_out_rows > 0
+    assert provenance["recipe"]["fit"]["iterations"] == 8
+    assert [layer["error"] for layer in provenance["layers"]] == [record.error for record in result.layers]
+    assert "has not been finetuned" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_recorded_error_is_the_error_of_the_saved_layer(checkpoints, text, tmp_path):
+    from spmconvert.data.calibration import load_rows
+    from spmconvert.recipe.recipe import Calibration
+
+    result = spmconvert.convert(checkpoints["bert"], tmp_path / "out", targets="mlp", calib=text, **QUICK)
+    dense, model = spmconvert.load(checkpoints["bert"]), spmconvert.load(tmp_path / "out")
+    rows = load_rows(checkpoints["bert"], dense.config, Calibration(file=text, rows=24), seed=0)
+    record = result.layers[1]
+    inputs = []
+    handle = dense.get_submodule(record.name).register_forward_pre_hook(lambda _, arguments: inputs.append(arguments[0]))
+    with torch.no_grad():
+        for batch in rows.batches(rows.held_out, dense.eval()):
+            dense(**batch)
+            inputs[-1] = inputs[-1][batch["attention_mask"].bool()]
+        handle.remove()
+        x = torch.cat(inputs)
+        y, approximate = dense.get_submodule(record.name)(x), model.get_submodule(record.name)(x)
+    assert record.error == pytest.approx(((y - approximate).square().sum() / y.square().sum()).item(), rel=1e-3)
+
+
+def test_a_row_is_left_to_fit(checkpoints, tmp_path):
+    from spmconvert.data.calibration import load_rows
+    from spmconvert.recipe.recipe import Calibration
+
+    (tmp_path / "short.txt").write_text("one\ntwo\nthree")
+    config = spmconvert.load(checkpoints["bert"]).config
+    rows = load_rows(checkpoints["bert"], config, Calibration(file=tmp_path / "short.txt", held_out=0.9), seed=0)
+    assert (len(rows.fitted), len(rows.held_out)) == (1, 2)
+
+
+def test_calibration_beats_the_frobenius_fit_on_held_out_rows(checkpoints, text, tmp_path):
+    options = {"targets": "mlp", "fit.iterations": 60, "calibration.rows": 100}
+    weighted = spmconvert.convert(checkpoints["llama"], tmp_path / "w", calib=text, **options)
+    plain = spmconvert.convert(checkpoints["llama"], tmp_path / "p", targets="mlp", **{"fit.iterations": 60})
+    assert plain.held_out_rows == 0
+    assert "no data was used" in plain.measured_on
+    assert sum(r.error for r in weighted.layers) < sum(r.error for r in plain.layers)
+
+
+@pytest.mark.parametrize(
+    "design",
+    [{"variant": "rotation"}, {"block": 2, "stages": 3}, {"rank": 2}, {"stages": 3}, {"stages": 0, "rank": 3}],
+    ids=lambda design: "-".join(f"{k}{v}" for k, v in design.items()),
+)
+def test_every_design_round_trips(checkpoints, text, tmp_path, design):
+    spmconvert.convert(checkpoints["llama"], tmp_path / "out", targets="*.up_proj", calib=text, **QUICK, **design)
+    model = spmconvert.load(tmp_path / "out")
+    layer = model.model.layers[0].mlp.up_proj
+    for key, value in design.items():
+        assert getattr(layer.geometry, key) == value
+    assert layer.bias is not None, "the bias correction needs a bias"
+
+
+def test_overrides_change_single_layers(checkpoints, text, tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text(
+        '[design]\nstages = 3\n[fit]\niterations = 4\n[[overrides]]\npattern = "*.c_proj"\nrank = 2\n'
+        '[[overrides]]\npattern = "re:.*h\\\\.1\\\\..*"\nstages = 4\n'
+    )
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", recipe=file, calib=text)
+    layers = spmconvert.load(tmp_path / "out").transformer.h
+    found = [(m.geometry.stages, m.geometry.rank) for h in layers for m in (h.mlp.c_fc, h.mlp.c_proj)]
+    assert found == [(3, 0), (3, 2), (4, 0), (4, 2)]
+
+
+def test_override_that_matches_nothing_is_an_error(checkpoints, tmp_path):
+    with pytest.raises(OptionError, match="matches none"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", overrides=[{"pattern": "*.up_proj", "rank": 2}])
+
+
+def test_two_runs_give_the_same_bytes(checkpoints, text, tmp_path):
+    for name in ("a", "b"):
+        spmconvert.convert(checkpoints["bert"], tmp_path / name, targets="mlp", calib=text, seed=3, **QUICK)
+    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+
+
+class StopAfter:
+    """Interrupts a conversion once so many layers are fitted."""
+
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def planned(self, plan):
+        pass
+
+    def calibrating(self, done, total):
+        pass
+
+    def fitted(self, record, done, total):
+        if done == self.layers:
+            raise KeyboardInterrupt
+
+    def writing(self, total_bytes):
+        pass
+
+
+@pytest.mark.parametrize("after", [1, 3])
+def test_interrupted_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, after):
+    options = {"targets": "mlp", "calib": text, **QUICK}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **options)
+    with pytest.raises(KeyboardInterrupt):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "cut", progress=StopAfter(after), **options)
+    assert not (tmp_path / "cut").exists()
+    with pytest.raises(OutputError, match="settings"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "cut", resume=True, seed=9, **options)
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "cut", resume=True, **options)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.6])
+def test_killed_run_leaves_nothing_that_looks_complete_and_resumes(checkpoints, text, tmp_path, delay):
+    options = {"targets": "mlp", "calib": str(text), **QUICK}
+    code = (
+        "import spmconvert; print('go', flush=True);"
+        f"spmconvert.convert({str(checkpoints['gpt2'])!r}, {str(tmp_path / 'cut')!r}, **{options!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"go\n"
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".cut.partial/layers/*.safetensors")) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(delay)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **options)
+    if not (tmp_path / "cut").exists():
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "cut", resume=True, **options)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+def test_tied_head_is_left_alone_and_naming_it_explains(checkpoints, tmp_path):
+    with pytest.raises(TargetError, match="embed_tokens"):
+        spmconvert.convert(checkpoints["llama-tied"], tmp_path / "o", targets="lm_head", stages=3)
+
+
+def test_fused_experts_are_reported(checkpoints, tmp_path):
+    with pytest.raises((TargetError, UnsupportedLayerError), match="experts"):
+        spmconvert.convert(checkpoints["mixtral"], tmp_path / "o", targets="*.experts*")
+
+
+def test_growing_layer_is_refused_unless_forced(checkpoints, tmp_path):
+    with pytest.raises(TargetError, match="would not get smaller"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", targets="attn", stages=40)
+    options = {"allow_growth": True, "fit.iterations": 1}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", targets="attn", stages=40, **options)
+
+
+def test_non_finite_weight_in_a_target_is_refused(checkpoints, text, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints["bert"], source)
+    tensors = load_file(source / "model.safetensors")
+    tensors["encoder.layer.0.intermediate.dense.weight"][3, 3] = float("nan")
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpointError, match=r"encoder\.layer\.0\.intermediate\.dense\.weight"):
+        spmconvert.convert(source, tmp_path / "o", targets="mlp", **{"fit.iterations": 1})
+
+
+def test_converted_checkpoint_is_not_converted_again(checkpoints, tmp_path):
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", **{"fit.iterations": 1})
+    with pytest.raises(CheckpointError, match="already converted"):
+        spmconvert.convert(tmp_path / "o", tmp_path / "p")
+
+
+def test_checkpoint_without_the_base_model_prefix(checkpoints, text, tmp_path):
+    """Older checkpoints of GPT-2 name their tensors without ``transformer.``."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints["gpt2"], source)
+    tensors = {name.removeprefix("transformer."): t for name, t in load_file(source / "model.safetensors").items()}
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    spmconvert.convert(source, tmp_path / "a", calib=text, **QUICK)
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "b", calib=text, **QUICK)
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        a, b = (spmconvert.load(tmp_path / name).eval()(ids).logits for name in "ab")
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+    with safe_open(tmp_path / "a" / "model.safetensors", "pt") as file:
+        assert "h.0.mlp.c_fc.scale_in" in file.keys()  # noqa: SIM118
+
+
+def test_output_must_not_be_the_source(checkpoints):
+    with pytest.raises(OptionError, match="is the source"):
+        spmconvert.convert(checkpoints["gpt2"], checkpoints["gpt2"], force=True)
+
+
+def test_existing_output_needs_force(checkpoints, tmp_path):
+    options = {"fit.iterations": 1}
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", **options)
+    with pytest.raises(OutputError, match="--force"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", **options)
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", force=True, stages=2, **options)
+    assert spmconvert.load(tmp_path / "o").transformer.h[0].mlp.c_fc.geometry.stages == 2
+
+
+def test_device_that_is_not_there(checkpoints, tmp_path):
+    if torch.cuda.is_available():
+        return
+    with pytest.raises(BackendError, match="--device cpu"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", device="cuda")
+
+
+def test_recipe_object_and_changes_contradict(checkpoints, tmp_path):
+    with pytest.raises(OptionError, match="both given"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", recipe=Recipe(), stages=3)
+
+
+def test_calibration_without_tokenizer(checkpoints, text, tmp_path):
+    import shutil
+
+    source = tmp_path / "source"
+    shutil.copytree(checkpoints["gpt2"], source)
+    for file in source.glob("*token*"):
+        file.unlink()
+    with pytest.raises(CalibrationError, match="tokenizer"):
+        spmconvert.convert(source, tmp_path / "o", calib=text)
+
+
+def test_public_names():
+    assert spmconvert.__all__ == [
+        "SPMConfig",
+        "SPMLinear",
+        "__version__",
+        "convert",
+        "export",
+        "finetune",
+        "fit_linear",
+        "load",
+        "report",
+        "verify",
+    ]
+    for name in spmconvert.__all__:
+        assert getattr(spmconvert, name) is not None
+    with pytest.raises(AttributeError):
+        _ = spmconvert.nothing

@@ -1,0 +1,126 @@
+"""Every check of verify passes on a fresh conversion and fails on the damage it is there for."""
+
+import json
+import shutil
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from spmconvert.commands import verify as verification
+from spmconvert.commands.convert import convert
+from spmconvert.commands.report import report
+from spmconvert.commands.verify import verify
+from spmconvert.errors import ModelNotFoundError
+from spmconvert.reporting.files import write_report
+
+CHECKS = ["files", "hashes", "shapes", "finite values", "untouched tensors", "fresh process", "recorded outputs"]
+
+
+@pytest.fixture(scope="module")
+def reported(checkpoints, tmp_path_factory):
+    """A converted model with its report."""
+    output = tmp_path_factory.mktemp("verified") / "gpt2-spm"
+    convert(checkpoints["gpt2"], output, **{"fit.iterations": 2})
+    write_report(report(output, seconds=0), output, None)
+    return output
+
+
+@pytest.fixture
+def damaged(reported, tmp_path):
+    """A copy that a test may damage."""
+    copy = tmp_path / "copy"
+    shutil.copytree(reported, copy)
+    return copy
+
+
+@pytest.fixture
+def no_process(monkeypatch):
+    """Leave the fresh process out where a test is about something else."""
+    monkeypatch.setattr(verification, "run_fresh", lambda *_: {"architecture": "-", "layers": 0, "values": [0.0] * 8})
+
+
+def outcomes(checks):
+    return {check.name: check.outcome for check in checks}
+
+
+def change(directory, pick, make):
+    tensors = load_file(directory / "model.safetensors")
+    name = next(name for name in tensors if pick(name))
+    tensors[name] = make(tensors[name])
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    return name
+
+
+def test_a_reported_conversion_passes_every_check(reported):
+    checks = verify(reported)
+    assert [check.name for check in checks] == CHECKS
+    assert set(outcomes(checks).values()) == {"ok"}, checks
+    assert "GPT2LMHeadModel with 4 SPM layers" in checks[5].detail
+
+
+def test_a_changed_stage_is_found_by_hash_and_leaves_the_record_behind(damaged, no_process):
+    change(damaged, lambda name: name.endswith("scale_in"), lambda tensor: tensor * 2)
+    found = outcomes(verify(damaged))
+    assert found["hashes"] == "FAILED"
+    assert found["untouched tensors"] == "ok"
+    # the report is of other weights
+    assert found["recorded outputs"] == "skipped"
+
+
+def test_an_untouched_tensor_that_differs_is_named(damaged, no_process):
+    name = change(damaged, lambda name: "wte" in name, lambda tensor: tensor + 1)
+    check = verify(damaged)[4]
+    assert check.outcome == "FAILED"
+    assert name in check.detail
+
+
+def test_values_that_are_not_finite_are_named(damaged, no_process):
+    name = change(damaged, lambda name: name.endswith("scale_out"), lambda tensor: tensor / 0)
+    check = verify(damaged)[3]
+    assert check.outcome == "FAILED"
+    assert name in check.detail
+
+
+def test_shapes_that_disagree_with_the_map_are_named(damaged, no_process):
+    name = change(damaged, lambda name: name.endswith("scale_in"), lambda tensor: tensor[:-1].contiguous())
+    check = verify(damaged)[2]
+    assert check.outcome == "FAILED"
+    assert name in check.detail
+
+
+def test_outputs_that_changed_are_found(reported, no_process):
+    found = verify(reported)
+    assert outcomes(found)["recorded outputs"] == "FAILED"
+    assert "tolerance 0.001" in found[-1].detail
+
+
+def test_a_source_that_is_gone_is_skipped_and_said(damaged, tmp_path, no_process):
+    content = json.loads((damaged / "spm.json").read_text())
+    content["source"]["name"] = str(tmp_path / "gone")
+    (damaged / "spm.json").write_text(json.dumps(content))
+    check = verify(damaged)[4]
+    assert check.outcome == "skipped"
+    assert "gone" in check.detail
+
+
+def test_a_checkpoint_that_does_not_load_fails_in_the_fresh_process(damaged):
+    config = json.loads((damaged / "config.json").read_text())
+    config["architectures"] = ["NoSuchModel"]
+    (damaged / "config.json").write_text(json.dumps(config))
+    check = verify(damaged)[5]
+    assert (check.name, check.outcome) == ("fresh process", "FAILED")
+    assert "NoSuchModel" in check.detail
+
+
+def test_files_that_cannot_be_opened_end_the_checks(damaged, tmp_path):
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    checks = verify(damaged)
+    assert [(check.name, check.outcome) for check in checks] == [("files", "FAILED")]
+    with pytest.raises(ModelNotFoundError):
+        verify(tmp_path / "nothing")
+
+
+def test_without_hashes_that_check_is_skipped(damaged, no_process):
+    (damaged / "checksums.sha256").unlink()
+    assert outcomes(verify(damaged))["hashes"] == "skipped"

@@ -1,0 +1,257 @@
+"""Properties of a fit that must hold for every layer, however awkward its inputs are."""
+
+import pytest
+import torch
+
+import spmconvert
+from spmconvert.calibrate.metric import OutputMetric
+from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.errors import FitError
+from spmconvert.fit.error import measure_error
+from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.fit.solver import fit_, fit_linear
+from spmconvert.fit.start import hierarchical_start_
+from spmconvert.operator.linear import SPMLinear
+
+
+def inputs(features, rows=400, seed=0):
+    """Correlated rows with a mean, like activations."""
+    generator = torch.Generator().manual_seed(seed)
+    spread = torch.randn(features, features, generator=generator) * torch.arange(1, features + 1).pow(-0.7)[:, None]
+    return torch.randn(rows, features, generator=generator) @ spread + torch.randn(features, generator=generator)
+
+
+def dense(fan_in, fan_out, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(fan_out, fan_in, generator=generator), torch.randn(fan_out, generator=generator)
+
+
+def error_of(layer, weight, bias, statistics):
+    return measure_error((weight, bias), (layer.to_dense(), layer.bias), statistics).centred
+
+
+def planted(width, **design):
+    torch.manual_seed(width)
+    layer = SPMLinear(width, width, bias=False, **design)
+    with torch.no_grad():
+        layer.scale_in.normal_()
+        layer.scale_out.normal_()
+    return layer.to_dense().detach()
+
+
+@pytest.mark.parametrize(("width", "block"), [(8, 1), (64, 1), (5, 1), (24, 1), (96, 1), (24, 2), (48, 4)])
+def test_product_of_stages_is_recovered(width, block):
+    weight = planted(width, block=block)
+    layer = SPMLinear(width, width, block=block)
+    hierarchical_start_(layer, weight)
+    assert (layer.to_dense() - weight).norm() / weight.norm() < 1e-5
+    layer = SPMLinear(width, width, block=block)
+    fit_(layer, weight, None, ActivationStatistics.of(inputs(width)), iterations=50)
+    assert (layer.to_dense() - weight).norm() / weight.norm() < 1e-4
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("iterations", [0, 1, 5, 40])
+@pytest.mark.parametrize("shape", [(24, 24), (16, 40), (40, 16)], ids=str)
+def test_never_worse_than_start_or_zero(shape, iterations, seed):
+    weight, bias = dense(*shape, seed)
+    statistics = ActivationStatistics.of(inputs(shape[0], seed=seed))
+    layer = SPMLinear(*shape)
+    result = fit_(layer, weight, bias, statistics, iterations=iterations, seed=seed)
+    assert result.end <= result.start
+    assert result.end <= 1
+    assert error_of(layer, weight, bias, statistics) <= 1 + 1e-5
+    assert error_of(layer, weight, bias, statistics) == pytest.approx(result.end, rel=1e-2)
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("iterations", [0, 5, 60])
+def test_companion_is_never_worse_than_its_svd_alone(rank, iterations):
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    left, right = truncated_svd(weight, covariance_root(statistics.covariance), rank)
+    shift = bias + (weight - left @ right) @ statistics.mean
+    alone = measure_error((weight, bias), (left @ right, shift), statistics).centred
+    layer = SPMLinear(24, 40, rank=rank)
+    fit_(layer, weight, bias, statistics, iterations=iterations)
+    assert error_of(layer, weight, bias, statistics) <= alone * (1 + 1e-3)
+    if iterations == 60 and rank < 16:
+        assert error_of(layer, weight, bias, statistics) < 0.97 * alone, "the stages add nothing"
+
+
+@pytest.mark.parametrize("iterations", [1, 30])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_companion_is_the_svd_of_what_the_stages_leave(iterations, weighted):
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    metric = OutputMetric.of(torch.diag(torch.logspace(0, -2, 40))) if weighted else None
+    layer = SPMLinear(24, 40, rank=5)
+    end = fit_(layer, weight, bias, statistics, iterations=iterations, metric=metric).end
+    root = covariance_root(statistics.covariance)
+    energy = (lambda rows: rows.square().sum()) if metric is None else metric.energy
+    found = energy(root @ (weight - layer.to_dense().detach()).t())
+    stages = layer.to_dense().detach() - (layer.low_rank_out @ layer.low_rank_in).detach()
+    left, right = truncated_svd(weight - stages, root, 5, metric)
+    best = energy(root @ (weight - stages - left @ right).t())
+    assert best * (1 - 1e-5) <= found <= best * (1 + 1e-3)
+    assert end == pytest.approx((found / energy(root @ weight.t())).item(), rel=1e-3)
+
+
+def test_companion_follows_the_stages():
+    torch.manual_seed(1)
+    weight = planted(32) + torch.randn(32, 4) @ torch.randn(4, 32)
+    layer = SPMLinear(32, 32, rank=4)
+    result = fit_(layer, weight, None, ActivationStatistics.of(inputs(32)), iterations=150, seed=1)
+    # 0.013 where it follows, 0.1 where it stays at the start's SVD until the end
+    assert result.end < 0.04 * result.start
+
+
+def test_same_seed_same_bytes_and_another_seed_another_start():
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    layers = [SPMLinear(24, 40) for _ in range(3)]
+    for layer, seed in zip(layers, (1, 1, 2), strict=True):
+        torch.manual_seed(seed + 10 * id(layer) % 97)
+        fit_(layer, weight, bias, statistics, iterations=20, seed=seed)
+    assert all(torch.equal(a, b) for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True))
+    assert not torch.equal(layers[0].weight, layers[2].weight)
+
+
+def awkward_rows():
+    x = inputs(24)
+    dead = x.clone()
+    dead[:, ::3] = 0
+    scales = x * torch.logspace(-8, 4, 24)
+    return {
+        "dead channels": dead,
+        "one row": x[:1],
+        "two rows": x[:2],
+        "duplicated rows": x[:5].repeat(50, 1),
+        "constant": torch.ones(50, 24),
+        "all zero": torch.zeros(50, 24),
+        "twelve decades": scales,
+        "huge": x * 1e12,
+        "tiny": x * 1e-12,
+    }
+
+
+@pytest.mark.parametrize("rank", [0, 3])
+@pytest.mark.parametrize("kind", awkward_rows())
+def test_ill_conditioned_inputs_give_finite_layers(kind, rank):
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(awkward_rows()[kind])
+    layer = SPMLinear(24, 40, rank=rank)
+    result = fit_(layer, weight, bias, statistics, iterations=15)
+    assert all(parameter.isfinite().all() for parameter in layer.parameters())
+    assert result.end <= 1
+    found = measure_error((weight, bias), (layer.to_dense(), layer.bias), statistics)
+    assert found.relative <= 1 + 1e-3
+
+
+def test_zero_weight():
+    layer = SPMLinear(24, 40)
+    fit_(layer, torch.zeros(40, 24), torch.ones(40), ActivationStatistics.of(inputs(24)), iterations=5)
+    torch.testing.assert_close(layer(inputs(24)), torch.ones(400, 40))
+
+
+@pytest.mark.parametrize("where", ["weight", "scatter", "mean"])
+def test_numbers_that_are_not_finite_are_refused(where):
+    weight, bias = dense(8, 8)
+    statistics = ActivationStatistics.of(inputs(8))
+    {"weight": weight, "scatter": statistics.scatter, "mean": statistics.mean}[where].view(-1)[0] = float("nan")
+    with pytest.raises(FitError, match="not finite"):
+        fit_(SPMLinear(8, 8), weight, bias, statistics)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bias_correction_makes_the_mean_output_exact(bias):
+    weight, shift = dense(24, 40)
+    x = inputs(24)
+    layer = SPMLinear(24, 40)
+    fit_(layer, weight, shift if bias else None, ActivationStatistics.of(x), iterations=5)
+    y = x @ weight.t() + (shift if bias else 0)
+    torch.testing.assert_close(layer(x).mean(0), y.mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_measured_error_is_the_empirical_one():
+    weight, bias = dense(24, 40)
+    x = inputs(24)
+    layer = SPMLinear(24, 40)
+    fit_(layer, weight, bias, ActivationStatistics.of(x[:200]), iterations=10)
+    held_out = x[200:]
+    y, approximate = held_out @ weight.t() + bias, layer(held_out)
+    found = measure_error((weight, bias), (layer.to_dense(), layer.bias), ActivationStatistics.of(held_out))
+    missed = (y - approximate).square().sum()
+    assert found.relative == pytest.approx((missed / y.square().sum()).item(), rel=1e-4)
+    assert found.centred == pytest.approx((missed / (y - y.mean(0)).square().sum()).item(), rel=1e-4)
+
+
+def test_weighting_by_the_inputs_pays_on_held_out_rows():
+    weight, bias = dense(48, 48)
+    x = inputs(48, rows=2000)
+    fitted, held_out = ActivationStatistics.of(x[:1500]), ActivationStatistics.of(x[1500:])
+    weighted, plain = SPMLinear(48, 48), SPMLinear(48, 48)
+    fit_(weighted, weight, bias, fitted, iterations=100)
+    fit_(plain, weight, bias, ActivationStatistics.isotropic(48), iterations=100)
+    assert error_of(weighted, weight, bias, held_out) < 0.6 * error_of(plain, weight, bias, held_out)
+
+
+def test_rotation_fits_too():
+    weight, bias = dense(32, 32)
+    layer = SPMLinear(32, 32, variant="rotation", stages=15)
+    assert fit_(layer, weight, bias, ActivationStatistics.of(inputs(32)), iterations=100).end < 0.6
+
+
+def test_whitened_svd_is_the_best_of_its_rank():
+    weight, _ = dense(24, 40)
+    covariance = ActivationStatistics.of(inputs(24)).covariance
+    root = covariance_root(covariance)
+    torch.testing.assert_close(root.t() @ root, covariance, rtol=1e-3, atol=1e-4)
+    values, vectors = torch.linalg.eigh(covariance.double())
+    half = (vectors * values.clamp_min(0).sqrt()) @ vectors.t()
+    singular = torch.linalg.svdvals(weight.double() @ half)
+    for rank in (1, 5, 23):
+        left, right = truncated_svd(weight, root, rank)
+        missed = (weight - left @ right).double()
+        found = (missed @ covariance.double() * missed).sum()
+        assert found.item() == pytest.approx(singular[rank:].square().sum().item(), rel=2e-2)
+        u, s, v = torch.linalg.svd(weight)
+        plain = (weight - (u[:, :rank] * s[:rank]) @ v[:rank]).double()
+        assert found < (plain @ covariance.double() * plain).sum()
+
+
+def test_rank_at_never_has_more_parameters():
+    assert rank_at(1919, 384, 1536) == 0
+    assert rank_at(1920, 384, 1536) == 1
+    assert rank_at(10**9, 384, 1536) == 384
+
+
+def test_fit_linear_keeps_dtype_and_needs_no_data():
+    linear = torch.nn.Linear(24, 24, bias=False, dtype=torch.bfloat16)
+    layer, result = fit_linear(linear, iterations=10)
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.bias is None
+    assert 0 < result.end < 1
+    assert fit_linear(linear, ActivationStatistics.of(inputs(24)), iterations=2)[0].bias is not None
+
+
+def test_solver_that_diverges_leaves_the_best_point(monkeypatch):
+    monkeypatch.setattr("spmconvert.fit.solver.STEP_SIZE", 30.0)
+    monkeypatch.setattr("spmconvert.fit.solver.POLISH_SHARE", 0.0)
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    layer = SPMLinear(24, 40)
+    result = fit_(layer, weight, bias, statistics, iterations=12)
+    assert result.end <= result.start
+    assert error_of(layer, weight, bias, statistics) == pytest.approx(result.end, rel=1e-3)
+
+
+def test_fit_linear_is_the_public_way_to_fit_one_layer():
+    torch.manual_seed(0)
+    source = torch.nn.Linear(24, 24)
+    layer, result = spmconvert.fit_linear(source, stages=10, iterations=30)
+    assert layer.geometry.stages == 10
+    error = (layer.to_dense() - source.weight).square().sum() / source.weight.square().sum()
+    assert error < 0.9
+    assert error.item() == pytest.approx(result.end, rel=1e-4)
+    torch.testing.assert_close(layer.bias, source.bias)

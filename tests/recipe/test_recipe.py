@@ -1,0 +1,110 @@
+"""Recipes: every shipped one loads, unknown keys and bad values are errors, single values can be replaced."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from spmconvert.errors import RecipeError
+from spmconvert.recipe.loading import load_recipe, parse_assignment, recipe_from_keywords
+from spmconvert.recipe.recipe import Recipe
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").rglob("*.toml"))
+
+
+def test_recipes_are_shipped():
+    assert {file.stem for file in RECIPES} >= {"gpt2", "llama-1b", "minilm"}
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.stem)
+def test_shipped_recipe_loads_and_is_complete(file):
+    import tomllib
+
+    recipe = load_recipe(file, {})
+    written = tomllib.loads(file.read_text())
+    for table in ("design", "calibration", "fit"):
+        expected = set(getattr(recipe, table).model_dump()) - {"file"}
+        assert set(written[table]) == expected, f"{file.name} leaves keys of [{table}] out"
+    assert recipe != Recipe()
+
+
+def test_unknown_key_names_the_known_ones():
+    with pytest.raises(RecipeError, match=r"unknown key 'design.stagez'; known keys are stages, variant"):
+        load_recipe(None, {"design.stagez": 3})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("design.stages", -1), ("design.variant", "skew"), ("seed", "x"), ("calibration.held_out", 1.5), ("dtype", "int8")],
+)
+def test_value_out_of_range(key, value):
+    with pytest.raises(RecipeError, match=key):
+        load_recipe(None, {key: value})
+
+
+def test_rotation_with_blocks_is_refused():
+    with pytest.raises(RecipeError, match="rotation needs block 1"):
+        load_recipe(None, {"design.variant": "rotation", "design.block": 2})
+
+
+def test_later_changes_win_over_the_file(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text('targets = ["attn"]\n[design]\nstages = 4\n[calibration]\nfile = "t.txt"\n')
+    recipe = load_recipe(file, {"design.stages": 6})
+    assert recipe.design.stages == 6
+    assert recipe.targets == ("attn",)
+    assert recipe.calibration.file == tmp_path / "t.txt"
+
+
+@pytest.mark.parametrize("content", ["targets = [", "targets = 3", "[design]\nstages = 'many'"])
+def test_bad_file(tmp_path, content):
+    file = tmp_path / "r.toml"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=r"r\.toml"):
+        load_recipe(file, {})
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(RecipeError, match="does not exist"):
+        load_recipe(tmp_path / "none.toml", {})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("fit.iterations=30", ("fit.iterations", 30)),
+        ("calibration.held_out=1e-1", ("calibration.held_out", 0.1)),
+        ("allow_growth=true", ("allow_growth", True)),
+        ("layers=4-10,-1", ("layers", "4-10,-1")),
+        ('targets=["a=b"]', ("targets", ["a=b"])),
+    ],
+)
+def test_assignment(text, expected):
+    assert parse_assignment(text) == expected
+
+
+@pytest.mark.parametrize("text", ["fit.iterations", "=3"])
+def test_assignment_without_form(text):
+    with pytest.raises(RecipeError, match="key=value"):
+        parse_assignment(text)
+
+
+def test_assignment_through_a_value():
+    with pytest.raises(RecipeError, match="not a table"):
+        load_recipe(None, {"seed": 3, "seed.deep": 4})
+
+
+def test_short_keywords():
+    recipe = recipe_from_keywords({"targets": "mlp, attn", "stages": 5, "calib": "x.txt"})
+    assert recipe.targets == ("mlp", "attn")
+    assert recipe.design.stages == 5
+    assert recipe.calibration.file == Path("x.txt")
+
+
+def test_recipes_and_help_come_before_torch():
+    code = (
+        "import sys, spmconvert.cli.app, spmconvert.recipe.loading; "
+        "sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,301 @@
+"""How transformers treats a converted checkpoint: every known trap of loading, training and saving is a test here."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    QuantoConfig,
+    pipeline,
+)
+from transformers.pytorch_utils import Conv1D
+
+import spmconvert
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError, RecipeError
+from spmconvert.hf import SPMConfig
+from spmconvert.model.swap import copy_sharing_tensors, replace_module, swap_layers
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoints, text, tmp_path_factory):
+    root = tmp_path_factory.mktemp("converted")
+    outputs = {}
+    for name in ("gpt2", "llama", "llama-tied", "llama-bf16", "bert"):
+        options = {"layers": "0"} if name == "llama" else {}
+        changes = {"calibration.rows": 24, "fit.iterations": 10, "calib": text, **options}
+        spmconvert.convert(checkpoints[name], root / name, targets="mlp", **changes)
+        outputs[name] = root / name
+    return outputs
+
+
+def logits(model):
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.no_grad():
+        return model.eval()(input_ids=ids)[0]
+
+
+def spm_layers(model):
+    return {name: module for name, module in model.named_modules() if isinstance(module, spmconvert.SPMLinear)}
+
+
+def test_registration_is_idempotent_and_order_does_not_matter():
+    for first, second in (("spmconvert", "transformers.quantizers.auto"), ("transformers.quantizers.auto", "spmconvert")):
+        code = (
+            f"import {first}, {second}, importlib, spmconvert.hf as hf; importlib.reload(hf);"
+            "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'spm' in m"
+        )
+        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("strip", [False, True], ids=["with-config", "config-stripped"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
+def test_loading_without_the_import_raises(converted, tmp_path, name, strip):
+    directory = tmp_path / "copy"
+    shutil.copytree(converted[name], directory)
+    if strip:
+        config = json.loads((directory / "config.json").read_text())
+        del config["quantization_config"]
+        (directory / "config.json").write_text(json.dumps(config))
+    code = f"from transformers import AutoModel; AutoModel.from_pretrained({str(directory)!r})"
+    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode != 0
+    assert "size mismatch" in run.stderr or "mismatched" in run.stderr or "ignore_mismatched_sizes" in run.stderr
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "llama-bf16", "bert"])
+def test_weights_survive_load_save_load(converted, tmp_path, name):
+    first = spmconvert.load(converted[name])
+    assert spm_layers(first)
+    first.save_pretrained(tmp_path / "again", max_shard_size="30KB")
+    second = spmconvert.load(tmp_path / "again")
+    assert spm_layers(second).keys() == spm_layers(first).keys()
+    torch.testing.assert_close(logits(second), logits(first), rtol=0, atol=0)
+    for key, value in first.state_dict().items():
+        assert torch.equal(second.state_dict()[key], value), key
+
+
+def test_stored_config_is_plain_json_and_saved_again_unchanged(converted, tmp_path):
+    model = spmconvert.load(converted["gpt2"])
+    model.save_pretrained(tmp_path)
+    before, after = (
+        json.loads((d / "config.json").read_text())["quantization_config"] for d in (converted["gpt2"], tmp_path)
+    )
+    assert before == after
+    assert before["quant_method"] == "spm"
+    assert set(before["layers"]["transformer.h.0.mlp.c_fc"]) >= {
+        "in",
+        "out",
+        "n",
+        "stages",
+        "variant",
+        "block",
+        "rank",
+        "bias",
+    }
+    assert before["layers"]["transformer.h.0.mlp.c_fc"]["fan_in_fan_out"] is True
+
+
+def test_gpt2_initialisation_finds_weight(converted):
+    # its _init_weights touches mlp.c_proj.weight of every block by name
+    assert isinstance(spmconvert.load(converted["gpt2"]).transformer.h[0].mlp.c_proj, spmconvert.SPMLinear)
+
+
+def test_layers_have_no_buffers_and_no_meta_tensors(converted):
+    for module in spm_layers(spmconvert.load(converted["bert"])).values():
+        assert not list(module.buffers())
+        assert all(parameter.device.type == "cpu" for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("damage", ["missing", "misshapen"])
+def test_missing_or_misshapen_tensor_raises(converted, tmp_path, damage):
+    directory = tmp_path / "copy"
+    shutil.copytree(converted["bert"], directory)
+    tensors = load_file(directory / "model.safetensors")
+    key = next(name for name in tensors if name.endswith("intermediate.dense.scale_in"))
+    if damage == "missing":
+        del tensors[key]
+    else:
+        tensors[key] = tensors[key][:-1].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((CorruptCheckpointError, RuntimeError), match=r"missing from the checkpoint|mismatch"):
+        AutoModel.from_pretrained(directory)
+
+
+def test_base_model_and_other_heads(converted):
+    base = AutoModel.from_pretrained(converted["gpt2"])
+    head = AutoModelForSequenceClassification.from_pretrained(converted["gpt2"], num_labels=2)
+    full = AutoModelForCausalLM.from_pretrained(converted["gpt2"])
+    for model in (base, head):
+        names = [name.removeprefix("transformer.") for name in spm_layers(model)]
+        assert names == [name.removeprefix("transformer.") for name in spm_layers(full)]
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        expected = full.eval().transformer(ids)[0]
+        torch.testing.assert_close(base.eval()(ids)[0], expected, rtol=0, atol=0)
+
+
+def test_other_head_on_a_base_checkpoint(converted):
+    # the map of a BertModel has no "bert." in its names, a model with a head has
+    head = AutoModelForSequenceClassification.from_pretrained(converted["bert"], num_labels=2)
+    assert any(name.startswith("bert.encoder") for name in spm_layers(head))
+
+
+def test_model_without_any_converted_layer_is_refused(converted):
+    with pytest.raises(CheckpointError, match="none of the"):
+        swap_layers(
+            torch.nn.Sequential(),
+            SPMConfig(**json.loads((converted["bert"] / "config.json").read_text())["quantization_config"]).specs(),
+        )
+
+
+def test_half_float_and_to_work(converted):
+    model = spmconvert.load(converted["gpt2"])
+    reference = logits(model)
+    assert logits(model.bfloat16()).dtype == torch.bfloat16
+    assert logits(model.half().float()).dtype == torch.float32
+    assert (logits(model) - reference).norm() / reference.norm() < 0.02
+
+
+def test_dtype_at_load(converted):
+    model = AutoModelForCausalLM.from_pretrained(converted["gpt2"], dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in spmconvert.load(converted["llama-bf16"]).parameters()} == {torch.bfloat16}
+
+
+def test_pinned_dtype_stays_inside_a_half_precision_model(checkpoints, text, tmp_path):
+    spmconvert.convert(
+        checkpoints["llama-bf16"], tmp_path / "o", targets="mlp", dtype="float32", calib=text, **{"fit.iterations": 2}
+    )
+    for options in ({}, {"dtype": torch.bfloat16}, {"dtype": torch.float16}):
+        model = spmconvert.load(tmp_path / "o", **options)
+        assert all(p.dtype == torch.float32 for layer in spm_layers(model).values() for p in layer.parameters())
+        assert model.lm_head.weight.dtype != torch.float32
+        assert logits(model).isfinite().all()
+
+
+def test_trainer_trains_and_saves(converted, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = spmconvert.load(converted["gpt2"])
+    before = {name: layer.weight.detach().clone() for name, layer in spm_layers(model).items()}
+    rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)} for _ in range(4)]
+    arguments = TrainingArguments(
+        tmp_path,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        report_to=[],
+        use_cpu=True,
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(tmp_path / "trained")
+    after = spmconvert.load(tmp_path / "trained")
+    for name, layer in spm_layers(after).items():
+        assert not torch.equal(layer.weight, before[name]), name
+
+
+def test_another_quantizer_at_load_is_refused(converted):
+    with pytest.raises((ValueError, ImportError)):
+        AutoModelForCausalLM.from_pretrained(converted["gpt2"], quantization_config=QuantoConfig(weights="int8"))
+
+
+def test_tensor_parallel_plan_drops_replaced_layers(converted):
+    model = spmconvert.load(converted["llama"])
+    plan = {"model.layers.*.mlp.gate_proj": "colwise", "model.layers.*.self_attn.q_proj": "colwise"}
+    model.hf_quantizer.update_parallel_plan(model, plan)
+    assert list(plan) == ["model.layers.*.self_attn.q_proj"]
+    model._tp_size = 2
+    with pytest.raises(CheckpointError, match="tensor parallelism"):
+        model.hf_quantizer.update_parallel_plan(model, {"model.layers.*.mlp.gate_proj": "colwise"})
+
+
+def test_quantizer_claims(converted):
+    quantizer = spmconvert.load(converted["llama"]).hf_quantizer
+    assert quantizer.is_trainable
+    assert quantizer.is_qat_trainable
+    assert quantizer.is_serializable()
+    assert quantizer.is_compileable
+
+
+def test_parameter_names_are_safe_from_legacy_renames(converted):
+    names = {
+        part for layer in spm_layers(spmconvert.load(converted["bert"])).values() for part, _ in layer.named_parameters()
+    }
+    assert names == {"weight", "scale_in", "scale_out", "bias"}
+    assert not any("gamma" in name or "beta" in name for name in names)
+
+
+def test_pipeline_and_generate(converted):
+    generator = pipeline("text-generation", model=str(converted["gpt2"]), device="cpu")
+    result = generator("the rain", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert len(result) > 0
+    assert spm_layers(generator.model)
+
+
+def test_tokenizer_and_generation_config_load(converted):
+    assert AutoTokenizer.from_pretrained(converted["gpt2"])("abc")["input_ids"]
+    assert spmconvert.load(converted["gpt2"]).generation_config.eos_token_id == 2
+
+
+def test_device_map(converted):
+    model = AutoModelForCausalLM.from_pretrained(converted["llama"], device_map="auto")
+    assert spm_layers(model)
+    torch.testing.assert_close(logits(model), logits(spmconvert.load(converted["llama"])), rtol=0, atol=0)
+
+
+def test_layers_on_disk_are_complete(converted, tmp_path):
+    whole = spmconvert.load(converted["llama"])
+    blocks = range(whole.config.num_hidden_layers)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in blocks}
+    model = AutoModelForCausalLM.from_pretrained(converted["llama"], device_map=places, offload_folder=tmp_path)
+    assert any(parameter.is_meta for parameter in model.parameters())
+    torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
+
+
+def test_convert_on_load_equals_the_command(checkpoints, text, tmp_path, converted):
+    request = SPMConfig(targets="mlp", calib=str(text), **{"calibration.rows": 24, "fit.iterations": 10})
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=request)
+    torch.testing.assert_close(logits(model), logits(spmconvert.load(converted["gpt2"])), rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(spmconvert.load(tmp_path)), logits(model), rtol=0, atol=0)
+
+
+def test_convert_on_load_without_data(checkpoints):
+    request = SPMConfig(targets="attn", stages=2, **{"fit.iterations": 2})
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=request)
+    assert all("self_attn" in name for name in spm_layers(model))
+
+
+def test_config_errors():
+    with pytest.raises(RecipeError, match="unknown key"):
+        SPMConfig(stagez=3)
+    with pytest.raises(OptionError, match="both given"):
+        SPMConfig(layers={}, targets="mlp")
+    with pytest.raises(OptionError, match="quant_method"):
+        SPMConfig(quant_method="gptq")
+    with pytest.raises(CheckpointError, match="format_version 99"):
+        SPMConfig(layers={}, format_version=99)
+    with pytest.raises(CheckpointError, match="needs"):
+        SPMConfig(layers={"a": {"in": 3}})
+    assert SPMConfig(targets="mlp").to_dict()["layers"] is None
+
+
+def test_a_copy_shares_tensors_but_not_modules(checkpoints):
+    model = spmconvert.load(checkpoints["gpt2"])
+    copied = copy_sharing_tensors(model)
+    name = "transformer.h.0.mlp.c_fc"
+    replace_module(copied, name, torch.nn.Identity())
+    assert isinstance(model.get_submodule(name), Conv1D)
+    for key, parameter in copied.named_parameters():
+        assert parameter is model.get_parameter(key)
