@@ -19,7 +19,7 @@ from spmconvert.system.caches import cache_directory
 from spmconvert.system.files import write_whole
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 5
+CURVE_VERSION = 6
 # name of what is measured beside the curves of all structures
 RESPONSE = "response"
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from spmconvert.calibrate.metric import OutputMetric
@@ -88,7 +89,7 @@ def measure_curve(
     for geometry in geometries:
         if geometry.stages or factors is None:
             layer = SPMLinear(
-                geometry.in_features, geometry.out_features, device=weight.device,
+                geometry.in_features, geometry.out_features, device=weight.device, dtype=torch.float32,
                 stages=geometry.stages, block=geometry.block, rank=geometry.rank,
             )  # fmt: skip
             fit_(layer, weight, bias, fitted, iterations=iterations, metric=fit_metric)

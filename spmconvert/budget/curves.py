@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from spmconvert.budget.cache import RESPONSE, CacheIdentity, CurveCache, read_part, write_part
@@ -144,7 +145,7 @@ class _Subject:
     def built(self, geometry: Geometry) -> SPMLinear:
         """A candidate as a layer."""
         layer = SPMLinear(
-            geometry.in_features, geometry.out_features, device=self.weight.device,
+            geometry.in_features, geometry.out_features, device=self.weight.device, dtype=torch.float32,
             stages=geometry.stages, block=geometry.block, rank=geometry.rank,
         )  # fmt: skip
         metric = self.moments.metric if self.recipe.weights_fits else None

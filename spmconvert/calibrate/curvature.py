@@ -97,12 +97,13 @@ def _probe(output: Any, objective: Objective, batch: dict[str, Any], generator: 
     """A random scalar of the output, and the number of positions that it sums over."""
     if objective == "hidden":
         means = normalize(pooled(output[0], batch).float(), dim=-1)
-        directions = torch.randn(means.shape, generator=generator).to(means.device)
+        directions = torch.randn(means.shape, generator=generator, dtype=torch.float32).to(means.device)
         return (means * directions).sum(), len(means)
     logits = real_positions(output.logits, batch) if objective == "logits" else class_logits(output, batch)
     log_probabilities = log_softmax(logits.float(), dim=-1)
     if objective == "scores":
-        return logits.float().mul(torch.randn(logits.shape, generator=generator).to(logits.device)).sum(), len(logits)
+        directions = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
+        return logits.float().mul(directions).sum(), len(logits)
     drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
     return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits)
 

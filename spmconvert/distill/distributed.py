@@ -4,6 +4,7 @@ Accelerate starts the processes' communication, moves nothing by itself and wrap
 Sharding calls ``fully_shard`` directly: accelerate offers FSDP2 on accelerators only, and so it is tested on CPUs too.
 """
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -62,15 +63,22 @@ def make_accelerator(training: Training, device: str, *, shard: bool, tracker: s
     return accelerator
 
 
-def share_bytes(accelerator: Any, content: bytes | None) -> bytes | None:
-    """What the first process has, for all of them."""
+def share_snapshot(accelerator: Any, file: Path | None) -> dict[str, Any] | None:
+    """The snapshot that the first process keeps, for all of them; None where there is none.
+
+    Args:
+        accelerator: of the run.
+        file: where the first process keeps it; None in all others.
+    """
+    import torch
     from accelerate.utils import broadcast_object_list
 
-    if accelerator.num_processes == 1:
-        return content
-    box = [content]
-    broadcast_object_list(box)
-    return box[0]
+    content = file.read_bytes() if file is not None and file.exists() and accelerator.num_processes > 1 else None
+    if accelerator.num_processes > 1:
+        box = [content]
+        broadcast_object_list(box)
+        return None if box[0] is None else torch.load(io.BytesIO(box[0]), weights_only=True)
+    return torch.load(file, weights_only=True) if file is not None and file.exists() else None
 
 
 def prepare_student(

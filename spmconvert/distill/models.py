@@ -3,26 +3,29 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import OptionError
-from spmconvert.model.architecture import model_class
+from spmconvert.model.architecture import load_config, model_class
 from spmconvert.model.loading import load
 from spmconvert.recipe.recipe import Training
 
 
-def load_student(converted: Converted, config: Any, training: Training, device: torch.device) -> Any:
+def load_student(converted: Converted, training: Training, device: torch.device) -> Any:
     """The converted model that is trained: float32, dropout off, recomputing or compiled as the numbers of the run say.
 
     Raises:
         OptionError: when gradient checkpointing is asked for and the architecture has none.
     """
+    config = load_config(converted.directory)
     # dropout is off as in the teacher, also in the mode that recomputing activations needs
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+    turn_dropout_off_(config)
     student = load(converted.directory, config=config, dtype=torch.float32).to(device).eval()
+    for module in student.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = 0.0
     if training.gradient_checkpointing:
         if not student.supports_gradient_checkpointing:
             raise OptionError(f"{type(student).__name__} has no gradient checkpointing; leave it out")
@@ -33,6 +36,17 @@ def load_student(converted: Converted, config: Any, training: Training, device: 
     if training.compile:
         student.base_model.forward = torch.compile(student.base_model.forward)
     return student
+
+
+def turn_dropout_off_(config: Any) -> None:
+    """Set every share of dropout to zero, in place, in the configs of towers inside of it, too."""
+    from transformers import PreTrainedConfig
+
+    for key, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            turn_dropout_off_(value)
+        elif "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
 
 
 def load_teacher(source: Checkpoint, config: Any, device: torch.device | str) -> Any:

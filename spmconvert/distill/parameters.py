@@ -1,7 +1,10 @@
 """Which parameters of a converted model a finetune trains."""
 
+import math
+
 from torch import nn
 
+from spmconvert.checkpoint.converted import Converted
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.recipe import Training
 
@@ -29,3 +32,14 @@ def structured_parameters(student: nn.Module) -> set[str]:
     return {
         f"{name}.{part}" for name in converted_layers(student) for part, _ in student.get_submodule(name).named_parameters()
     }
+
+
+def state_bytes(converted: Converted, training: Training) -> int:
+    """Bytes of a training state on disk, from the headers: trained parameters, best ones, two moments, and an average."""
+    prefixes = tuple(f"{converted.stored_prefix(layer)}." for layer in converted.layers)
+    trained = sum(
+        math.prod(entry.shape)
+        for name, entry in converted.tensors.items()
+        if training.train == "all" or name.startswith(prefixes) or (training.train == "norms" and len(entry.shape) == 1)
+    )
+    return 4 * trained * (5 if training.ema else 4)

@@ -1,15 +1,50 @@
 """The log of a run: one JSON object a line beside the output, the experiment tracker, and whoever watches.
 
-Only the first process writes. A resumed run drops the lines after the state it goes on from.
+Only the first process writes. A resumed run drops the lines after the state it goes on from. The first line says whose log
+it is: a file of that name without it is somebody else's, and no run begins.
 """
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
+from spmconvert.errors import OutputError
 from spmconvert.recipe.recipe import Training
+
+MARK = {"log": "spmconvert finetune"}
+
+
+def log_file(output: Path) -> Path:
+    """Where the log of a run is that writes ``output``."""
+    resolved = output.resolve()
+    return resolved.with_name(f"{resolved.name}.jsonl")
+
+
+def check_log(output: Path) -> None:
+    """Refuse a run whose log would overwrite a file that is no log.
+
+    Raises:
+        OutputError: when there is such a file.
+    """
+    file = log_file(output)
+    if os.path.lexists(file) and not _is_log(file):
+        raise OutputError(
+            f"the log of this run would overwrite {file}, which is no log of spmconvert; choose another output with -o"
+        )
+
+
+def _is_log(file: Path) -> bool:
+    if file.is_symlink() or not file.is_file():
+        return False
+    with file.open("rb") as stream:
+        first = stream.readline(1000)
+    try:
+        return bool(json.loads(first) == MARK)
+    except ValueError:
+        return False
 
 
 class RunLog:
@@ -32,7 +67,7 @@ class RunLog:
         report: Callable[[dict[str, Any]], None],
     ) -> None:
         self._accelerator, self._report = accelerator, report
-        self._file = output.resolve().with_name(f"{output.resolve().name}.jsonl")
+        self._file = log_file(output)
         self._last_step = -1 if snapshot is None else snapshot["state"]["step"]
         self._training = training
         self._stream: IO[str] | None = None
@@ -42,9 +77,9 @@ class RunLog:
         if self._accelerator.log_with:
             self._accelerator.init_trackers("spmconvert", config=self._training.model_dump(mode="json"))
         if self._accelerator.is_main_process:
-            kept = [line for line in self._lines() if json.loads(line).get("step", 0) <= self._last_step]
+            before = [line for line in self._lines() if json.loads(line).get("step", 0) <= self._last_step]
             self._stream = self._file.open("w", encoding="utf-8")
-            self._stream.writelines(f"{line}\n" for line in kept)
+            self._stream.writelines(f"{line}\n" for line in (json.dumps(MARK), *before))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -68,4 +103,5 @@ class RunLog:
     def _lines(self) -> list[str]:
         if self._last_step < 0 or not self._file.exists():
             return []
-        return [line for line in self._file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+        written = self._file.read_text(encoding="utf-8").splitlines()[1:]
+        return [line for line in written if line.endswith("}")]

@@ -8,6 +8,9 @@ other words had to say, which count as one word.
 
 import hashlib
 import json
+import os
+import secrets
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,39 +102,58 @@ def store_logits(
         OutputError: when the directory exists.
         OptionError: when the rows are not plain token ids, or there are fewer words than asked for.
     """
-    if directory.exists():
+    if os.path.lexists(directory):
         raise OutputError(f"{directory} exists; name another directory for the logits, or remove it")
-    rows = [_plain(part) for part in (data.training, data.held_out)]
+    parts = [_plain(rows) for rows in (data.training, data.held_out)]
     if count > teacher.config.vocab_size:
         raise OptionError(
             f"{count} words a token are asked for, the teacher has {teacher.config.vocab_size}; ask for fewer"
         )
-    ends = np.cumsum([part.size(index) for part in rows for index in range(len(part))])
-    temporary = directory.with_name(f".{directory.name}.partial")
-    temporary.mkdir(parents=True, exist_ok=True)
+    # a name that nobody else has
+    temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.partial")
+    temporary.mkdir(parents=True)
+    try:
+        ends = np.cumsum([rows.size(index) for rows in parts for index in range(len(rows))])
+        keys = _write_words(temporary, teacher, parts, ends, count, report)
+        np.save(temporary / "ends.npy", ends)
+        np.save(temporary / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1))
+        about = {"format_version": FORMAT_VERSION, "teacher_sha256": teacher_sha256, "words": count, "rows": len(keys)}
+        (temporary / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+        temporary.rename(directory)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _write_words(
+    place: Path,
+    teacher: Any,
+    parts: list[TokenRows],
+    ends: np.ndarray,
+    count: int,
+    report: Callable[[int, int], None],
+) -> list[bytes]:
+    """Run the teacher; words and their log-probabilities go to disk as they come. Returns the keys of all rows."""
     shape = (int(ends[-1]), count)
-    words = np.lib.format.open_memmap(temporary / "words.npy", "w+", np.int32, shape)
-    values = np.lib.format.open_memmap(temporary / "log_probabilities.npy", "w+", np.float16, shape)
-    keys, position = [], 0
-    for part in rows:
-        for first in range(0, len(part), BATCH_ROWS):
-            indices = range(first, min(first + BATCH_ROWS, len(part)))
-            batch = part.batch(indices, teacher, 0)
+    words = np.lib.format.open_memmap(place / "words.npy", "w+", np.int32, shape)
+    values = np.lib.format.open_memmap(place / "log_probabilities.npy", "w+", np.float16, shape)
+    keys: list[bytes] = []
+    position = 0
+    for rows in parts:
+        for first in range(0, len(rows), BATCH_ROWS):
+            indices = range(first, min(first + BATCH_ROWS, len(rows)))
+            batch = rows.batch(indices, teacher, 0)
             mask = batch["attention_mask"].bool()
             top = teacher(**batch).logits[mask].float().log_softmax(-1).topk(count)
             end = position + len(top.indices)
             words[position:end] = top.indices.cpu().numpy()
             values[position:end] = top.values.cpu().numpy()
-            keys += [_key(part[index]) for index in indices]
+            keys += [_key(rows[index]) for index in indices]
             position = end
             report(len(keys), len(ends))
     words.flush()
     values.flush()
-    np.save(temporary / "ends.npy", ends)
-    np.save(temporary / "keys.npy", np.frombuffer(b"".join(keys), np.uint8).reshape(len(keys), -1))
-    about = {"format_version": FORMAT_VERSION, "teacher_sha256": teacher_sha256, "words": count, "rows": len(keys)}
-    (temporary / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    temporary.rename(directory)
+    return keys
 
 
 def _plain(rows: Rows) -> TokenRows:

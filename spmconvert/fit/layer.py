@@ -147,6 +147,6 @@ def whitened_svd(
 @torch.no_grad()
 def _rounded_matrix(layer: SPMLinear) -> Tensor:
     """The matrix of a layer with the parameters it is stored with, float32."""
-    identity = torch.eye(layer.in_features, device=layer.weight.device)
+    identity = torch.eye(layer.in_features, dtype=torch.float32, device=layer.weight.device)
     wide: Tensor = layer(identity)
     return (wide - layer.bias.float() if layer.bias is not None else wide).t()

@@ -28,7 +28,7 @@ def covariance_root(covariance: Tensor) -> Tensor:
     sigma = covariance.double()
     level = sigma.diagonal().mean()
     if not level > 0:
-        return torch.eye(len(sigma), device=sigma.device)
+        return torch.eye(len(sigma), dtype=torch.float32, device=sigma.device)
     sigma = (sigma + sigma.t()) / 2
     sigma.diagonal().add_(RIDGE * level)
     factor, failed = torch.linalg.cholesky_ex(sigma)

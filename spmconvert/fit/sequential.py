@@ -59,8 +59,8 @@ class _Paired:
 
     def __init__(self, in_features: int, out_features: int) -> None:
         self.inputs = ActivationStatistics.empty(in_features)
-        self.mean = torch.zeros(out_features)
-        self.scatter = torch.zeros(out_features, in_features)
+        self.mean = torch.zeros(out_features, dtype=torch.float32)
+        self.scatter = torch.zeros(out_features, in_features, dtype=torch.float32)
 
     def add(self, inputs: Tensor, outputs: Tensor) -> None:
         part, mean = ActivationStatistics.of(inputs), outputs.mean(0)

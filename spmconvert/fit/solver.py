@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
-from spmconvert.errors import FitError
+from spmconvert.errors import FitError, OptionError
 from spmconvert.fit.lowrank import covariance_root
 from spmconvert.fit.problem import Best, Problem
 from spmconvert.fit.start import can_factorise, hierarchical_start_, random_start_
@@ -79,8 +79,13 @@ def fit_(
 
     Raises:
         FitError: when weight or statistics are not finite.
+        OptionError: when the layer is not float32.
     """
     began = time.perf_counter()
+    if layer.weight.dtype != torch.float32:
+        raise OptionError(
+            f"the layer to fit is {layer.weight.dtype}; fits are made in float32, store another dtype afterwards"
+        )
     if not (weight.isfinite().all() and statistics.scatter.isfinite().all() and statistics.mean.isfinite().all()):
         raise FitError("weight or input statistics are not finite; a least-squares fit needs finite numbers")
     root = covariance_root(statistics.covariance)
@@ -103,8 +108,8 @@ def _solve(problem: Problem, weight: Tensor, root: Tensor, iterations: int, seed
     unscale = problem.target_size / problem.input_size
     _fresh_start_(problem, weight, root, unscale, seed)
     with torch.no_grad():
-        start = problem.loss().item()
-    best = Best(problem, start)
+        start = problem.error().item()
+        best = Best(problem, problem.loss().item())
     done = 0
     # without stages the start is the best matrix of its rank; the diagonal is worth less than half a percent of the rest
     if start > EXACT and iterations and layer.geometry.stages:
@@ -115,7 +120,7 @@ def _solve(problem: Problem, weight: Tensor, root: Tensor, iterations: int, seed
         done = iterations
     best.restore_()
     with torch.no_grad():
-        end = problem.loss().item()
+        end = problem.error().item()
     problem.rescale_(unscale)
     if end < 1:
         problem.set_companion_(weight)
@@ -226,7 +231,7 @@ def fit_linear(
     weight = dense.weight.detach()
     bias: Tensor | None = dense.bias
     has_bias = bias is not None or statistics is not None
-    layer = SPMLinear(dense.in_features, dense.out_features, has_bias, device=weight.device, **design)
+    layer = SPMLinear(dense.in_features, dense.out_features, has_bias, device=weight.device, dtype=torch.float32, **design)
     moments = statistics or ActivationStatistics.isotropic(dense.in_features)
     result = fit_(layer, weight, bias, moments.to(weight.device), iterations=iterations, seed=seed)
     return layer.to(weight.dtype), result

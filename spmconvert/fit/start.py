@@ -21,12 +21,12 @@ def random_start_(layer: SPMLinear, seed: int) -> None:
     with torch.no_grad():
         shape = geometry.weight_shape()
         if geometry.variant == "rotation":
-            layer.weight.copy_((torch.rand(shape, generator=generator) * 2 - 1) * torch.pi)
+            layer.weight.copy_((torch.rand(shape, generator=generator, dtype=torch.float32) * 2 - 1) * torch.pi)
         elif geometry.block == 1:
-            angles = (torch.rand((shape[0], *shape[2:]), generator=generator) * 2 - 1) * torch.pi
+            angles = (torch.rand((shape[0], *shape[2:]), generator=generator, dtype=torch.float32) * 2 - 1) * torch.pi
             layer.weight.copy_(torch.stack([angles.cos(), angles.sin()], dim=1))
         else:
-            layer.weight.copy_(torch.randn(shape, generator=generator) * (2 * geometry.block) ** -0.5)
+            layer.weight.copy_(torch.randn(shape, generator=generator, dtype=torch.float32) * (2 * geometry.block) ** -0.5)
         layer.scale_in.fill_(1.0)
         layer.scale_out.fill_(1.0)
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_PROBE_TOKENS = 8
+PROBE_TOKENS = 8
 
 
 def has_plain_head(model: Any, batch: dict[str, Any]) -> bool:
@@ -14,11 +14,19 @@ def has_plain_head(model: Any, batch: dict[str, Any]) -> bool:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return False
-    probe = {key: value[:1, :_PROBE_TOKENS] if isinstance(value, Tensor) else value for key, value in batch.items()}
     with torch.no_grad():
-        states, output = states_before_head(model, model, probe)
+        states, output = states_before_head(model, model, _beginning(batch))
         logits = head(states)
     return bool(logits.shape == output.logits.shape) and torch.allclose(logits, output.logits, rtol=1e-2, atol=1e-3)
+
+
+def _beginning(batch: dict[str, Any]) -> dict[str, Any]:
+    """The first tokens of the first row, or all of a batch that has more than tokens: pictures belong to some of them."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    shapes = {value.shape for value in tensors.values()}
+    if len(shapes) != 1 or len(next(iter(shapes))) != 2 or not any(key.endswith("input_ids") for key in tensors):
+        return batch
+    return {**batch, **{key: value[:1, :PROBE_TOKENS] for key, value in tensors.items()}}
 
 
 def states_before_head(called: Any, owner: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -14,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spmconvert.checkpoint.reader import open_checkpoint
-from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.checkpoint.writer import OutputDirectory, check_apart
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
     LockedError,
     NotWritableError,
+    OptionError,
     OutputError,
     SpaceError,
 )
@@ -86,8 +87,12 @@ def test_layers_survive_and_resume(tmp_path):
         assert record == {"error": 0.5}
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
         assert target.load_layer("h.1") is None
-    with directory(tmp_path / "out") as target:
-        assert target.load_layer("h.0") is None, "a run without --resume starts over"
+    with pytest.raises(OutputError, match=r"1 finished layers; continue it with --resume, or discard it with --force"):
+        directory(tmp_path / "out").__enter__()
+    with directory(tmp_path / "out", resume=True) as target:
+        assert target.load_layer("h.0") is not None, "still there"
+    with directory(tmp_path / "out", force=True) as target:
+        assert target.load_layer("h.0") is None, "given up"
 
 
 def test_damaged_layer(tmp_path):
@@ -124,6 +129,82 @@ def test_force_never_replaces_what_is_not_a_checkpoint(tmp_path):
         with pytest.raises(OutputError, match="does not replace"):
             write(tmp_path / name, force=True)
     assert (tmp_path / "thesis" / "chapter1.tex").exists()
+
+
+@pytest.mark.parametrize("name", ["chapter1.tex", "notes/chapter1.tex", "link"])
+def test_force_never_replaces_an_output_with_a_file_of_somebody_else(tmp_path, name):
+    write(tmp_path / "out", "old")
+    file = tmp_path / "out" / name
+    file.parent.mkdir(exist_ok=True)
+    if name == "link":
+        (tmp_path / "elsewhere").write_text("x")
+        file.symlink_to(tmp_path / "elsewhere")
+    else:
+        file.write_text("x")
+    with pytest.raises(OutputError, match=f"{name}, which spmconvert did not write"):
+        write(tmp_path / "out", "new", force=True)
+    assert file.read_text() == "x"
+    assert (tmp_path / "out" / "config.json").read_text() == "old"
+    with directory(tmp_path / "out", replaces=[name]) as target:
+        target.write_weights(entries(TENSORS))
+        target.add_file(name, file)
+        target.commit()
+    assert file.read_text() == "x", "the new output has it, too"
+
+
+def test_what_appears_while_a_run_lasts_is_not_overwritten(tmp_path):
+    with directory(tmp_path / "out") as target:
+        target.write_weights(entries(TENSORS))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "chapter1.tex").write_text("x")
+        with pytest.raises(OutputError, match=r"chapter1\.tex"):
+            target.commit()
+    assert (tmp_path / "out" / "chapter1.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize("name", [".out.old", ".out.partial", ".out.lock"])
+@pytest.mark.parametrize("force", [False, True])
+def test_hidden_neighbours_of_somebody_else_are_left_alone(tmp_path, name, force):
+    if force:
+        write(tmp_path / "out", "old")
+    neighbour = tmp_path / name
+    if name == ".out.lock":
+        neighbour.write_text("x")
+    else:
+        neighbour.mkdir()
+        (neighbour / "chapter1.tex").write_text("x")
+    if name == ".out.old":
+        # no run uses this name
+        write(tmp_path / "out", "new", force=force)
+    else:
+        with pytest.raises(OutputError, match="move it away"):
+            write(tmp_path / "out", "new", force=force)
+    assert (neighbour if name == ".out.lock" else neighbour / "chapter1.tex").read_text() == "x"
+
+
+@pytest.mark.parametrize(
+    ("output", "source", "relation"),
+    [
+        ("a", "a", "is"),
+        ("a", "a/b", "holds"),
+        ("a", "a/b/text.txt", "holds"),
+        ("a/b/c", "a", "lies inside of"),
+        ("link", "a", "is"),
+        ("link/c", "a/b", None),
+        ("a/b2", "a/b", None),
+        ("c", "nothing", None),
+    ],
+)
+def test_outputs_are_apart_from_what_a_run_reads(tmp_path, output, source, relation):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "text.txt").write_text("x")
+    (tmp_path / "link").symlink_to("a")
+    reads = {"nothing": None, "text": tmp_path / source}
+    if relation is None:
+        check_apart(tmp_path / output, reads)
+    else:
+        with pytest.raises(OptionError, match=f"{output} {relation} the text .*-o"):
+            check_apart(tmp_path / output, reads)
 
 
 def test_second_run_is_refused(tmp_path):
@@ -299,16 +380,19 @@ while status:
     if out.exists():
         assert files_of(out) in ([whole, old] if force else [whole]), point
     if status and force and not out.exists():
-        # between the last two renames: the next run puts the old output back, whatever else it does
+        # between the last two renames: the next run puts the new output in place, whatever else it does
         try:
             directory(out).__enter__()
         except OutputError:
             gaps += 1
-        assert files_of(out) == old, point
+        assert files_of(out) == whole, point
     if status and not (out.exists() and files_of(out) == whole):
         # a run that was killed before it had a working directory has nothing to resume
         begun = (out.parent / ".out.partial" / "run.json").exists()
-        convert(out, "new", force=force, resume=begun)
+        try:
+            convert(out, "new", force=force, resume=begun)
+        except OutputError as error:
+            assert "was complete and is in place now" in str(error), point
     assert files_of(out) == whole, point
     if status:
         convert(out, "new", force=True)

@@ -129,7 +129,7 @@ def test_in_place_and_repeated(converted, text, tmp_path):
     shutil.copytree(converted["gpt2"], tmp_path / "m")
     with pytest.raises(OptionError, match="choose one"):
         finetune(tmp_path / "m", tmp_path / "o", data=text, in_place=True, **SHORT)
-    with pytest.raises(OptionError, match="is the input"):
+    with pytest.raises(OptionError, match=r"is the input.*--in-place"):
         finetune(tmp_path / "m", tmp_path / "m", data=text, **SHORT)
     first = finetune(tmp_path / "m", data=text, in_place=True, **SHORT)
     second = finetune(tmp_path / "m", data=text, in_place=True, **{**SHORT, "seed": 1})
