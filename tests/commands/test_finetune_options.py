@@ -1,14 +1,17 @@
 """What a finetune can be asked for: stages, averages, stored logits, precision, logs, and the place of its output."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 import spmconvert
+from spmconvert.checkpoint import writer
+from spmconvert.commands import finetune as finetuning
 from spmconvert.commands.finetune import finetune, store_teacher_logits
 from spmconvert.errors import BackendError, CheckpointError, OptionError, OutputError
-from tests.support import SHORT, files_of
+from tests.support import QUICK, SHORT, files_of, raw_tensors
 
 
 @pytest.mark.parametrize(
@@ -124,8 +127,6 @@ def test_stored_logits_take_the_teachers_place(converted, text, tmp_path):
 
 
 def test_in_place_and_repeated(converted, text, tmp_path):
-    import shutil
-
     shutil.copytree(converted["gpt2"], tmp_path / "m")
     with pytest.raises(OptionError, match="choose one"):
         finetune(tmp_path / "m", tmp_path / "o", data=text, in_place=True, **SHORT)
@@ -140,6 +141,104 @@ def test_in_place_and_repeated(converted, text, tmp_path):
     assert spmconvert.load(tmp_path / "m")
     default = finetune(tmp_path / "m", data=text, **SHORT)
     assert default.output == tmp_path / "m-ft"
+
+
+@pytest.mark.parametrize("moment", ["before the last rename", "after it"])
+def test_a_result_that_was_killed_on_its_way_into_place_is_found_again(converted, text, tmp_path, monkeypatch, moment):
+    shutil.copytree(converted["gpt2"], tmp_path / "m")
+    options = {"data": text, "in_place": True, **SHORT}
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    def killed_in_commit(output):
+        # the first call, at the beginning, has nothing to do
+        if (tmp_path / ".m.partial" / writer.COMMIT_FILE).exists():
+            raise KeyboardInterrupt
+        return False
+
+    with monkeypatch.context() as patch:
+        if moment == "before the last rename":
+            patch.setattr(writer, "finish_commit", killed_in_commit)
+        else:
+            patch.setattr(writer.shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tmp_path / "m", **options)
+    assert (tmp_path / "m").exists() == (moment == "after it")
+    found = finetune(tmp_path / "m", resume=True, **options)
+    runs = json.loads((tmp_path / "m" / "spm.json").read_text())["finetune"]
+    assert [run["best_loss"] for run in runs] == [found.best_loss]
+    assert found.steps == SHORT["steps"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.jsonl"]
+    with pytest.raises(OutputError, match="finetuned in place with these settings"):
+        finetune(tmp_path / "m", **options)
+    finetune(tmp_path / "m", force=True, **options)
+    assert len(json.loads((tmp_path / "m" / "spm.json").read_text())["finetune"]) == 2
+
+
+def test_a_file_beside_the_weights_is_not_lost_in_place(converted, text, tmp_path):
+    shutil.copytree(converted["gpt2"], tmp_path / "m")
+    (tmp_path / "m" / "notes.txt").write_text("x")
+    finetune(tmp_path / "m", data=text, in_place=True, **SHORT)
+    assert (tmp_path / "m" / "notes.txt").read_text() == "x", "copied, as tokenizers are"
+    (tmp_path / "m" / "runs").mkdir()
+    (tmp_path / "m" / "runs" / "notes.txt").write_text("x")
+    with pytest.raises(OutputError, match=r"runs/notes\.txt, which spmconvert did not write"):
+        finetune(tmp_path / "m", data=text, in_place=True, **{**SHORT, "seed": 1})
+
+
+@pytest.mark.parametrize("kind", ["data", "file", "link"])
+def test_the_log_overwrites_no_other_file(converted, text, tmp_path, kind):
+    file, log = tmp_path / "precious", tmp_path / "o.jsonl"
+    lines = "".join(json.dumps({"text": line}) + "\n" for line in text.read_text().splitlines())
+    file.write_text(lines)
+    if kind == "link":
+        log.symlink_to(file)
+    else:
+        log.write_text(lines)
+    with pytest.raises(OutputError, match=r"o\.jsonl, which is no log"):
+        finetune(converted["gpt2"], tmp_path / "o", data=log if kind == "data" else text, **SHORT)
+    assert log.read_text() == file.read_text() == lines
+    log.unlink()
+    finetune(converted["gpt2"], tmp_path / "o", data=text, **SHORT)
+    first = log.read_text()
+    finetune(converted["gpt2"], tmp_path / "o", data=text, force=True, **SHORT)
+    assert len(log.read_text().splitlines()) == len(first.splitlines()), "its own log is written anew"
+
+
+@pytest.mark.parametrize("command", ["finetune", "export"])
+def test_force_never_replaces_the_source(checkpoints, text, tmp_path, command):
+    shutil.copytree(checkpoints["gpt2"], tmp_path / "home" / "dense")
+    dense = tmp_path / "home" / "dense"
+    spmconvert.convert(dense, tmp_path / "spm", rank=2, calib=text, **QUICK)
+    before = files_of(dense)
+    for output in (dense, tmp_path / "home", dense / "inside"):
+        options = {"data": text, **SHORT} if command == "finetune" else {}
+        with pytest.raises(OptionError, match=r"(is|holds|lies inside of) the (teacher|source)"):
+            getattr(spmconvert, command)(tmp_path / "spm", output, force=True, **options)
+    assert files_of(dense) == before
+
+
+@pytest.mark.parametrize("changes", [{}, {"train": "norms"}, {"train": "all", "ema": 0.9}], ids=str)
+def test_the_space_that_is_asked_for_holds_the_state_twice(converted, text, tmp_path, monkeypatch, changes):
+    asked, states = [], []
+
+    class Asked(writer.OutputDirectory):
+        def __init__(self, *given, needed_bytes, **options):
+            asked.append(needed_bytes)
+            super().__init__(*given, needed_bytes=needed_bytes, **options)
+
+        def save_file(self, name, save):
+            super().save_file(name, save)
+            states.append(torch.load(self.partial / name))
+
+    monkeypatch.setattr(finetuning, "OutputDirectory", Asked)
+    finetune(converted["gpt2"], tmp_path / "o", data=text, **{**SHORT, **changes})
+    written = sum(len(content) for _, content in raw_tensors(tmp_path / "o").values())
+    state = states[-1]
+    parts = (state["parameters"], state["state"]["best"], state["state"]["average"], *state["moments"].values())
+    held = sum(tensor.nbytes for part in parts for tensor in part.values() if tensor.ndim)
+    assert asked == [written + 2 * held]
 
 
 def test_tracker(converted, text, tmp_path):
