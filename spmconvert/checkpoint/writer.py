@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
+from spmconvert.checkpoint.checksums import write_checksums
 from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
-from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -250,20 +250,6 @@ class OutputDirectory:
             shutil.rmtree(self._replaced, ignore_errors=True)
             # the output is there: nothing that happens to the rest can be an error of this run
             shutil.rmtree(self.partial, ignore_errors=True)
-
-
-def write_checksums(directory: Path) -> None:
-    """Note the hashes of the files that decide what the model computes, in the form that sha256sum -c reads.
-
-    The model card may be edited, and the provenance holds times, so that equal runs would differ.
-    """
-    lines = []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name not in ("README.md", PROVENANCE_FILE, CHECKSUM_FILE):
-            with path.open("rb") as stream:
-                lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
-    (directory / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def partial_directory(output: Path) -> Path:
