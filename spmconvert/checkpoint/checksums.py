@@ -1,29 +1,65 @@
-"""The hashes of a checkpoint's files: what it was when it was written, and by that, which files this tool wrote."""
+"""The hashes that a finished checkpoint carries about its own files, in the form that ``sha256sum -c`` reads.
 
-import hashlib
-from pathlib import Path
+They are of the files that decide what the model computes. Left out are the model card, which may be edited; the provenance,
+which holds times, so that equal runs would differ; what a later report leaves there; and hidden files, which version
+control and downloads keep for themselves. The list shows damage and stray changes; whoever changes a file on purpose can
+change it too. This module does not import torch.
+"""
 
-from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE
+import re
+from pathlib import Path, PurePosixPath
 
-# written beside the listed files and free to change: the card may be edited, and the provenance holds times
-UNLISTED_FILES = ("README.md", PROVENANCE_FILE)
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, REPORT_FILES
+from spmconvert.errors import CheckpointError, CorruptCheckpointError
+from spmconvert.system.files import file_hash
+
+UNLISTED_FILES = ("README.md", PROVENANCE_FILE, CHECKSUM_FILE, *REPORT_FILES)
+_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+
+
+def listed_files(directory: Path) -> list[str]:
+    """Names of the files that the list of a checkpoint has to have, relative and with slashes, sorted."""
+    paths = (path.relative_to(directory) for path in sorted(directory.rglob("*")) if path.is_file())
+    return [
+        path.as_posix()
+        for path in paths
+        if path.as_posix() not in UNLISTED_FILES and not any(part.startswith(".") for part in path.parts)
+    ]
 
 
 def write_checksums(directory: Path) -> None:
-    """Note the hashes of the files that decide what the model computes, in the form that sha256sum -c reads.
+    """Write the list of a finished checkpoint into its directory.
 
-    The model card may be edited, and the provenance holds times, so that equal runs would differ.
+    Raises:
+        OSError: as the system does.
     """
-    lines = []
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        name = path.relative_to(directory).as_posix()
-        if name not in (*UNLISTED_FILES, CHECKSUM_FILE):
-            with path.open("rb") as stream:
-                lines.append(f"{hashlib.file_digest(stream, 'sha256').hexdigest()}  {name}\n")
+    lines = (f"{file_hash(directory / name)}  {name}\n" for name in listed_files(directory))
     (directory / CHECKSUM_FILE).write_text("".join(lines), encoding="utf-8")
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
-    """Hashes by the path of the file inside of the directory; the file with them exists."""
-    lines = (directory / CHECKSUM_FILE).read_text(encoding="utf-8").splitlines()
-    return {name: digest for digest, _, name in (line.partition("  ") for line in lines)}
+    """The SHA-256 (hexadecimal) of every listed file by its relative name, as it was when the checkpoint was written.
+
+    Raises:
+        CheckpointError: when there is no list, or it cannot be read.
+        CorruptCheckpointError: when a line is not a hash and a name inside of the directory.
+    """
+    file = directory / CHECKSUM_FILE
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        raise CheckpointError(f"{directory} has no {CHECKSUM_FILE}; convert again to have one") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read ({error.strerror}); check its permissions") from None
+    except UnicodeDecodeError:
+        raise CorruptCheckpointError(f"{file} is not UTF-8; convert again") from None
+    hashes: dict[str, str] = {}
+    for number, line in enumerate(filter(None, lines), 1):
+        match = _LINE.fullmatch(line)
+        name = PurePosixPath(match[2] if match else "..")
+        if match is None or name.is_absolute() or ".." in name.parts or match[2] in hashes:
+            raise CorruptCheckpointError(
+                f"line {number} of {file} is not a hash and the name of one more file beside it; convert again"
+            )
+        hashes[match[2]] = match[1]
+    return hashes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, QUANT_METHOD, REPORT_FILES
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError
+from spmconvert.system.files import file_hash
 
 if TYPE_CHECKING:
     import torch
@@ -128,8 +129,7 @@ class Checkpoint:
     def _content_hash(self) -> str:
         total = hashlib.sha256((self.directory / "config.json").read_bytes())
         for file in sorted({entry.file for entry in self.tensors.values()}):
-            with file.open("rb") as stream:
-                total.update(f"{file.name}\n{hashlib.file_digest(stream, 'sha256').hexdigest()}\n".encode())
+            total.update(f"{file.name}\n{file_hash(file)}\n".encode())
         return total.hexdigest()
 
 

@@ -29,7 +29,6 @@ from filelock import FileLock, Timeout
 
 from spmconvert.checkpoint.checksums import UNLISTED_FILES, read_checksums, write_checksums
 from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
-from spmconvert.checkpoint.manifest import CHECKSUM_FILE, REPORT_FILES
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -111,11 +110,12 @@ def foreign_files(directory: Path) -> list[str]:
     """Files in a directory that no run of this tool wrote, by their paths inside of it, sorted.
 
     Those of a checkpoint that it wrote are listed in its checksums, beside the files that may change afterwards. Where
-    there are no checksums every file is somebody else's.
+    there is no list that can be read every file is somebody else's.
     """
-    written: set[str] = set()
-    if (directory / CHECKSUM_FILE).is_file():
-        written = {*read_checksums(directory), *UNLISTED_FILES, CHECKSUM_FILE, *REPORT_FILES}
+    try:
+        written = {*read_checksums(directory), *UNLISTED_FILES}
+    except CheckpointError:
+        written = set()
     files = (path for path in directory.rglob("*") if path.is_symlink() or not path.is_dir())
     return sorted(name for path in files if (name := path.relative_to(directory).as_posix()) not in written)
 

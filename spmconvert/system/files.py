@@ -4,6 +4,7 @@ Every file that a later run may read is written here: finished layers, caches, r
 failure (``durable``) is also flushed to the disk, with the directory that holds its name.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,16 @@ def save_whole(file: Path, save: Callable[[Path], object], *, durable: bool = Fa
         raise
     if durable:
         sync(file.parent)
+
+
+def file_hash(file: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: as the system does.
+    """
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
