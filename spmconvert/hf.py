@@ -13,6 +13,7 @@ What it gives up: a program that never imports spmconvert cannot load the checkp
 ``weight``, whose shape can never be that of a dense layer. Tensor-parallel plans that name a replaced layer are refused.
 """
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -96,9 +97,13 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
 
     requires_calibration = False
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+    def _process_model_before_weight_loading(
+        self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> nn.Module:
         if self.pre_quantized:
             swap_layers(model, self.quantization_config.specs())
+        # those of the revision, subfolder and variant that are being loaded
+        self._files = [Path(file) for file in checkpoint_files or ()]
         return model
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
@@ -108,9 +113,8 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
             # only for this: it takes more imports than loading does
             from spmconvert.commands.in_memory import convert_in_memory_
 
-            self.quantization_config.layers = {
-                name: spec.to_json() for name, spec in convert_in_memory_(model, self.quantization_config.recipe()).items()
-            }
+            specs = convert_in_memory_(model, self._files, self.quantization_config.recipe())
+            self.quantization_config.layers = {name: spec.to_json() for name, spec in specs.items()}
             self.quantization_config.request = None
         # the parameters are ordinary floating point: half(), float() and the Trainer apply
         model.is_quantized = False  # type: ignore[assignment]

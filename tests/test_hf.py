@@ -19,6 +19,9 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import spmconvert
+from spmconvert.checkpoint import reader
+from spmconvert.checkpoint.reader import open_loaded, tokenizer_place
+from spmconvert.commands.in_memory import convert_in_memory_
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError, RecipeError
 from spmconvert.hf import SPMConfig
 from spmconvert.model.swap import copy_sharing_tensors, replace_module, swap_layers
@@ -269,6 +272,60 @@ def test_convert_on_load_equals_the_command(checkpoints, text, tmp_path, convert
     torch.testing.assert_close(logits(model), logits(spmconvert.load(converted["gpt2"])), rtol=1e-3, atol=1e-3)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(spmconvert.load(tmp_path)), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("options", [{"subfolder": "inner"}, {"variant": "other"}], ids=str)
+def test_convert_on_load_takes_the_files_that_are_loaded(checkpoints, text, tmp_path, options):
+    shutil.copytree(checkpoints["gpt2"], tmp_path / "m")
+    if "subfolder" in options:
+        # another model of another size lies around it
+        shutil.copytree(checkpoints["llama"], tmp_path / "n")
+        shutil.move(tmp_path / "m", tmp_path / "n" / "inner")
+        (tmp_path / "n").rename(tmp_path / "m")
+        weights = tmp_path / "m" / "inner" / "model.safetensors"
+    else:
+        weights = tmp_path / "m" / "model.safetensors"
+    tensors = {name: 2 * tensor if "mlp" in name else tensor for name, tensor in load_file(weights).items()}
+    target = weights.with_name("model.other.safetensors") if "variant" in options else weights
+    weights.unlink()
+    save_file(tensors, target, {"format": "pt"})
+    quick = {"calibration.rows": 24, "fit.iterations": 2, "allow_growth": True}
+    request = SPMConfig(targets="mlp", calib=str(text), rank=30, **quick)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", quantization_config=request, **options)
+    weight = tensors["transformer.h.0.mlp.c_fc.weight"].t()
+    found = model.transformer.h[0].mlp.c_fc.to_dense()
+    assert (found - weight).square().sum() < 0.1 * weight.square().sum()
+
+
+def test_a_fit_is_made_in_float32_whatever_the_default_is(checkpoints, text, tmp_path):
+    request = {"targets": "mlp", "calib": str(text), "rank": 4, "calibration.rows": 24, "fit.iterations": 10}
+    matrices = []
+    for default in (torch.float32, torch.bfloat16):
+        model = spmconvert.load(checkpoints["llama"])
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(default)
+        try:
+            convert_in_memory_(model, [checkpoints["llama"] / "model.safetensors"], SPMConfig(**request).recipe())
+        finally:
+            torch.set_default_dtype(before)
+        matrices.append(torch.stack([layer.to_dense() for name, layer in spm_layers(model).items() if "up_proj" in name]))
+    assert matrices[1].dtype == torch.float32
+    torch.testing.assert_close(matrices[0], matrices[1], rtol=0, atol=0)
+
+
+def test_the_commit_of_a_file_in_the_cache_of_the_hub(checkpoints, tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "0123abc"
+    shutil.copytree(checkpoints["gpt2"], snapshot / "inner", ignore=lambda *_: ["tokenizer.json", "tokenizer_config.json"])
+    source = open_loaded("owner/name", [snapshot / "inner" / "model.safetensors"])
+    assert (source.name, source.revision) == ("owner/name", "0123abc")
+    fetched = []
+    monkeypatch.setattr(reader, "_download", lambda *given: fetched.append(given) or snapshot)
+    assert tokenizer_place(source) == snapshot
+    assert fetched == [("owner/name", "0123abc")]
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin.*only safetensors"):
+        open_loaded("owner/name", [snapshot / "pytorch_model.bin"])
+    with pytest.raises(CheckpointError, match="a state dict"):
+        open_loaded("", [])
 
 
 def test_convert_on_load_without_data(checkpoints):

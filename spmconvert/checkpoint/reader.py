@@ -7,12 +7,13 @@ This module imports torch only where a tensor is read.
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEntry, read_headers
+from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEntry, read_header, read_headers
 from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, QUANT_METHOD, REPORT_FILES
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError
 from spmconvert.system.files import file_hash
@@ -159,6 +160,48 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
         return Checkpoint(path, name, commit, _read_config(path), read_headers(path))
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def open_loaded(name: str, files: Sequence[Path]) -> Checkpoint:
+    """The checkpoint that a model has been loaded from: of the revision, subfolder and variant of its files.
+
+    Args:
+        name: what it was loaded by: a hub id or a directory.
+        files: its weight files, in one directory.
+
+    Raises:
+        CheckpointError: when the model came from no safetensors files, or the directory is no checkpoint.
+        CorruptCheckpointError: when a file contradicts itself.
+    """
+    if not files or any(file.suffix != ".safetensors" for file in files):
+        what = files[0].name if files else "a state dict"
+        raise CheckpointError(f"model {name!r} was loaded from {what}; only safetensors files can be converted")
+    directory = files[0].parent
+    commit = _commit(directory)
+    tensors = {tensor: entry for file in files for tensor, entry in read_header(file).items()}
+    name = name if commit else str(directory.resolve())
+    return Checkpoint(directory, name, commit, _read_config(directory), tensors)
+
+
+def tokenizer_place(checkpoint: Checkpoint) -> Path:
+    """Where the tokenizer of a loaded model is: beside its weights, or at the root of the repository around them.
+
+    ``from_pretrained`` fetches weights and configs alone, so for a model of the hub the rest of that commit is fetched here.
+    """
+    if checkpoint.revision is None:
+        return checkpoint.directory
+    root = _download(checkpoint.name, checkpoint.revision)
+    beside = any(checkpoint.directory.glob("tokenizer*"))
+    return checkpoint.directory if beside else root
+
+
+def _commit(directory: Path) -> str | None:
+    """The commit of a directory in the hub's cache, ``models--owner--name/snapshots/COMMIT/...``, or None elsewhere."""
+    parts = directory.parts
+    for place, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[place + 1] == "snapshots":
+            return parts[place + 2]
+    return None
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
