@@ -22,14 +22,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from spmconvert.distill.loss import Distillation
 from spmconvert.errors import CalibrationError
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
-from spmconvert.outputs.objective import objective_for, pooled
-from spmconvert.recipe.recipe import Training
+from spmconvert.outputs.losses import class_loss
+from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_positions
+from spmconvert.outputs.words import compare_words, has_plain_head, word_head, word_states
 
 # shares of a layer's parameters that its low-rank candidates keep
 MEASURED_SHARES = (0.04, 0.3)
@@ -81,15 +81,32 @@ def divergence(model: Any, name: str, replacement: nn.Module, batches: Iterable[
     student = copy_sharing_tensors(model)
     replace_module(student, name, replacement.eval())
     objective = objective_for(model.config, type(model).__name__)
-    distillation = Distillation(student, model, objective, Training())
     total = positions = 0.0
+    plain_head: bool | None = None
     for batch in batches:
-        if objective == "hidden":
-            own, target = (normalize(pooled(one(**batch)[0], batch).float(), dim=-1) for one in (student, model))
-            total, positions = total + (own - target).square().sum().item(), positions + len(own)
-        else:
-            loss = distillation.loss(batch)
-            total, positions = total + loss.total.item(), positions + loss.positions
+        if objective == "logits" and plain_head is None:
+            plain_head = has_plain_head(model, batch)
+        loss, count = _distance(student, model, objective, batch, plain_head=bool(plain_head))
+        total, positions = total + loss.item(), positions + count
     if not math.isfinite(total):
         raise CalibrationError.not_finite(f"outputs of the model with layer {name} replaced", name)
     return total / positions
+
+
+def _distance(
+    student: Any, teacher: Any, objective: Objective, batch: dict[str, Any], *, plain_head: bool
+) -> tuple[Tensor, int]:
+    """The sum over the positions of a batch, and their number."""
+    if objective == "logits":
+        states, targets = (
+            real_positions(word_states(model, model, batch, plain_head=plain_head)[0], batch)
+            for model in (student, teacher)
+        )
+        heads = (word_head(model, plain_head=plain_head) for model in (student, teacher))
+        return compare_words(states, next(heads), (targets,), next(heads))[0], len(states)
+    outputs = [model(**batch) for model in (student, teacher)]
+    if objective == "hidden":
+        own, target = (normalize(pooled(output[0], batch).float(), dim=-1) for output in outputs)
+        return (own - target).square().sum(), len(own)
+    own, target = (class_logits(output, batch) for output in outputs)
+    return class_loss(own, target, scores=objective == "scores"), len(own)

@@ -11,6 +11,7 @@ from spmconvert.calibrate.curvature import gather_curvatures
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.data.calibration import CalibrationRows
+from spmconvert.model.loading import in_float32
 from spmconvert.plan.plan import LayerPlan
 
 
@@ -73,6 +74,10 @@ def gather_moments(
 
     fitted = collect(model, names, counted(rows.fitted))
     held_out = collect(model, names, counted(rows.held_out))
-    curvatures = gather_curvatures(model, names, counted(rows.fitted), seed) if weighted else {}
+    curvatures = {}
+    if weighted:
+        # gradients of a model in half precision round to nothing where they are small
+        with in_float32(model):
+            curvatures = gather_curvatures(model, names, counted(rows.fitted), seed)
     metrics = {name: OutputMetric.of(curvature) for name, curvature in curvatures.items()}
     return {name: Moments(fitted[name], held_out[name], metrics.get(name)) for name in names}

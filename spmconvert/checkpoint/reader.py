@@ -186,7 +186,7 @@ def open_loaded(name: str, files: Sequence[Path]) -> Checkpoint:
 def tokenizer_place(checkpoint: Checkpoint) -> Path:
     """Where the tokenizer of a loaded model is: beside its weights, or at the root of the repository around them.
 
-    ``from_pretrained`` fetches weights and configs alone, so for a model of the hub the rest of that commit is fetched here.
+    ``from_pretrained`` fetches weights and configs alone; for a model of the hub the rest of that commit is fetched here.
     """
     if checkpoint.revision is None:
         return checkpoint.directory

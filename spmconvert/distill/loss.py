@@ -15,13 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, mse_loss
 
 from spmconvert.distill.stored import StoredLogits
 from spmconvert.errors import OptionError
-from spmconvert.outputs.losses import hidden_state_loss, kl_divergence, over_chunks, relative_square, sparse_kl_divergence
+from spmconvert.outputs.losses import class_loss, hidden_state_loss, relative_square
 from spmconvert.outputs.objective import Objective, all_states, class_logits, next_tokens, pooled, real_positions
-from spmconvert.outputs.words import has_plain_head, states_before_head
+from spmconvert.outputs.words import compare_words, has_plain_head, word_head, word_states
 from spmconvert.recipe.recipe import Training
 
 
@@ -116,11 +115,11 @@ class Distillation:
 
     def _run(self, called: Any, owner: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
         """States to compare (before a plain head, logits or last hidden states), and the whole output."""
-        extra = {"output_hidden_states": True} if self.training.hidden_states else {}
-        if self.objective == "logits" and self.plain_head:
-            return states_before_head(called, owner, {**batch, **extra, "logits_to_keep": 1})
-        output = called(**batch, **extra)
-        return (output.logits if self.objective == "logits" else output[0]), output
+        batch = {**batch, "output_hidden_states": True} if self.training.hidden_states else batch
+        if self.objective == "logits":
+            return word_states(called, owner, batch, plain_head=bool(self.plain_head))
+        output = called(**batch)
+        return output[0], output
 
     @torch.no_grad()
     def _run_teacher(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:
@@ -139,29 +138,20 @@ class Distillation:
     ) -> Loss:
         states = real_positions(own[0], batch)
         words = real_positions(next_tokens(batch, own[0]) if labels is None else labels, batch)
-        heads = self._heads()
-        if self.stored is not None:
-            wanted: tuple[Tensor, ...] = self.stored.lookup(batch)
-        else:
-            wanted = (real_positions(_required(target)[0], batch),)
+        targets = (real_positions(_required(target)[0], batch),) if self.stored is None else self.stored.lookup(batch)
         wants_words = measure or self.training.cross_entropy > 0
-
-        def chunk(own_states: Tensor, answers: Tensor, *targets: Tensor) -> Tensor:
-            logits = heads[0](own_states)
-            zero = logits.new_zeros((), dtype=torch.float32)
-            if self.stored is not None:
-                divergence, teacher_entropy = sparse_kl_divergence(logits, *targets), zero
-            else:
-                with torch.no_grad():
-                    teacher_logits = heads[1](targets[0]).to(logits.device)
-                divergence = kl_divergence(logits, teacher_logits, self.training.temperature)
-                teacher_entropy = _cross_entropy(teacher_logits, answers) if measure else zero
-            return torch.stack([divergence, _cross_entropy(logits, answers) if wants_words else zero, teacher_entropy])
-
-        divergence, entropy, teacher_entropy = over_chunks(chunk, states, words, *wanted)
+        plain_head = bool(self.plain_head)
+        divergence, entropy, teacher_entropy = compare_words(
+            states,
+            word_head(self.student, plain_head=plain_head),
+            targets,
+            None if self.stored is not None else word_head(self.teacher, plain_head=plain_head),
+            words if wants_words else None,
+            temperature=self.training.temperature,
+        )
         loss = _single("kl", divergence, len(states))
-        count = (words != -100).sum()
         if wants_words:
+            count = (words != -100).sum()
             weight = self.training.cross_entropy * len(states) / count.clamp_min(1)
             _add(loss, "cross_entropy", weight, entropy)
             loss.parts["words"] = count
@@ -177,28 +167,18 @@ class Distillation:
             _add(loss, "pooled_states", self.training.pooled_states, mean * loss.positions)
         return loss
 
-    def _heads(self) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-        if not self.plain_head:
-            return nn.Identity(), nn.Identity()
-        own: Callable[[Tensor], Tensor] = self.student.get_output_embeddings()
-        return own, own if self.teacher is None else self.teacher.get_output_embeddings()
-
     def _classes(self, own: tuple[Tensor, Any], target: tuple[Tensor, Any] | None, batch: dict[str, Any]) -> Loss:
         found, wanted = (class_logits(run[1], batch) for run in (own, _required(target)))
         wanted = wanted.to(found.device)
-        if self.objective == "scores":
-            return _single("square", mse_loss(found.float(), wanted.float(), reduction="sum"), len(found))
-        return _single("kl", kl_divergence(found, wanted, self.training.temperature), len(found))
+        scores = self.objective == "scores"
+        total = class_loss(found, wanted, scores=scores, temperature=self.training.temperature)
+        return _single("square" if scores else "kl", total, len(found))
 
 
 def _required(target: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
     if target is None:
         raise OptionError("this objective needs the teacher itself; leave --teacher-logits out")
     return target
-
-
-def _cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:
-    return cross_entropy(logits.float(), answers, ignore_index=-100, reduction="sum")
 
 
 def _single(name: str, total: Tensor, positions: int) -> Loss:

@@ -1,8 +1,13 @@
 """Loading models: a converted one as its config names it, the dense one as it is calibrated, whole or from disk."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
 
 from spmconvert.model.architecture import load_config, model_class, skeleton
 
@@ -49,6 +54,20 @@ class DenseModel:
     def release(self) -> None:
         """Let it go; it would be loaded again."""
         self._loaded = None
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Have the floating-point tensors of a model in float32 for a while; they come back as they were, bit for bit."""
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+    before = [(tensor, tensor.data) for tensor in tensors if tensor.dtype != torch.float32]
+    for tensor, half in before:
+        tensor.data = half.float()
+    try:
+        yield
+    finally:
+        for tensor, half in before:
+            tensor.data = half
 
 
 def load_with_blocks_on_disk(directory: Path, config: Any, device: str, container: str, folder: Path) -> Any:

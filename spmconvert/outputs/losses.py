@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax, mse_loss
 from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 256
@@ -45,6 +45,20 @@ def sparse_kl_divergence(student: Tensor, words: Tensor, log_probabilities: Tens
     rest_teacher = (1 - log_teacher.exp().sum(-1)).clamp_min(SMALLEST)
     rest_student = (1 - log_student.exp().sum(-1)).clamp_min(SMALLEST)
     return known + (rest_teacher * (rest_teacher.log() - rest_student.log())).sum()
+
+
+def class_loss(student: Tensor, teacher: Tensor, *, scores: bool, temperature: float = 1.0) -> Tensor:
+    """Sum over rows of the divergence of their classes, or of the squared distance of their scores, in float32.
+
+    Args:
+        student: logits [rows, classes].
+        teacher: logits [rows, classes].
+        scores: whether the one class is a score, which has no distribution.
+        temperature: that both distributions are taken at.
+    """
+    if scores:
+        return mse_loss(student.float(), teacher.float(), reduction="sum")
+    return kl_divergence(student, teacher, temperature)
 
 
 def over_chunks(loss: Callable[..., Tensor], *states: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """Distributions over words, compared from the hidden states on: full logits of two models never exist together."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from spmconvert.outputs.losses import kl_divergence, over_chunks, sparse_kl_divergence
 
 PROBE_TOKENS = 8
 
@@ -38,3 +42,72 @@ def states_before_head(called: Any, owner: Any, batch: dict[str, Any]) -> tuple[
     finally:
         handle.remove()
     return caught[0], output
+
+
+def word_states(called: Any, owner: Any, batch: dict[str, Any], *, plain_head: bool) -> tuple[Tensor, Any]:
+    """What a model's words follow from: the states before a plain head, or the logits; and its whole output.
+
+    Args:
+        called: the model, or a distributed wrapper of it.
+        owner: the model itself.
+        batch: its keyword arguments.
+        plain_head: whether ``has_plain_head`` holds.
+    """
+    if plain_head:
+        return states_before_head(called, owner, {**batch, "logits_to_keep": 1})
+    output = called(**batch)
+    return output.logits, output
+
+
+def word_head(model: Any, *, plain_head: bool) -> Callable[[Tensor], Tensor]:
+    """From what ``word_states`` gives to logits."""
+    head: Callable[[Tensor], Tensor] = model.get_output_embeddings() if plain_head else nn.Identity()
+    return head
+
+
+def compare_words(
+    states: Tensor,
+    head: Callable[[Tensor], Tensor],
+    targets: tuple[Tensor, ...],
+    target_head: Callable[[Tensor], Tensor] | None,
+    answers: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+) -> Tensor:
+    """How far a student's words are from a teacher's, in chunks of tokens.
+
+    Args:
+        states: of the student, [tokens, features].
+        head: from them to logits.
+        targets: the teacher's states [tokens, features]; or, without ``target_head``, its likeliest words
+            [tokens, k] (int64) and their log-probabilities [tokens, k].
+        target_head: from the teacher's states to its logits.
+        answers: the text's own tokens [tokens] (int64), -100 where there is none; None where nobody asks for entropies.
+        temperature: that both distributions are taken at.
+
+    Returns:
+        Sums over the tokens, float32 [3]: the divergence KL(teacher || student), the cross-entropy of the student with the
+        answers and that of the teacher; zero where it is not asked for or not known.
+    """
+
+    def chunk(own: Tensor, *others: Tensor) -> Tensor:
+        logits = head(own)
+        zero = logits.new_zeros((), dtype=torch.float32)
+        given = others[: len(targets)]
+        teacher_entropy = zero
+        if target_head is None:
+            divergence = sparse_kl_divergence(logits, *given)
+        else:
+            with torch.no_grad():
+                teacher_logits = target_head(given[0]).to(logits.device)
+            divergence = kl_divergence(logits, teacher_logits, temperature)
+            if answers is not None:
+                teacher_entropy = _cross_entropy(teacher_logits, others[-1])
+        entropy = zero if answers is None else _cross_entropy(logits, others[-1])
+        return torch.stack([divergence, entropy, teacher_entropy])
+
+    return over_chunks(chunk, states, *targets, *(() if answers is None else (answers,)))
+
+
+def _cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:
+    return cross_entropy(logits.float(), answers, ignore_index=-100, reduction="sum")
