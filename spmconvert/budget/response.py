@@ -98,12 +98,10 @@ def _distance(
 ) -> tuple[Tensor, int]:
     """The sum over the positions of a batch, and their number."""
     if objective == "logits":
-        states, targets = (
-            real_positions(word_states(model, model, batch, plain_head=plain_head)[0], batch)
-            for model in (student, teacher)
-        )
-        heads = (word_head(model, plain_head=plain_head) for model in (student, teacher))
-        return compare_words(states, next(heads), (targets,), next(heads))[0], len(states)
+        both = [word_states(model, model, batch, plain_head=plain_head)[0] for model in (student, teacher)]
+        states, targets = (real_positions(found, batch) for found in both)
+        head, target_head = (word_head(model, plain_head=plain_head) for model in (student, teacher))
+        return compare_words(states, head, (targets,), target_head)[0], len(states)
     outputs = [model(**batch) for model in (student, teacher)]
     if objective == "hidden":
         own, target = (normalize(pooled(output[0], batch).float(), dim=-1) for output in outputs)

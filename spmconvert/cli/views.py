@@ -22,6 +22,8 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
     table = Table(title=None, box=None, pad_edge=False)
     for column in ("layer", "in x out", "design", "kept", "error", "SVD same size", "time"):
         table.add_column(column, justify="left" if column in ("layer", "design") else "right", overflow="fold")
+    if any(record.warning for record in conversion.layers):
+        table.add_column("", justify="left", overflow="fold")
     for record in conversion.layers:
         table.add_row(
             record.name,
@@ -31,6 +33,7 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
             f"{record.error:.4f}",
             f"{record.baseline_error:.4f}",
             f"{record.seconds:.1f} s",
+            *([record.warning] if record.warning else []),
         )
     out.print(table)
     before = sum(record.dense_parameters for record in conversion.layers)

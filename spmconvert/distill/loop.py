@@ -216,9 +216,9 @@ def _positions(run: TrainingRun, rows: Sequence[int]) -> int:
 
 
 def _parts(rows: list[int], count: int) -> Iterator[list[int]]:
-    size = -(-len(rows) // count)
-    for first in range(0, len(rows), size):
-        yield rows[first : first + size]
+    """Rows cut into so many parts of about the same size: sharded parameters need as many passes in every process."""
+    for index in range(count):
+        yield rows[index * len(rows) // count : (index + 1) * len(rows) // count]
 
 
 def _clip(run: TrainingRun) -> float:

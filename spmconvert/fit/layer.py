@@ -9,6 +9,7 @@ from torch import Tensor
 from spmconvert.calibrate.moments import Moments
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.errors import FitError
 from spmconvert.fit.error import LayerError, measure_error
 from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.sequential import Regression
@@ -16,6 +17,13 @@ from spmconvert.fit.solver import fit_
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
+
+# centred error of a layer that puts out its mean whatever goes in
+WORTHLESS = 1.0
+# what is warned about: an error that rounding multiplies by this, or so many times that of SVD of the same size
+ROUNDING_LOSS, FAR_ABOVE = 1.5, 2.0
+# differences below it mean nothing
+TINY = 1e-3
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,7 @@ class LayerRecord:
         baseline_error: its error on the held-out rows.
         baseline_centred_error: the same relative to E‖y - E y‖².
         seconds: time of the fit.
+        warning: what its user should know of it, or an empty string.
     """
 
     name: str
@@ -53,6 +62,7 @@ class LayerRecord:
     baseline_error: float
     baseline_centred_error: float
     seconds: float
+    warning: str = ""
 
 
 def fit_layer(
@@ -81,7 +91,7 @@ def fit_layer(
         The layer, in the dtype in which it is stored, and its record.
 
     Raises:
-        FitError: when weight or statistics are not finite.
+        FitError: when weight or statistics are not finite, or rounding to the stored dtype makes the layer worthless.
     """
     known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
     statistics = known.fitted
@@ -92,20 +102,43 @@ def fit_layer(
         moved = regression.to(weight.device)
         aim = (moved.weight, moved.bias, moved.inputs)
     result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric)
-    layer = layer.to(getattr(torch, plan.stored_dtype))
-
     dense = (weight, bias)
-    stored = (_rounded_matrix(layer), layer.bias)
+    unrounded_error = measure_error(dense, (_matrix(layer), layer.bias), statistics)
+    layer = layer.to(getattr(torch, plan.stored_dtype))
+    stored = (_matrix(layer), layer.bias)
     left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
     error, baseline_error = (
         measure_error(dense, replacement, known.held_out) for replacement in (stored, (left @ right, baseline_bias))
     )
     fitted_error = measure_error(dense, stored, statistics)
-    return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds)
+    if not fitted_error.centred <= max(WORTHLESS, ROUNDING_LOSS * unrounded_error.centred):
+        raise FitError(
+            f"layer {plan.target.name} has an error of {unrounded_error.centred:.3g} and, rounded to {plan.stored_dtype}, "
+            f"of {fitted_error.centred:.3g}; store it with --dtype float32, or leave it out with --ignore"
+        )
+    warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype)
+    return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds, warning)
+
+
+def _warning(fitted: LayerError, unrounded: LayerError, error: LayerError, baseline: LayerError, stored_dtype: str) -> str:
+    """What the user should know of a layer, the worst first."""
+    if fitted.centred > ROUNDING_LOSS * unrounded.centred + TINY:
+        return f"rounding to {stored_dtype} takes its error from {unrounded.centred:.3g} to {fitted.centred:.3g}"
+    if error.centred > WORTHLESS:
+        return "worse than its mean output alone"
+    if error.relative > FAR_ABOVE * baseline.relative + TINY:
+        return f"SVD of the same size has {error.relative / max(baseline.relative, TINY):.1f} times less error"
+    return ""
 
 
 def _record(
-    plan: LayerPlan, fitted: LayerError, error: LayerError, rank: int, baseline: LayerError, seconds: float
+    plan: LayerPlan,
+    fitted: LayerError,
+    error: LayerError,
+    rank: int,
+    baseline: LayerError,
+    seconds: float,
+    warning: str,
 ) -> LayerRecord:
     return LayerRecord(
         name=plan.target.name,
@@ -121,6 +154,7 @@ def _record(
         baseline_error=baseline.relative,
         baseline_centred_error=baseline.centred,
         seconds=round(seconds, 3),
+        warning=warning,
     )
 
 
@@ -145,8 +179,8 @@ def whitened_svd(
 
 
 @torch.no_grad()
-def _rounded_matrix(layer: SPMLinear) -> Tensor:
-    """The matrix of a layer with the parameters it is stored with, float32."""
+def _matrix(layer: SPMLinear) -> Tensor:
+    """The matrix of a layer with its parameters as they are, float32."""
     identity = torch.eye(layer.in_features, dtype=torch.float32, device=layer.weight.device)
     wide: Tensor = layer(identity)
     return (wide - layer.bias.float() if layer.bias is not None else wide).t()

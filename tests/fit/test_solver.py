@@ -1,5 +1,7 @@
 """Properties of a fit that must hold for every layer, however awkward its inputs are."""
 
+import copy
+
 import pytest
 import torch
 
@@ -95,6 +97,28 @@ def test_companion_is_the_svd_of_what_the_stages_leave(iterations, weighted):
     best = energy(root @ (weight - stages - left @ right).t())
     assert best * (1 - 1e-5) <= found <= best * (1 + 1e-3)
     assert end == pytest.approx((found / energy(root @ weight.t())).item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("design", [{}, {"stages": 14}, {"block": 4}, {"variant": "rotation"}, {"stages": 0}], ids=str)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_stages_and_companion_do_not_cancel(design, weighted):
+    weight, bias = dense(128, 32)
+    # as in trained layers, a few output directions carry most of the energy: those are the companion's
+    weight = weight * torch.logspace(0, -1.5, 32)[:, None]
+    rows = inputs(128, 600)
+    metric = OutputMetric.of(torch.diag(torch.logspace(0, -2, 32))) if weighted else None
+    layer = SPMLinear(128, 32, rank=16, **design)
+    fit_(layer, weight, bias, ActivationStatistics.of(rows), iterations=200, metric=metric)
+    with torch.no_grad():
+        whole = layer(rows) - layer.bias
+        companion = rows @ layer.low_rank_in.t() @ layer.low_rank_out.t()
+        # without the penalty up to 8.6 times the whole
+        for part in (whole - companion, companion):
+            assert part.var(0).sum() < 1.5**2 * whole.var(0).sum()
+        for dtype, allowed in ((torch.bfloat16, 1e-4), (torch.float16, 2e-6)):
+            rounded = copy.deepcopy(layer).to(dtype)
+            lost = (rounded(rows.to(dtype)).float() - layer(rows)).square().sum() / layer(rows).square().sum()
+            assert lost < allowed, dtype
 
 
 def test_companion_follows_the_stages():
