@@ -8,7 +8,7 @@ something else silently.
 
 import os
 from importlib.util import find_spec
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from spmconvert.errors import BackendError, OptionError
 
@@ -55,3 +55,14 @@ def _require_triton(device_type: str) -> None:
 def interprets_triton() -> bool:
     """Whether Triton's interpreter stands in for a GPU, as its own variable says; it runs kernels on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
+    """What the operators of the Triton backend do under ``torch.vmap``.
+
+    Raises:
+        BackendError: always; the tokens are their batch already.
+    """
+    raise BackendError(
+        "backend triton cannot run under torch.vmap; put the batch into the tokens, or use backend merged or reference"
+    )

@@ -1,14 +1,16 @@
 """SPMLinear: the layer that takes the place of nn.Linear.
 
-It owns the parameters, their initialisation and the cache of merged blocks; the arithmetic is in ``reference``, ``merged``
-and ``triton_ops``. The stages are one parameter called ``weight`` with three or more dimensions: model code that
-initialises ``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of
-loading something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
+It owns the parameters and their initialisation and chooses who computes; the arithmetic is in ``reference``, ``merged`` and
+``triton``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
+``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of loading
+something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
 
-Without gradients the merged blocks are cached until a parameter changes. A change is seen by the parameter's version
-counter, storage, dtype and device, that is for in-place operations, optimizer steps, ``load_state_dict`` and ``.to``.
-What it gives up: writes through ``parameter.data`` do not count, so call ``train()`` or ``eval()`` after such a write;
-both drop the cache. Graphs made by ``torch.compile`` merge at every call.
+Calls that train no stage keep the merged blocks for the next one until a parameter changes; ``kept`` says how a change is
+seen. ``train()``, ``eval()``, conversions (``.to``) and ``load_state_dict`` drop them at once, copies and pickles leave
+them behind.
+
+What it gives up: writes through ``parameter.data`` are not seen, so call ``train()`` or ``eval()`` after such a write.
+Graphs made by ``torch.compile`` merge at every call.
 """
 
 from collections.abc import Callable
@@ -20,8 +22,9 @@ from torch.nn.functional import linear
 
 from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
+from spmconvert.operator.kept import KeptBlocks, Merge, can_be_kept
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
-from spmconvert.operator.reference import reference_forward
+from spmconvert.operator.reference import reference_forward, under_torch_func
 from spmconvert.operator.triton.merge import merge_stages_triton
 from spmconvert.operator.triton.mix import apply_blocks_triton
 
@@ -92,7 +95,7 @@ class SPMLinear(nn.Module):
         self.low_rank_in = empty(rank, in_features) if rank else None
         self.low_rank_out = empty(out_features, rank) if rank else None
         self.bias = empty(out_features) if bias else None
-        self._cache: tuple[tuple[Any, ...], list[Tensor]] | None = None
+        self._cache: KeptBlocks | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,37 +127,40 @@ class SPMLinear(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
+        # read once: a parametrization computes them at every access
+        parameters = (self.weight, self.scale_in, self.scale_out)
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        merges_anew = self._trains() and not torch.compiler.is_compiling()
-        backend = resolve_backend(self.backend, x.device.type, tokens=tokens.shape[0] if merges_anew else None)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        compiles = torch.compiler.is_compiling()
+        step_tokens = tokens.shape[0] if trains and not compiles else None
+        backend = resolve_backend(self.backend, x.device.type, tokens=step_tokens)
         # an empty chain has nothing to merge: the operator is a diagonal
         if backend == "reference" or self.geometry.stages == 0:
-            y = reference_forward(tokens, self.weight, self.scale_in, self.scale_out, self.geometry)
+            y = reference_forward(tokens, *parameters, self.geometry)
             y = y if bias is None else y + bias
         else:
             by_triton = backend == "triton"
-            blocks = self._merged_blocks(x.dtype, merge_stages_triton if by_triton else merge_stages)
+            merge = merge_stages_triton if by_triton else merge_stages
+            keeps = not trains and not compiles and can_be_kept(self, parameters)
+            blocks = (self._kept_blocks if keeps else self._new_blocks)(x.dtype, merge, parameters)
             y = (apply_blocks_triton if by_triton else apply_blocks)(tokens, blocks, bias, self.plan)
         if self.low_rank_in is not None and self.low_rank_out is not None:
             # in place: nothing else reads y, and a sum beside it would be one more pass over the outputs
-            y = y.addmm_(linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
+            add_product = torch.addmm if under_torch_func() else Tensor.addmm_
+            y = add_product(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _trains(self) -> bool:
-        stages = (self.weight, self.scale_in, self.scale_out)
-        return torch.is_grad_enabled() and any(p.requires_grad for p in stages)
+    def _new_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+        return [block.to(dtype) for block in merge(*parameters, self.plan)]
 
-    def _merged_blocks(self, dtype: torch.dtype, merge: Callable[..., list[Tensor]]) -> list[Tensor]:
-        parameters = (self.weight, self.scale_in, self.scale_out)
-        # inference tensors have no version counter, so a change to them could not be seen
-        if self._trains() or torch.compiler.is_compiling() or self.weight.is_inference():
-            return [block.to(dtype) for block in merge(*parameters, self.plan)]
-        key = (dtype, merge, *((p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
-        if self._cache is None or self._cache[0] != key:
+    def _kept_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+        kept = self._cache
+        if kept is None or not kept.serve(dtype, merge, parameters):
             # blocks made inside inference mode could not be used outside of it
             with torch.inference_mode(False), torch.no_grad():
-                self._cache = (key, [block.to(dtype) for block in merge(*parameters, self.plan)])
-        return self._cache[1]
+                kept = KeptBlocks.of(self._new_blocks(dtype, merge, parameters), dtype, merge, parameters)
+            self._cache = kept
+        return kept.blocks
 
     def to_dense(self) -> Tensor:
         """The matrix the layer multiplies by, [out_features, in_features], differentiable, companion included."""
@@ -165,9 +171,14 @@ class SPMLinear(nn.Module):
         return dense
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Drop the cached blocks with every conversion: the new storage may have the old one's address."""
+        """Drop the cached blocks with every conversion: tensors with weak references cannot be swapped for others."""
         self._cache = None
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        """Drop the cached blocks: tensors with weak references cannot be swapped, which is one way to load."""
+        self._cache = None
+        super()._load_from_state_dict(*arguments, **options)
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode and drop the cached blocks."""

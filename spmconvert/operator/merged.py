@@ -33,7 +33,7 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import linear, pad
 
 from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
-from spmconvert.operator.reference import apply_stages, expand, fold
+from spmconvert.operator.reference import apply_stages, expand, fold, under_torch_func
 
 # not a power of two: the copy that ends a chunk reads with a stride of a digit times the chunk, and strides that are
 # powers of two fall on few cache sets; at width 1024, 128 tokens take 2.6 ms and 136 take 1.8
@@ -229,7 +229,7 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     if plan.dense:
         return linear(x, blocks[0], bias)
     whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS
-    if whole or _saved_through_hooks():
+    if whole or _saved_through_hooks() or under_torch_func():
         y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
         return y if bias is None else y + bias
     chunked: Tensor = _ChunkedApply.apply(x, bias, plan, *blocks)

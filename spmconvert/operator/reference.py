@@ -51,15 +51,33 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return torch.bmm(left, right.transpose(1, 2))
 
 
+def _general_stage(x: Tensor, mixers: Tensor, index: Tensor, paired: Tensor) -> Tensor:
+    """y_i = A_i x_i + B_i x_partner(i); unpaired blocks have no B term (paper, section 3.2).
+
+    x [blocks, block, tokens], mixers [2, blocks, block, block] -> like x.
+    """
+    own, other = mixers[0], mixers[1] * paired[:, None, None]
+    return _mix(own, x) + _mix(other, x[index])
+
+
+def _rotation_stage(x: Tensor, angles: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """(y_l, y_u) = (cos x_l - sin x_u, sin x_l + cos x_u) for every pair; unpaired coordinates pass (section 3.1).
+
+    x [width, tokens], angles [pairs] -> like x.
+    """
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    y = x.index_copy(0, lower, cos * x[lower] - sin * x[upper])
+    return y.index_copy(0, upper, sin * x[lower] + cos * x[upper])
+
+
 class _GeneralStage(torch.autograd.Function):
-    """y_i = A_i x_i + B_i x_partner(i); unpaired blocks have no B term (paper, section 3.2)."""
+    """``_general_stage`` with the backward in closed form."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, mixers: Tensor, index: Tensor, paired: Tensor) -> Tensor:
-        """Mix pairs of blocks: x [blocks, block, tokens], mixers [2, blocks, block, block] -> like x."""
+        """Mix pairs of blocks."""
         ctx.save_for_backward(x, mixers, index, paired)
-        own, other = mixers[0], mixers[1] * paired[:, None, None]
-        return _mix(own, x) + _mix(other, x[index])
+        return _general_stage(x, mixers, index, paired)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -74,14 +92,12 @@ class _GeneralStage(torch.autograd.Function):
 
 
 class _RotationStage(torch.autograd.Function):
-    """(y_l, y_u) = (cos x_l - sin x_u, sin x_l + cos x_u) for every pair; unpaired coordinates pass (section 3.1)."""
+    """``_rotation_stage`` with the backward in closed form, from the output instead of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, angles: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
-        """Rotate pairs: x [width, tokens], angles [pairs] -> like x. Only the output is kept for the backward."""
-        cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-        y = x.index_copy(0, lower, cos * x[lower] - sin * x[upper])
-        y = y.index_copy(0, upper, sin * x[lower] + cos * x[upper])
+        """Rotate pairs."""
+        y = _rotation_stage(x, angles, lower, upper)
         ctx.save_for_backward(y, angles, lower, upper)
         return y
 
@@ -98,6 +114,11 @@ class _RotationStage(torch.autograd.Function):
         return grad_x, grad_angles, None, None
 
 
+def under_torch_func() -> bool:
+    """Whether ``torch.vmap``, ``torch.func.grad`` or one of their kin transforms what is computed now."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def apply_stages(x: Tensor, weight: Tensor, geometry: Geometry, first: int, count: int) -> Tensor:
     """Run consecutive stages.
 
@@ -111,14 +132,17 @@ def apply_stages(x: Tensor, weight: Tensor, geometry: Geometry, first: int, coun
     Returns:
         [blocks, block, tokens].
     """
+    # torch.func takes a closed form only together with bookkeeping that costs every ordinary call 35 microseconds a stage
+    ordinary = not under_torch_func()
+    rotate, mix = (_RotationStage.apply, _GeneralStage.apply) if ordinary else (_rotation_stage, _general_stage)
     for stage in range(first, first + count):
         if geometry.variant == "rotation":
             lower, upper = rotation_index(stage, geometry.width, x.device)
             angles = weight[stage, 0, : lower.shape[0]]
-            x = _RotationStage.apply(x.squeeze(1), angles, lower, upper).unsqueeze(1)
+            x = rotate(x.squeeze(1), angles, lower, upper).unsqueeze(1)
         else:
             index, paired = partner_index(stage, geometry.blocks, x.device)
-            x = _GeneralStage.apply(x, weight[stage], index, paired)
+            x = mix(x, weight[stage], index, paired)
     return x
 
 

@@ -1,7 +1,7 @@
-"""SPMLinear as a module: what it computes, how it is copied, compiled, exported and cached, and what it refuses."""
+"""SPMLinear as a module: what it computes, how it is compiled, exported and wrapped, and what it refuses."""
 
 import copy
-import pickle
+import functools
 
 import pytest
 import torch
@@ -119,6 +119,27 @@ def test_compile_without_graph_breaks(design, training):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("design", DESIGNS[:4], ids=ids)
+@pytest.mark.parametrize("tokens", [2, CHUNK_TOKENS + 1])
+@pytest.mark.parametrize("backend", ["reference", "merged"])
+def test_torch_func(backend, tokens, design):
+    layers = [SPMLinear(96, 130, backend=backend, dtype=torch.double, **design) for _ in range(2)]
+    x = torch.randn(2, tokens, 96, dtype=torch.double)
+    torch.testing.assert_close(torch.vmap(layers[0])(x), layers[0](x))
+    # a layer for each batch
+    stacked = {name: parameter.detach() for name, parameter in torch.func.stack_module_state(layers)[0].items()}
+    call = functools.partial(torch.func.functional_call, layers[0])
+    found = torch.vmap(lambda parameters, rows: call(parameters, (rows,)))(stacked, x)
+    torch.testing.assert_close(found, torch.stack([layer(rows) for layer, rows in zip(layers, x, strict=True)]))
+    # gradients for each batch
+    single = {name: parameter.detach() for name, parameter in layers[0].named_parameters()}
+    gradient = torch.func.grad(lambda parameters, rows: call(parameters, (rows,)).square().sum())
+    found = torch.vmap(gradient, (None, 0))(single, x)
+    for batch, rows in enumerate(x):
+        wanted = torch.autograd.grad(layers[0](rows).square().sum(), list(layers[0].parameters()))
+        torch.testing.assert_close([found[name][batch] for name in single], list(wanted))
+
+
 def test_export_with_any_number_of_tokens(layer):
     program = torch.export.export(
         layer.eval(), (torch.randn(4, 96),), dynamic_shapes=({0: torch.export.Dim("tokens", min=2, max=4096)},)
@@ -126,17 +147,6 @@ def test_export_with_any_number_of_tokens(layer):
     for tokens in (2, 500):
         x = torch.randn(tokens, 96)
         torch.testing.assert_close(program.module()(x), layer(x))
-
-
-def test_copies_leave_the_cache_behind(layer):
-    x = torch.randn(4, 96)
-    with torch.no_grad():
-        expected = layer.eval()(x)
-    assert layer._cache is not None
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other._cache is None
-        with torch.no_grad():
-            assert torch.equal(other(x), expected)
 
 
 def test_half_precision(layer):
@@ -175,82 +185,6 @@ def test_distributed_data_parallel(layer, tmp_path):
             torch.testing.assert_close(found.grad, wanted.grad)
     finally:
         torch.distributed.destroy_process_group()
-
-
-def blocks_of(layer):
-    with torch.no_grad():
-        layer(torch.randn(2, layer.in_features))
-    return layer._cache[1]
-
-
-def test_conversions_drop_the_cache_at_once(layer):
-    # the next storage may have the same address, so a comparison of addresses alone would not see it
-    blocks_of(layer.eval())
-    layer.half().float()
-    assert layer._cache is None
-
-
-def test_merged_blocks_are_cached(layer):
-    layer.eval()
-    assert blocks_of(layer) is blocks_of(layer)
-    layer.requires_grad_(False)
-    layer(torch.randn(2, 96))
-    assert blocks_of(layer) is blocks_of(layer)
-
-
-def optimizer_step(layer):
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    layer(torch.randn(2, 96)).sum().backward()
-    optimizer.step()
-
-
-def in_place(layer):
-    with torch.no_grad():
-        layer.scale_in.mul_(2)
-
-
-CHANGES = {
-    "in place": in_place,
-    "optimizer": optimizer_step,
-    "load_state_dict": lambda layer: layer.load_state_dict(SPMLinear(96, 200, rank=3).state_dict()),
-    "assign": lambda layer: layer.load_state_dict(SPMLinear(96, 200, rank=3).state_dict(), assign=True),
-    "double": lambda layer: layer.double().float(),
-    "half": lambda layer: layer.half().float(),
-    "new parameter": lambda layer: setattr(layer, "scale_out", torch.nn.Parameter(torch.ones(208))),
-    "train": lambda layer: layer.train().eval(),
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_cache_is_dropped_when_a_parameter_changes(layer, change):
-    before = blocks_of(layer.eval())
-    CHANGES[change](layer)
-    assert blocks_of(layer) is not before
-    x = torch.randn(3, 96)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            layer(x), torch.nn.functional.linear(x, layer.to_dense(), layer.bias), rtol=1e-4, atol=1e-4
-        )
-
-
-def test_inference_mode_and_back(layer):
-    x = torch.randn(3, 96)
-    layer.eval()
-    with torch.inference_mode():
-        first = layer(x)
-    y = layer(x)
-    torch.testing.assert_close(y, first.clone())
-    y.sum().backward()
-    assert layer.weight.grad is not None
-
-
-def test_inference_tensors_as_parameters():
-    with torch.inference_mode():
-        layer = SPMLinear(96, 96).eval()
-        x = torch.randn(3, 96)
-        first = layer(x)
-        layer.scale_out.mul_(2)
-        torch.testing.assert_close(layer(x), 2 * first)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

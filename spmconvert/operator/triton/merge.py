@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.errors import BackendError
+from spmconvert.operator.dispatch import refuse_vmap
 from spmconvert.operator.geometry import Geometry, MergeGroup
 from spmconvert.operator.merged import MergePlan, absorb_features, merge_groups_apart, merge_stages
 from spmconvert.operator.triton import tiles
@@ -132,14 +132,6 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None)
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
-    raise BackendError("backend triton cannot run under torch.vmap; put the batch into the tokens, or use reference")
-
-
 merge.register_autograd(_backward, setup_context=_save)
-
-
-merge.register_vmap(_refuse_vmap)
-
-
-merge_backward.register_vmap(_refuse_vmap)
+merge.register_vmap(refuse_vmap)
+merge_backward.register_vmap(refuse_vmap)

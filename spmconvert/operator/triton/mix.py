@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spmconvert.errors import BackendError
+from spmconvert.operator.dispatch import refuse_vmap
 from spmconvert.operator.merged import MergePlan
 from spmconvert.operator.reference import expand, fold
 from spmconvert.operator.triton.launches import block_gradient, run_passes
@@ -171,14 +172,6 @@ def _differentiable_backward(
     return torch.autograd.grad(y, [x] * needs_x + [*blocks] * needs_blocks, grad, create_graph=True)
 
 
-def _refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
-    raise BackendError("backend triton cannot run under torch.vmap; put the batch into the tokens, or use reference")
-
-
 mix.register_autograd(_backward, setup_context=_save)
-
-
-mix.register_vmap(_refuse_vmap)
-
-
-mix_backward.register_vmap(_refuse_vmap)
+mix.register_vmap(refuse_vmap)
+mix_backward.register_vmap(refuse_vmap)

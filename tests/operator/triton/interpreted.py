@@ -167,9 +167,9 @@ def test_layer_in_inference_and_training(merge_by_triton):
     x = torch.randn(2, 5, 66)
     with torch.no_grad():
         torch.testing.assert_close(triton(x), plain(x))
-        cached = triton._cache[1]
+        cached = triton._cache.blocks
         torch.testing.assert_close(triton(x), plain(x))
-        assert triton._cache[1] is cached
+        assert triton._cache.blocks is cached
     for layer in (plain, triton):
         layer(x).square().sum().backward()
     for one, other in zip(triton.parameters(), plain.parameters(), strict=True):
@@ -277,5 +277,10 @@ def test_refusals(merge_by_triton):
         lambda: torch.vmap(lambda g: merge_ops.merge_backward([g, blocks[1]], *parameters, groups))(blocks[0][None]),
     ]
     for run in in_vmap:
-        with pytest.raises(BackendError, match=r"cannot run under torch\.vmap; put the batch into the tokens"):
+        with pytest.raises(BackendError, match=r"vmap; put the batch into the tokens, or use backend merged or reference"):
             run()
+    # and what the message says does run
+    batches = torch.randn(3, 2, 66)
+    expected = layer(batches)
+    for layer.backend in ("merged", "reference"):
+        torch.testing.assert_close(torch.vmap(layer)(batches), expected)

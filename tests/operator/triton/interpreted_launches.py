@@ -165,7 +165,7 @@ def test_decoding_is_launches_and_allocations(tokens, monkeypatch):
     with Operations() as operations:
         layer(x)
     assert operations.names <= {"view", "mix"}
-    blocks = layer._cache[1]
+    blocks = layer._cache.blocks
     shape = [96, 96, 1, *(group.inner for group in layer.plan.groups)]
     with Operations() as operations:
         launches.run_passes(x, blocks, layer.bias, _passes(blocks, shape), 96, keep=False, transposed=False)

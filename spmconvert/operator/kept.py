@@ -1,0 +1,82 @@
+"""Merged blocks that are kept between calls, and how a change of the parameters they were made from is seen.
+
+Numbers are not compared, which would cost as much as a call. A parameter is what it was if it is the same tensor object on
+the same storage, laid out in the same way, with the same version counter. Addresses alone do not do for that: freed memory
+is given out again, and a new parameter may lie where the old one lay. Both references are weak, so that blocks never keep
+a parameter's memory alive.
+
+What it gives up: only parameters are followed. A tensor that is computed at every access (a parametrization), swapped in
+for a call (``torch.func.functional_call``), or gathered for one (FSDP, whose copies into it count as no version) is
+merged at every call. A write through ``parameter.data`` counts as no version either and is not seen. And
+``torch.utils.swap_tensors`` refuses a tensor that has weak references: blocks have to be dropped before it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import TensorWeakRef
+
+from spmconvert.operator.reference import under_torch_func
+
+Merge = Callable[..., list[Tensor]]
+
+
+class Source:
+    """A parameter as it was when blocks were made from it."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        self._tensor = TensorWeakRef(parameter)
+        # what a weak reference points to is not given out again, unlike the memory that the numbers stood in
+        self._storage = StorageWeakRef(parameter.untyped_storage())
+        self._layout = _layout(parameter)
+
+    def still_is(self, parameter: Tensor) -> bool:
+        """Whether the parameter is this tensor, with nothing written to it since that counts as a version."""
+        same_tensor = self._tensor() is parameter and self._layout == _layout(parameter)
+        return same_tensor and self._storage.cdata == parameter.untyped_storage()._cdata
+
+
+def _layout(parameter: Tensor) -> tuple[Any, ...]:
+    offset, strides = parameter.storage_offset(), parameter.stride()
+    return parameter._version, parameter.dtype, parameter.device, offset, strides
+
+
+@dataclass(frozen=True, eq=False)
+class KeptBlocks:
+    """Blocks, and all that they depend on.
+
+    Attributes:
+        blocks: what ``merge`` returned, in ``dtype``.
+        dtype: dtype of the blocks.
+        merge: function that merged.
+        sources: the parameters that were merged.
+    """
+
+    blocks: list[Tensor]
+    dtype: torch.dtype
+    merge: Merge
+    sources: tuple[Source, ...]
+
+    @classmethod
+    def of(cls, blocks: list[Tensor], dtype: torch.dtype, merge: Merge, parameters: Sequence[Tensor]) -> Self:
+        """Keep blocks that were just merged from parameters that ``can_be_kept``."""
+        return cls(blocks, dtype, merge, tuple(map(Source, parameters)))
+
+    def serve(self, dtype: torch.dtype, merge: Merge, parameters: Sequence[Tensor]) -> bool:
+        """Whether these are the blocks that merging would give now."""
+        if self.dtype != dtype or self.merge is not merge:
+            return False
+        return all(source.still_is(parameter) for source, parameter in zip(self.sources, parameters, strict=True))
+
+
+def can_be_kept(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
+    """Whether what is made from a module's tensors may be kept, because a change of them would be seen."""
+    # inference tensors have no version counter
+    followed = all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+    gathered = getattr(module, "_is_fsdp_managed_module", False)
+    # what is computed inside of torch.func.grad and its kin belongs to the transform and must not outlive it
+    return followed and not gathered and not under_torch_func()
