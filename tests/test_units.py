@@ -29,7 +29,25 @@ def test_what_is_written_is_read_back(number):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "MB", "-5", "40M", "40k", "1KiB", "8bits", "1bit", "3PB", "1e3", ".5MB", "5.MB", "1..2", "nan", "9" * 400]
+    "text",
+    [
+        "",
+        "MB",
+        "-5",
+        "40M",
+        "40k",
+        "1KiB",
+        "8bits",
+        "1bit",
+        "3PB",
+        "1e3",
+        ".5MB",
+        "5.MB",
+        "1..2",
+        "nan",
+        "9" * 400 + "GB",
+        "9" * 5000,
+    ],
 )
 def test_anything_else_is_refused_in_one_line(text):
     with pytest.raises(OptionError, match="not understood") as caught:
