@@ -1,6 +1,9 @@
 """Numbers as people read and write them: bytes, counts, durations and measured values, the same everywhere."""
 
 import re
+from contextlib import suppress
+
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from spmconvert.errors import OptionError
 
@@ -20,11 +23,11 @@ def parse_size(text: str) -> int:
     Raises:
         OptionError: when it is not such a number.
     """
-    factors = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?b?)\s*", text, re.IGNORECASE)
-    if match is None or match[2].upper() not in factors:
-        raise OptionError(f"size {text!r} is not understood; write for example 40MB, 1.5GB or 300000")
-    return int(float(match[1]) * factors[match[2].upper()])
+    # pydantic would also take binary units, bits, and letters that mean either
+    if re.fullmatch(r"\s*\d+(\.\d+)?\s*([kmgt]?b)?\s*", text, re.IGNORECASE):
+        with suppress(ValidationError):
+            return TypeAdapter(ByteSize).validate_python(text)
+    raise OptionError(f"size {text!r} is not understood; write for example 40MB, 1.5GB or 300000")
 
 
 def count(number: float) -> str:

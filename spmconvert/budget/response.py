@@ -1,16 +1,12 @@
 """What a whole model loses when a single layer is replaced: measured at two sizes, interpolated between them.
 
 A curvature tells output directions of one layer apart, but is blind to what comes after second order, and the clipping of
-gradients hides part of the rest. The measured divergence is 1.4 to 15 times the predicted one, most where errors are
-largest: in the first block of a small Llama 4.5 times at 30 % of the parameters and 15.8 times at 4 %. Two
-candidates of a layer are therefore put into the model, one at a time, and predictions are scaled by what is found. With low
-rank alone that takes the small Llama from 5.83 to 5.36 nats at 10 % of the MLP parameters, from 4.70 to 4.64 at 25 % and
-from 4.29 to 4.27 at 50 % (dense 4.11), the small GPT-2 from 4.832 to 4.813 at 10 %, and at 25 % from 4.457 to 4.462, which
-is no gain (dense 4.353).
+gradients hides part of the rest: the measured divergence is 1.4 to 15 times the predicted one, most where errors are
+largest. Two candidates of a layer are therefore put into the model, one at a time, and predictions are scaled by what is
+found; with low rank alone that takes a small Llama from 5.83 to 5.36 nats at 10 % of the MLP parameters.
 
-Predictions for encoders are left as they are, though the last blocks of all-MiniLM-L6-v2 answer 6 to 9 times as strongly
-as predicted and the first ones 2 to 3 times: errors in several blocks do not add up there, and scaled predictions are worse
-(correlation of similarities 0.731 instead of 0.751 at 10 %, 0.850 instead of 0.860 at 25 %, with one factor a layer).
+Predictions for encoders are left as they are: errors in several blocks do not add up there, and scaled predictions are
+worse. Both are tabled in benchmarks/results/choices.md.
 
 What it gives up: errors of several layers at once, which cost more than their sum; a forward pass of both models for each
 candidate.

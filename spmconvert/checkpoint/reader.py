@@ -241,4 +241,6 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path} cannot be read ({error.strerror}); check that it is there and its permissions")
+    # safetensors raises system errors of one argument
+    reason = error.strerror or str(error)
+    return CheckpointError(f"{path} cannot be read ({reason}); check that it is there and its permissions")

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any, Self
 from filelock import FileLock, Timeout
 
 from spmconvert.checkpoint.checksums import UNLISTED_FILES, read_checksums, write_checksums
-from spmconvert.checkpoint.headers import INDEX_FILE, SINGLE_FILE
+from spmconvert.checkpoint.headers import INDEX_FILE
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -300,19 +300,27 @@ class OutputDirectory:
 
         Args:
             tensors: name, bytes and reader of every tensor, in the order of the files.
-            shard_bytes: most bytes a shard, unless a single tensor is larger.
+            shard_bytes: most bytes a shard; a tensor that is larger has one of its own.
         """
-        shards = list(_shards(tensors, shard_bytes))
-        names = [SINGLE_FILE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
-        for file, shard in zip(names, shards, strict=True):
+        from huggingface_hub import split_state_dict_into_shards_factory
+        from huggingface_hub.constants import SAFETENSORS_WEIGHTS_FILE_PATTERN
+
+        readers = {name: read for name, _, read in tensors}
+        split = split_state_dict_into_shards_factory(
+            {name: size for name, size, _ in tensors},
+            get_storage_size=int,
+            filename_pattern=SAFETENSORS_WEIGHTS_FILE_PATTERN,
+            max_shard_size=shard_bytes,
+        )
+        for file, names in split.filename_to_tensors.items():
             # outside of _write_errors: an error of the source is not one of the output
-            contents = {name: read().contiguous() for name, _, read in shard}
+            contents = {name: readers[name]().contiguous() for name in names}
             with _write_errors(self.output):
                 _save_shard(contents, self.final / file)
-        if len(shards) > 1:
-            weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name, _, _ in shard}
-            total = sum(size for _, size, _ in tensors)
-            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            # before the next shard is read
+            del contents
+        if split.is_sharded:
+            index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             self.add_text(INDEX_FILE, json.dumps(index, indent=2) + "\n")
 
     def add_file(self, relative: str, source: Path) -> None:
@@ -409,24 +417,6 @@ def _remove_working_directory(partial: Path) -> None:
 def partial_directory(output: Path) -> Path:
     """The working directory of an output while it is not finished."""
     return output.parent / f".{output.name}.partial"
-
-
-def _shards(
-    tensors: "Sequence[tuple[str, int, Callable[[], torch.Tensor]]]", shard_bytes: int
-) -> "Iterator[list[tuple[str, int, Callable[[], torch.Tensor]]]]":
-    shard: list[tuple[str, int, Callable[[], torch.Tensor]]] = []
-    used = 0
-    for entry in tensors:
-        if shard and used + entry[1] > shard_bytes:
-            yield shard
-            shard, used = [], 0
-        shard.append(entry)
-        used += entry[1]
-    yield shard
-
-
-def _shard_name(index: int, total: int) -> str:
-    return f"model-{index + 1:05d}-of-{total:05d}.safetensors"
 
 
 def _save_shard(contents: "dict[str, torch.Tensor]", file: Path) -> None:

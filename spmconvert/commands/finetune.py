@@ -96,6 +96,35 @@ class FinetuneOptions:
     resume: bool = False
 
 
+@dataclass(frozen=True)
+class _Inputs:
+    """What decides about a finetune: the checkpoint, its verified source or that one's stored logits, rows and numbers."""
+
+    converted: Converted
+    source: Checkpoint
+    rows: TrainingData
+    training: Training
+    stored: StoredLogits | None
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all of it; losses against a teacher and against stored logits are not alike."""
+        weights = [str((name, entry.shape, entry.dtype)) for name, entry in self.converted.tensors.items()]
+        teacher = self.source.sha256() if self.stored is None else self.stored.sha256
+        provenance, numbers = json.dumps(self.converted.provenance), self.training.model_dump_json()
+        return sha256(
+            "\n".join([teacher, self.rows.sha256, provenance, *weights, numbers, __version__]).encode()
+        ).hexdigest()
+
+    def before_the_last_finetune(self) -> "_Inputs":
+        """The same with what the checkpoint said of itself before it was finetuned in place."""
+        provenance = dict(self.converted.provenance)
+        provenance["finetune"] = provenance["finetune"][:-1]
+        if not provenance["finetune"]:
+            del provenance["finetune"]
+        return replace(self, converted=replace(self.converted, provenance=provenance))
+
+
 def finetune(
     directory: str | Path,
     output: str | Path | None = None,
@@ -127,19 +156,8 @@ def finetune(
     if options.in_place:
         # a run that was killed between its last renames has left the checkpoint beside its place
         finish_commit(destination)
-    converted, source, config = _open(directory, options.teacher)
-    reads: dict[str, str | Path | None] = {
-        "teacher": source.directory,
-        "data": data,
-        "stored logits": options.teacher_logits,
-    }
-    reads["recipe"] = None if isinstance(recipe, Training) else recipe
-    reads["input"] = None if options.in_place else converted.directory
-    check_apart(destination, reads)
-    check_log(destination)
-    rows = load_training_data(str(data), converted.directory, config, training)
-    stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
-    inputs = _Inputs(converted, source, rows, training, stored)
+    inputs = _open_inputs(Path(directory), data, training, options)
+    _check_apart(destination, inputs, data, recipe, options)
     finished = _finished_in_place(inputs, options)
     if finished is not None:
         return finished
@@ -154,14 +172,47 @@ def finetune(
         log = stack.enter_context(RunLog(destination, accelerator, training, snapshot, report))
         run = _make_run(inputs, options, accelerator, target, log)
         _run_stages(run, snapshot, shard=options.shard)
-        best = {name: whole(value) for name, value in run.state.best.items()}
-        stored_names = {name: _stored_name(name, converted, run.distillation.student.base_model_prefix) for name in best}
-        result = _result(run, destination, best, converted, stored_names)
-        if target is not None:
-            written = {stored_names[name]: value for name, value in best.items()}
-            _write(converted, written, target, _provenance(inputs, run, result))
+        result = _finish(run, inputs, destination, target)
         accelerator.wait_for_everyone()
     return result if accelerator.is_main_process else None
+
+
+def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: OutputDirectory | None) -> Finetuned:
+    """Measure the best parameters once more and, in the first process, write them."""
+    converted = inputs.converted
+    best = {name: whole(value) for name, value in run.state.best.items()}
+    prefix = run.distillation.student.base_model_prefix
+    stored_names = {name: _stored_name(name, converted, prefix) for name in best}
+    result = _result(run, destination, best, converted, stored_names)
+    if target is not None:
+        written = {stored_names[name]: value for name, value in best.items()}
+        _write(converted, written, target, _provenance(inputs, run, result))
+    return result
+
+
+def _open_inputs(directory: Path, data: str | Path, training: Training, options: FinetuneOptions) -> _Inputs:
+    converted, source, config = _open(directory, options.teacher)
+    rows = load_training_data(str(data), converted.directory, config, training)
+    stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
+    return _Inputs(converted, source, rows, training, stored)
+
+
+def _check_apart(
+    destination: Path,
+    inputs: _Inputs,
+    data: str | Path,
+    recipe: Training | str | Path | None,
+    options: FinetuneOptions,
+) -> None:
+    reads: dict[str, str | Path | None] = {
+        "teacher": inputs.source.directory,
+        "data": data,
+        "stored logits": options.teacher_logits,
+        "recipe": None if isinstance(recipe, Training) else recipe,
+        "input": None if options.in_place else inputs.converted.directory,
+    }
+    check_apart(destination, reads)
+    check_log(destination)
 
 
 def _resolve(recipe: Training | str | Path | None, changes: dict[str, Any]) -> tuple[FinetuneOptions, Training]:
@@ -169,35 +220,6 @@ def _resolve(recipe: Training | str | Path | None, changes: dict[str, Any]) -> t
     names = {item.name for item in fields(FinetuneOptions)}
     options = FinetuneOptions(**{key: value for key, value in changes.items() if key in names})
     return options, _resolve_training(recipe, {key: value for key, value in changes.items() if key not in names})
-
-
-@dataclass(frozen=True)
-class _Inputs:
-    """What decides about a finetune: the checkpoint, its verified source or that one's stored logits, rows and numbers."""
-
-    converted: Converted
-    source: Checkpoint
-    rows: TrainingData
-    training: Training
-    stored: StoredLogits | None
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of all of it; losses against a teacher and against stored logits are not alike."""
-        weights = [str((name, entry.shape, entry.dtype)) for name, entry in self.converted.tensors.items()]
-        teacher = self.source.sha256() if self.stored is None else self.stored.sha256
-        provenance, numbers = json.dumps(self.converted.provenance), self.training.model_dump_json()
-        return sha256(
-            "\n".join([teacher, self.rows.sha256, provenance, *weights, numbers, __version__]).encode()
-        ).hexdigest()
-
-    def before_the_last_finetune(self) -> "_Inputs":
-        """The same with what the checkpoint said of itself before it was finetuned in place."""
-        provenance = dict(self.converted.provenance)
-        provenance["finetune"] = provenance["finetune"][:-1]
-        if not provenance["finetune"]:
-            del provenance["finetune"]
-        return replace(self, converted=replace(self.converted, provenance=provenance))
 
 
 def _open_output(inputs: _Inputs, destination: Path, options: FinetuneOptions) -> OutputDirectory:

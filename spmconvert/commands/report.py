@@ -8,6 +8,7 @@ remedy and never estimated.
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -50,26 +51,11 @@ PROMPT_TOKENS = 24
 CONTINUATION_TOKENS = 40
 
 
-def report(
-    directory: str | Path,
-    *,
-    data: str | Path | None = None,
-    other_data: str | Path | None = None,
-    teacher: str | None = None,
-    calibration: str | Path | None = None,
-    baselines: bool = False,
-    tasks: tuple[str, ...] = (),
-    rows: int = 64,
-    seconds: float = 2.0,
-    device: str = "cpu",
-    progress: Callable[[str], None] = lambda _: None,
-) -> Report:
-    """Measure a converted checkpoint against its source.
+@dataclass(frozen=True)
+class ReportOptions:
+    """What a report measures beside quality, how long it may take, and where things are.
 
-    Args:
-        directory: output of a conversion or of a finetune.
-        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on.
-        other_data: a second text, of another domain.
+    Attributes:
         teacher: another place of the source checkpoint; None for the recorded one.
         calibration: another place of the calibration text, for the baselines; None for the recorded one.
         baselines: measure whitened SVD and 2:4 beside it.
@@ -77,27 +63,63 @@ def report(
         rows: most rows of a text that are measured.
         seconds: about how long one timing may take; 0 measures neither time nor memory.
         device: where the models run.
+
+    Raises:
+        OptionError: when a number is outside its range.
+    """
+
+    teacher: str | None = None
+    calibration: str | Path | None = None
+    baselines: bool = False
+    tasks: tuple[str, ...] = ()
+    rows: int = 64
+    seconds: float = 2.0
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that mean nothing."""
+        if self.rows < 1 or self.seconds < 0:
+            raise OptionError(
+                f"rows is {self.rows}, seconds {self.seconds}; rows must be at least 1 and seconds at least 0"
+            )
+
+
+def report(
+    directory: str | Path,
+    *,
+    data: str | Path | None = None,
+    other_data: str | Path | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> Report:
+    """Measure a converted checkpoint against its source.
+
+    Args:
+        directory: output of a conversion or of a finetune.
+        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on.
+        other_data: a second text, of another domain.
         progress: told what is being done.
+        **options: fields of ``ReportOptions``.
 
     Raises:
         SpmconvertError: see ``spmconvert.errors`` for the kinds.
     """
-    if rows < 1 or seconds < 0:
-        raise OptionError(f"rows is {rows}, seconds {seconds}; rows must be at least 1 and seconds at least 0")
-    check_device(device)
-    if tasks:
+    chosen = ReportOptions(**options)
+    check_device(chosen.device)
+    if chosen.tasks:
         check_harness()
     converted = open_converted(Path(directory))
     config = load_config(converted.directory)
     progress("loading")
-    machine = describe_machine(device)
-    run = ReportRun(converted, config, device, seconds, progress)
+    machine = describe_machine(chosen.device)
+    run = ReportRun(converted, config, chosen.device, chosen.seconds, progress)
     training = _training(run)
-    run.open_dense(teacher)
-    texts = _texts(run, data, other_data, rows)
+    run.open_dense(chosen.teacher)
+    texts = _texts(run, data, other_data, chosen.rows)
     layers = replaced_layers(converted)
     amounts = [*quantities(converted, run.source, config, layers), *_memory(run)]
     quality = _quality(run, texts)
+    methods = measure_candidates(run, layers, amounts, texts, quality, chosen.calibration) if chosen.baselines else ()
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -110,8 +132,8 @@ def report(
         quality=quality,
         generations=_generations(run, texts),
         timing=_timing(run),
-        candidates=measure_candidates(run, layers, amounts, texts, quality, calibration) if baselines else (),
-        tasks=_tasks(run, tasks),
+        candidates=methods,
+        tasks=_tasks(run, chosen.tasks),
         recorded_output=record_output(run.student) if run.reads_tokens else None,
         # last: every part above may have added to it
         not_measured=tuple(run.not_measured),

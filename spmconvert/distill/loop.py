@@ -148,8 +148,7 @@ def parameter_groups(
     """Structured layers at their own rate and without decay; dense matrices decay, biases and norms do not.
 
     Stages and companion share the rate, though entries of stages are ten times larger: five times the rate for stages gains
-    little under ``--keep`` (150 steps, one seed: small GPT-2 at 10 % 4.4229 nats instead of 4.4230, small Llama at 25 %
-    4.2047 instead of 4.2091, MiniLM at 25 % 0.9291 instead of 0.9288).
+    little under ``--keep`` (benchmarks/results/choices.md).
     """
     others = [(name, parameter) for name, parameter in trained.items() if name not in structured]
     chosen = [

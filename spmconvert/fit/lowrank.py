@@ -5,9 +5,8 @@ covariance gives; SVD-LLM's recipe). Only the left singular vectors are needed: 
 eigendecomposition on the smaller side, whose squared condition number costs nothing that matters at the kept ranks.
 A metric on the outputs only changes coordinates: the factors are those of C^(1/2) W, and U is mapped back.
 
-U has orthonormal columns (without a metric) and V the scale. Factors of equal scale, with the roots of the singular values
-on both sides, train no better: after 150 steps whitened SVD of a small GPT-2 at 10 % is at 4.578 nats with either, low rank
-under ``--keep`` at 4.444 instead of 4.443, a Llama at 5 % at 4.582 with either.
+U has orthonormal columns (without a metric) and V the scale; factors of equal scale train no better
+(benchmarks/results/choices.md).
 """
 
 import torch

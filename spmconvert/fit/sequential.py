@@ -3,20 +3,15 @@
 With x the layer's input in the dense model, z its input in the model that is converted so far, the best matrix on z is the
 regression of W x on z. It takes the place of the weight in the ordinary fit, with the moments of z as statistics, so every
 structure and the output metric work as they are. A ridge towards W keeps what the calibration rows hardly show; it grows
-with the features to each row, since a fixed one is too small for some layers or too large for others (MLPs of
-all-MiniLM-L6-v2 at 25 %, ridge of 1 % of the mean variance: correlation of similarities 0.891, after 150 steps 0.926; of
-100 %: 0.886 and 0.929; as it is 0.892 and 0.929. A small Llama at 25 %, 10 %: 4.557 nats, as it is 4.533).
+with the features to each row, since a fixed one is too small for some layers or too large for others.
 
 The calibration rows run twice through the one model, a block of the module list at a time, with and without the layers
 that are converted so far; only their hidden states between two blocks are kept, so that the blocks' weights may stay on
 disk. What it gives up: targets outside of one list of blocks, experts, which see other tokens in each run, and time.
 
-Default under a budget. Before a finetune it is better from 10 % on: a small GPT-2 at 10 % 4.595 nats instead of 4.683, a
-Llama at 25 % 4.538 instead of 4.575, MiniLM at 25 % 0.891 instead of 0.863. After it the GPT-2 still is (4.422
-instead of 4.430), the others are level (4.205 and 4.204, 0.929 and 0.930). At 5 % the GPT-2 is worse before it (5.556
-instead of 5.414), the Llama after it (4.661 instead of 4.582). Low rank alone is worse with it (GPT-2 at 10 % 5.080 instead
-of 4.814, before a finetune), so there it is off; where a budget happens to choose nothing else it is not, since before a
-finetune that is better (the Llama at 10 % 5.223 instead of 5.309, MiniLM at 5 % 0.773 instead of 0.726).
+Default under a budget, where it is better before a finetune from 10 % of the parameters on (a small GPT-2 at 10 %: 4.595
+nats instead of 4.683) and about level after one. Low rank alone is worse with it, so there it is off. All figures, ridges
+and the budgets at which it loses: benchmarks/results/choices.md.
 """
 
 from collections.abc import Iterator, Sequence

@@ -3,17 +3,11 @@
 The problem itself is in ``problem``. The mean goes into the bias exactly, b' = b + (W - S) μ.
 
 The solver is Adam with a cosine step size, then a few L-BFGS iterations; the best point seen is kept, starting with the
-start itself, so a fit is never worse than its start or than the zero matrix. Compared on ``encoder.layer.2`` of
-all-MiniLM-L6-v2, intermediate.dense (384 -> 1536, 11 stages), two cores, relative error on the fitted centred outputs:
-
-    Adam, 100 / 300 / 600 / 1000 steps of 0.1           0.598 in 1.0 s / 0.567 in 3.7 s / 0.558 in 5.6 s / 0.554 in 11 s
-    Adam 300, then L-BFGS 200 (history 10)              0.564 in 6.5 s
-    L-BFGS alone, 400 iterations, history 10 / 40       0.596 in 8.1 s / 0.591 in 5.3 s
-    closed-form sweeps over the stages (2n x 2n solves) 0.662 after 3 sweeps, 20 s; after Adam 300 a sweep gains 0.0006
-    a start near the identity instead of rotations      0.566 instead of 0.565 (Adam 300)
+start itself, so a fit is never worse than the zero matrix. Adam comes first because it gets farther in the same time: 0.567
+of the centred outputs' energy is left after 3.7 s where L-BFGS alone leaves 0.596 after 8.1 s (other step sizes, starts and
+closed-form sweeps: benchmarks/results/choices.md).
 
 L-BFGS needs the loss scaled up: at 1e-6 curvature pairs fall below torch's threshold and every step is gradient descent.
-Step sizes of 0.05 and 0.2 end at 0.571 and 0.572 after 300 steps.
 """
 
 import math

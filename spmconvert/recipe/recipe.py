@@ -56,7 +56,7 @@ class Calibration(_Table):
     """The text whose activations weight the fit.
 
     Attributes:
-        file: text file (.txt, one document a paragraph; or .jsonl with a ``text`` key); None fits in the Frobenius norm.
+        file: text (.txt, one document a line; .jsonl with a ``text`` key); None fits in the Frobenius norm.
         rows: number of documents, or of packed blocks for causal models, that are used.
         tokens: longest row, in tokens.
         batch_size: rows per forward pass.
@@ -154,9 +154,8 @@ class Budget(_Table):
 class Training(_Table):
     """How a converted model is distilled against its source.
 
-    The default rate is the safe one of two that were measured (CPU, one seed each): on a small GPT-2, layers with a
-    companion at 25 %, 150 steps, 3e-3 ends at 4.410 nats a token and 1e-3 at 4.424; on all-MiniLM-L6-v2 with a companion of
-    rank 48, 60 steps, 3e-3 takes the held-out loss from 0.98 to 1.65 and 1e-3 to 0.74.
+    The default rate is the safe one: three times it is better on a small GPT-2 and diverges on all-MiniLM-L6-v2
+    (benchmarks/results/choices.md).
 
     Attributes:
         steps: optimizer steps of the end-to-end stage.

@@ -21,6 +21,11 @@ def entry(start, end, dtype="F32", shape=None):
     return {"dtype": dtype, "shape": [(end - start) // 4] if shape is None else shape, "data_offsets": [start, end]}
 
 
+TWICE = '{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[8,16]}}'
+# values of keys that nothing reads
+UNKNOWN = '{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8],"more":%s}}'
+
+
 def test_entries_match_the_library(tmp_path):
     tensors = {
         "a": torch.randn(3, 5),
@@ -44,18 +49,31 @@ def test_entries_match_the_library(tmp_path):
 @pytest.mark.parametrize(
     ("header", "data", "length", "message"),
     [
-        ({"a": entry(0, 8)}, b"12345678extra", None, "bytes long, its header says"),
-        ({"a": entry(0, 8)}, b"1234", None, "bytes long, its header says"),
-        ({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12, None, "overlaps"),
-        ({"a": entry(0, 4), "b": entry(8, 12)}, b"x" * 12, None, "hole"),
-        ({"a": entry(0, 8, shape=[3])}, b"x" * 8, None, "does not fit"),
-        ({"a": entry(8, 0, shape=[2])}, b"x" * 8, None, "does not fit"),
-        ({"a": entry(0, 8, dtype="Q7")}, b"x" * 8, None, "not understood"),
-        ({"a": {"dtype": "F32"}}, b"", None, "not understood"),
-        ({"a": entry(0, 8, shape=[-2])}, b"x" * 8, None, "does not fit"),
-        (b"{not json", b"", None, "not JSON"),
-        (b"[]", b"", None, "not a JSON object"),
-        ({"a": entry(0, 8)}, b"x" * 8, 10**9, "header alone claims"),
+        ({"a": entry(0, 8)}, b"12345678extra", None, "not fully covered"),
+        ({"a": entry(0, 8)}, b"1234", None, "not fully covered"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, b"x" * 12, None, "offset for tensor `b`"),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, b"x" * 12, None, "offset for tensor `b`"),
+        ({"a": entry(4, 8)}, b"x" * 8, None, "offset for tensor `a`"),
+        ({"a": entry(0, 8, shape=[3])}, b"x" * 8, None, "invalid shape"),
+        ({"a": entry(8, 0, shape=[2])}, b"x" * 8, None, "offset for tensor `a`"),
+        ({"a": entry(0, 8, shape=[2**40, 2**40])}, b"x" * 8, None, "overflow"),
+        ({"a": entry(0, 2, dtype="F4", shape=[3])}, b"x" * 2, None, "subbyte"),
+        ({"a": entry(0, 8, dtype="Q7")}, b"x" * 8, None, "unknown variant"),
+        ({"a": {"dtype": "F32"}}, b"", None, "missing field"),
+        ({"a": entry(0, 8, shape=[-2])}, b"x" * 8, None, "expected usize"),
+        ({"a": {**entry(0, 8), "data_offsets": [0, 4, 8]}}, b"x" * 8, None, "expected 2 elements"),
+        ({"a": entry(0, 8), "__metadata__": {"format": 1}}, b"x" * 8, None, "expected a string"),
+        (b'{"a":{"dtype":"F32","shape":[2],"shape":[2],"data_offsets":[0,8]}}', b"x" * 8, None, "duplicate field"),
+        (TWICE.encode(), b"x" * 16, None, "offset for tensor `a`"),
+        ((UNKNOWN % ("[" * 200_000 + "]" * 200_000)).encode(), b"x" * 8, None, "recursion limit"),
+        ({"two\nlines": entry(4, 8)}, b"x" * 8, None, "offset for tensor `two"),
+        ((UNKNOWN % ("9" * 9999)).encode(), b"x" * 8, None, "out of range"),
+        (b"{not json", b"", None, "invalid JSON"),
+        (b"[]", b"", None, "invalid JSON"),
+        (b'{"\xff": 1}', b"", None, "UTF-8"),
+        (b'{"\\ud800": 1}', b"", None, "invalid JSON"),
+        ({"a": entry(0, 8)}, b"x" * 8, 10**9, "too large"),
+        ({"a": entry(0, 8)}, b"x" * 8, 10**7, "header length"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -69,8 +87,15 @@ def test_damage_is_found(tmp_path, header, data, length, message):
 
 def test_empty_file(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    with pytest.raises(CorruptCheckpointError):
+    with pytest.raises(CorruptCheckpointError, match="too small"):
         read_headers(tmp_path)
+
+
+def test_entries_come_by_offset_whatever_their_names(tmp_path):
+    header = {"b": entry(0, 4), "c": entry(4, 4), "a": entry(4, 12)}
+    found = read_header(write(tmp_path / "model.safetensors", dict(reversed(header.items())), b"x" * 12))
+    assert list(found) == ["b", "c", "a"]
+    assert found["a"].file.read_bytes()[found["a"].start :] == b"x" * 8
 
 
 def shards(directory, weight_map):

@@ -105,7 +105,7 @@ def test_file_that_vanishes_or_changes_after_opening(source):
     with pytest.raises(CorruptCheckpointError, match="is refused"):
         checkpoint.read(name)
     (source / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file"):
         checkpoint.read(name)
 
 
@@ -120,13 +120,13 @@ def test_dtype_that_torch_does_not_have(source):
 def test_offsets_that_are_not_integers(source, offsets):
     header = json.dumps({"a": {"dtype": "F32", "shape": [2], "data_offsets": offsets}}).encode()
     (source / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"12345678")
-    with pytest.raises(CorruptCheckpointError, match="does not fit"):
+    with pytest.raises(CorruptCheckpointError, match=r"expected (usize|a tuple)"):
         open_checkpoint(str(source))
 
 
 def test_json_nested_too_deeply(source):
     (source / "model.safetensors").write_bytes(struct.pack("<Q", 200_000) + b"[" * 200_000)
-    with pytest.raises(CorruptCheckpointError, match="not JSON"):
+    with pytest.raises(CorruptCheckpointError, match="invalid JSON"):
         open_checkpoint(str(source))
     (source / "config.json").write_text("[" * 200_000)
     with pytest.raises(CheckpointError, match="not JSON"):

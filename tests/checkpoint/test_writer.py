@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections import namedtuple
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from spmconvert.checkpoint.headers import read_headers
 from spmconvert.checkpoint.reader import open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory, check_apart
 from spmconvert.errors import (
@@ -71,6 +73,31 @@ def test_shards_and_index(tmp_path):
         "c": "model-00002-of-00002.safetensors",
     }
     assert index["metadata"]["total_size"] == 32
+
+
+def test_a_tensor_above_the_limit_has_a_shard_of_its_own(tmp_path):
+    tensors = {"a": torch.ones(4), "large": torch.zeros(9), "b": torch.ones(2), "c": torch.ones(3)}
+    with directory(tmp_path / "out") as target:
+        target.write_weights(entries(tensors), shard_bytes=24)
+        target.commit()
+    names = [list(load_file(file)) for file in sorted((tmp_path / "out").glob("*.safetensors"))]
+    assert names == [["large"], ["a", "b"], ["c"]]
+    found = read_headers(tmp_path / "out")
+    assert {name: entry.shape for name, entry in found.items()} == {name: tuple(t.shape) for name, t in tensors.items()}
+
+
+def test_one_shard_is_in_memory_at_a_time(tmp_path):
+    alive = []
+
+    def read(name):
+        alive[:] = [reference for reference in alive if reference() is not None]
+        assert len(alive) < 2, f"{len(alive)} tensors of other shards are still held when {name} is read"
+        tensor = torch.ones(2)
+        alive.append(weakref.ref(tensor))
+        return tensor
+
+    with directory(tmp_path / "out") as target:
+        target.write_weights([(name, 8, partial(read, name)) for name in "abcdef"], shard_bytes=16)
 
 
 def test_without_commit_nothing_appears(tmp_path):
