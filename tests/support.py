@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from spmconvert.checkpoint.headers import read_headers
@@ -46,3 +47,25 @@ def assert_refused(result, error, *words):
     for word in words:
         assert word in lines[0]
     assert "Traceback" not in err
+
+
+def watch_disk(monkeypatch) -> list[tuple[str, Path]]:
+    """Note every file or directory that is put onto the disk or gets another name from here on, in that order."""
+    happened: list[tuple[str, Path]] = []
+    sync = os.fsync
+
+    def synced(descriptor):
+        happened.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink()))
+        sync(descriptor)
+
+    def noted(move):
+        def renamed(path, target):
+            happened.append(("rename", path))
+            return move(path, target)
+
+        return renamed
+
+    monkeypatch.setattr(os, "fsync", synced)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(Path, name, noted(getattr(Path, name)))
+    return happened

@@ -1,11 +1,15 @@
 """What calibration rows say about layers, whatever dtype the model is in."""
 
+import pytest
 import torch
 
+from spmconvert.calibrate.curvature import gather_curvatures
+from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.moments import gather_moments
-from spmconvert.commands.convert import open_plan
-from spmconvert.data.calibration import calibration_rows
-from spmconvert.model.loading import in_float32, load
+from spmconvert.calibrate.statistics import collect
+from spmconvert.commands.convert import open_plan, resolve_recipe
+from spmconvert.data.calibration import calibration_rows, load_rows
+from spmconvert.model.loading import in_float32, load, load_dense_model
 from spmconvert.recipe.loading import recipe_from_keywords
 
 
@@ -32,3 +36,33 @@ def test_a_model_comes_back_as_it_was():
         assert model(torch.randn(5, 3)).dtype == torch.float32
     after = model.state_dict()
     assert all(torch.equal(before[name], after[name]) and before[name].dtype == after[name].dtype for name in before)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_each_part_is_gathered_from_its_own_rows(checkpoints, text, weighted):
+    recipe = resolve_recipe(None, {"calib": text, "calibration.rows": 12, "calibration.batch_size": 5})
+    source, plan, config = open_plan(str(checkpoints["gpt2"]), recipe)
+    rows = load_rows(source.directory, config, recipe.calibration, seed=0)
+    model = load_dense_model(source.directory, config, "cpu")
+    told = []
+    found = gather_moments(model, plan.layers, rows, lambda *done: told.append(done), weighted=weighted, seed=3)
+    names = [layer.target.name for layer in plan.layers]
+    assert list(found) == names
+    expected = {part: collect(model, names, rows.batches(getattr(rows, part), model)) for part in ("fitted", "held_out")}
+    for name in names:
+        for part, statistics in expected.items():
+            gathered = getattr(found[name], part)
+            assert gathered.rows == statistics[name].rows == sum(map(len, getattr(rows, part)))
+            assert torch.equal(gathered.mean, statistics[name].mean)
+            assert torch.equal(gathered.scatter, statistics[name].scatter)
+    # three batches of fitted rows, once more for the curvature, and one of held-out rows
+    batches = 7 if weighted else 4
+    assert told == [(done, batches) for done in range(1, batches + 1)]
+    if not weighted:
+        assert all(moments.metric is None for moments in found.values())
+        return
+    curvatures = gather_curvatures(model, names, rows.batches(rows.fitted, model), seed=3)
+    for name in names:
+        metric = OutputMetric.of(curvatures[name])
+        assert torch.equal(found[name].metric.values, metric.values)
+        assert torch.equal(found[name].metric.vectors, metric.vectors)

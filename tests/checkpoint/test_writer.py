@@ -26,6 +26,7 @@ from spmconvert.errors import (
     OutputError,
     SpaceError,
 )
+from tests.support import watch_disk
 
 TENSORS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4, dtype=torch.bfloat16), "c": torch.zeros(0, 3)}
 
@@ -52,6 +53,32 @@ def test_commit_makes_the_output_and_nothing_else(tmp_path):
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
     assert (tmp_path / "deep" / "out" / "model.safetensors").stat().st_mode & 0o444 == 0o444 & ~_umask()
+
+
+def test_everything_is_on_the_disk_before_the_output_appears_and_then_its_name(tmp_path, monkeypatch):
+    with directory(tmp_path / "out") as target:
+        target.write_weights(entries(TENSORS))
+        (target.final / "below").mkdir()
+        target.add_text("below/notes.txt", "x")
+        happened = watch_disk(monkeypatch)
+        target.commit()
+        final = target.final
+    renames = [index for index, (what, _) in enumerate(happened) if what == "rename"]
+    assert [happened[index][1] for index in renames] == [final]
+    written = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} | {Path()}
+    assert len(written) == 5, "weights, checksums, notes, their directory and the output"
+    before, after = happened[: renames[0]], happened[renames[0] + 1 :]
+    assert {path.relative_to(final) for _, path in before} == written
+    assert after == [("sync", tmp_path)]
+
+
+def test_what_a_run_keeps_to_go_on_from_is_on_the_disk(tmp_path, monkeypatch):
+    with directory(tmp_path / "out") as target:
+        happened = watch_disk(monkeypatch)
+        target.store_layer("h.0", TENSORS, {})
+        target.store_file("state.bin", b"state")
+        assert [what for what, _ in happened] == 2 * ["sync", "rename", "sync"]
+        assert [happened[index][1] for index in (2, 5)] == [target.partial / "layers", target.partial]
 
 
 def _umask():

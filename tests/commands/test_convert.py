@@ -85,16 +85,6 @@ def test_recorded_error_is_the_error_of_the_saved_layer(checkpoints, text, tmp_p
     assert record.error == pytest.approx(((y - approximate).square().sum() / y.square().sum()).item(), rel=1e-3)
 
 
-def test_a_row_is_left_to_fit(checkpoints, tmp_path):
-    from spmconvert.data.calibration import load_rows
-    from spmconvert.recipe.recipe import Calibration
-
-    (tmp_path / "short.txt").write_text("one\ntwo\nthree")
-    config = spmconvert.load(checkpoints["bert"]).config
-    rows = load_rows(checkpoints["bert"], config, Calibration(file=tmp_path / "short.txt", held_out=0.9), seed=0)
-    assert (len(rows.fitted), len(rows.held_out)) == (1, 2)
-
-
 def test_calibration_beats_the_frobenius_fit_on_held_out_rows(checkpoints, text, tmp_path):
     options = {"targets": "mlp", "fit.iterations": 60, "calibration.rows": 100}
     weighted = spmconvert.convert(checkpoints["llama"], tmp_path / "w", calib=text, **options)

@@ -121,6 +121,35 @@ def test_stages_and_companion_do_not_cancel(design, weighted):
             assert lost < allowed, dtype
 
 
+@pytest.mark.parametrize("rank", [0, 3])
+def test_a_single_iteration_is_the_best_step_along_the_gradient(rank):
+    weight, bias = dense(24, 40)
+    # one of L-BFGS: a step of Adam would have the same length whatever it finds there
+    result = fit_(SPMLinear(24, 40, rank=rank), weight, bias, ActivationStatistics.of(inputs(24)), iterations=1)
+    assert result.end < 0.99 * result.start
+
+
+@pytest.mark.parametrize(("iterations", "last"), [(1, 1), (4, 1), (30, 3)])
+def test_the_last_tenth_of_the_iterations_is_of_lbfgs(monkeypatch, iterations, last):
+    steps = []
+
+    class Counted(torch.optim.LBFGS):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            steps.append(options["max_iter"])
+
+    class Stepped(torch.optim.Adam):
+        def step(self):
+            steps.append("Adam")
+            return super().step()
+
+    monkeypatch.setattr(torch.optim, "LBFGS", Counted)
+    monkeypatch.setattr(torch.optim, "Adam", Stepped)
+    weight, bias = dense(24, 40)
+    fit_(SPMLinear(24, 40), weight, bias, ActivationStatistics.of(inputs(24)), iterations=iterations)
+    assert steps == ["Adam"] * (iterations - last) + [last]
+
+
 def test_companion_follows_the_stages():
     torch.manual_seed(1)
     weight = planted(32) + torch.randn(32, 4) @ torch.randn(4, 32)
