@@ -1,4 +1,4 @@
-"""What a layer loses at every size: candidates of all structures, measured on held-out rows.
+"""What a layer loses at every size: candidates of all structures, measured on the rows that choose designs.
 
 Candidates are points on a few shares of the dense parameters. Low-rank ones come from a single decomposition; those with
 stages are fitted with few iterations, which is a slight handicap against low rank and shows the same order of structures
@@ -37,7 +37,7 @@ class Candidate:
         stages: number of stages, 0 for low rank alone.
         block: coordinates a block.
         rank: rank of the companion.
-        error: E‖y - ŷ‖² / E‖y‖² on the held-out rows.
+        error: E‖y - ŷ‖² / E‖y‖² on the rows that choose.
         loss: predicted loss of the model, or the error where nothing predicts one.
     """
 
@@ -64,7 +64,7 @@ def measure_curve(
     geometries: Sequence[Geometry],
     dense: tuple[Tensor, Tensor | None],
     fitted: ActivationStatistics,
-    held_out: ActivationStatistics,
+    choosing: ActivationStatistics,
     metric: OutputMetric | None,
     iterations: int,
     *,
@@ -76,7 +76,7 @@ def measure_curve(
         geometries: what to build.
         dense: weight [out_features, in_features] and bias of the dense layer.
         fitted: moments of the inputs that are fitted.
-        held_out: moments of the inputs that measure.
+        choosing: moments of the inputs that measure.
         metric: what errors of the outputs cost; None for the relative error.
         iterations: most iterations of a fit with stages.
         weighted: whether the metric weighs the fits, too, as ``fit.output_weighting`` does.
@@ -97,8 +97,8 @@ def measure_curve(
         else:
             matrix = factors[0][:, : geometry.rank] @ factors[1][: geometry.rank]
         other = (matrix, fitted.corrected_bias(weight, matrix, bias))
-        error = measure_error((weight, bias), other, held_out)
-        loss = error.relative if metric is None else predicted_loss(metric, (weight, bias), other, held_out)
+        error = measure_error((weight, bias), other, choosing)
+        loss = error.relative if metric is None else predicted_loss(metric, (weight, bias), other, choosing)
         found.append(Candidate(geometry.stages, geometry.block, geometry.rank, error.relative, loss))
     return found
 

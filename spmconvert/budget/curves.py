@@ -103,7 +103,9 @@ def measure_curves(
             for part in [part for part, kept in parts.items() if kept is None]:
                 model = model or load_dense()
                 if not moments and rows is not None:
-                    moments = gather_moments(model, group, rows, calibrating, weighted=weighted, seed=recipe.seed)
+                    moments = gather_moments(
+                        model, group, rows, calibrating, choosing=True, weighted=weighted, seed=recipe.seed
+                    )
                 subject = _Subject.of(model, layer, moments.get(name), recipe)
                 if part == RESPONSE:
                     assert rows is not None
@@ -137,7 +139,7 @@ class _Subject:
     def measure(self, geometries: Sequence[Geometry]) -> list[Candidate]:
         """Candidates with the predicted loss, or with the relative error where none is predicted."""
         found = measure_curve(
-            geometries, (self.weight, self.bias), self.moments.fitted, self.moments.held_out, self.moments.metric,
+            geometries, (self.weight, self.bias), self.moments.fitted, self.moments.measured, self.moments.metric,
             self.recipe.budget.iterations, weighted=self.recipe.weights_fits,
         )  # fmt: skip
         return found if self.recipe.predicts_loss else [replace(one, loss=one.error) for one in found]
@@ -162,7 +164,7 @@ def _measure_response(model: Any, subject: _Subject, rows: CalibrationRows) -> l
     out_features, in_features = subject.weight.shape
     ranks = {max(1, rank_at(int(share * subject.weight.numel()), in_features, out_features)) for share in MEASURED_SHARES}
     geometries = [Geometry.create(in_features, out_features, 0, "general", 1, rank) for rank in sorted(ranks)]
-    batches = list(rows.batches(rows.held_out[:MEASURED_ROWS], model))
+    batches = list(rows.batches(rows.choosing[:MEASURED_ROWS], model))
     return [
         (candidate.loss, divergence(model, subject.name, subject.built(geometry), batches))
         for geometry, candidate in zip(geometries, subject.measure(geometries), strict=True)

@@ -21,12 +21,12 @@ class Moments:
 
     Attributes:
         fitted: moments of its inputs on the rows that are fitted.
-        held_out: the same on the rows that only measure.
+        measured: the same on the rows that errors are measured on: held out, or there to choose designs.
         metric: what errors of its outputs cost, where that was asked for.
     """
 
     fitted: ActivationStatistics
-    held_out: ActivationStatistics
+    measured: ActivationStatistics
     metric: OutputMetric | None = None
 
     @classmethod
@@ -38,7 +38,7 @@ class Moments:
     def to(self, device: torch.device | str) -> "Moments":
         """The same on another device."""
         metric = None if self.metric is None else self.metric.to(device)
-        return Moments(self.fitted.to(device), self.held_out.to(device), metric)
+        return Moments(self.fitted.to(device), self.measured.to(device), metric)
 
 
 def gather_moments(
@@ -47,6 +47,7 @@ def gather_moments(
     rows: CalibrationRows,
     report: Callable[[int, int], None],
     *,
+    choosing: bool = False,
     weighted: bool = False,
     seed: int = 0,
 ) -> dict[str, Moments]:
@@ -55,14 +56,16 @@ def gather_moments(
     Args:
         model: the dense model.
         layers: whose inputs are wanted.
-        rows: fitted and held-out rows.
+        rows: of the calibration text.
         report: told how many batches are through, and of how many.
+        choosing: measure on the rows that choose designs, in place of the held-out ones.
         weighted: measure what errors of the outputs cost, too; takes a backward pass over the fitted rows.
         seed: seed of that measurement.
     """
     names = [layer.target.name for layer in layers]
-    fitted_batches, held_out_batches = (-(-len(part) // rows.batch_size) for part in (rows.fitted, rows.held_out))
-    total = (2 if weighted else 1) * fitted_batches + held_out_batches
+    measuring_rows = rows.choosing if choosing else rows.held_out
+    fitted_batches, measuring_batches = (-(-len(part) // rows.batch_size) for part in (rows.fitted, measuring_rows))
+    total = (2 if weighted else 1) * fitted_batches + measuring_batches
     done = 0
 
     def counted(part: list[Tensor]) -> Iterator[dict[str, Any]]:
@@ -73,11 +76,11 @@ def gather_moments(
             report(done, total)
 
     fitted = collect(model, names, counted(rows.fitted))
-    held_out = collect(model, names, counted(rows.held_out))
+    measured = collect(model, names, counted(measuring_rows))
     curvatures = {}
     if weighted:
         # gradients of a model in half precision round to nothing where they are small
         with in_float32(model):
             curvatures = gather_curvatures(model, names, counted(rows.fitted), seed)
     metrics = {name: OutputMetric.of(curvature) for name, curvature in curvatures.items()}
-    return {name: Moments(fitted[name], held_out[name], metrics.get(name)) for name in names}
+    return {name: Moments(fitted[name], measured[name], metrics.get(name)) for name in names}

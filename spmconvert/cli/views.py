@@ -46,7 +46,7 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
     out.print(totals, soft_wrap=True)
     if conversion.choice is not None:
         bound = conversion.choice.bound
-        parts = [f"budget: {conversion.budget_note}"]
+        parts = [f"budget: {conversion.budget_note}{_chosen_on(conversion.choosing_rows)}"]
         parts += [f"no choice of these designs is below {bound:.4g}"] if bound else []
         parts += [f"{conversion.left_dense} layers stay dense"] if conversion.left_dense else []
         out.print(", ".join(parts), soft_wrap=True)
@@ -115,6 +115,10 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
     )
 
 
+def _chosen_on(rows: int) -> str:
+    return f" on the {rows} rows that chose the designs" if rows else ""
+
+
 def show_spent(spent: str) -> None:
     """What a budget would be spent on, in words."""
     out.print(f"budget: {spent}", soft_wrap=True)
@@ -134,7 +138,7 @@ def show_budgets(rows: list[dict[str, Any]], loss_name: str) -> None:
         counts = (str(row[key]) for key in ("low_rank", "stages", "stages_with_companion", "dense"))
         table.add_row(f"{row['keep']:.0%}", f"{row['predicted_loss']:.4g}", *counts, size(row["output_bytes"]))
     out.print(table)
-    out.print(f"{loss_name}: against the dense model, before any finetune", soft_wrap=True)
+    out.print(f"{loss_name}: against the dense model, on the rows that choose, before any finetune", soft_wrap=True)
 
 
 _COMPARED = {

@@ -53,6 +53,7 @@ class Conversion:
         bytes_before: bytes of its tensors before.
         bytes_after: bytes of its tensors after.
         fitted_rows: calibration rows that were fitted, 0 without data.
+        choosing_rows: calibration rows that designs were chosen on, 0 without a budget.
         held_out_rows: calibration rows on which errors were measured.
         choice: what a budget was spent on, None without one.
         left_dense: targeted layers that a budget left dense.
@@ -68,6 +69,7 @@ class Conversion:
     bytes_before: int
     bytes_after: int
     fitted_rows: int
+    choosing_rows: int
     held_out_rows: int
     choice: Choice | None = None
     left_dense: int = 0
@@ -80,7 +82,9 @@ class Conversion:
         """What the records' errors were measured on, in words, and what fits went for beside them."""
         if not self.held_out_rows:
             return "relative squared Frobenius norm of the weight's error, no data was used"
-        measured = f"held out, on {self.held_out_rows} rows that were not fitted ({self.fitted_rows} were)"
+        chosen_on = f", nor chosen on ({self.choosing_rows} were)" if self.choosing_rows else ""
+        neither = "neither" if chosen_on else "not"
+        measured = f"held out, on {self.held_out_rows} rows that were {neither} fitted ({self.fitted_rows} were){chosen_on}"
         return f"{measured}; {self.fit_note}" if self.fit_note else measured
 
 
@@ -285,6 +289,7 @@ def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
         calibration = {
             "file_sha256": rows.file_sha256,
             "fitted_rows": len(rows.fitted),
+            "choosing_rows": len(rows.choosing),
             "held_out_rows": len(rows.held_out),
             "seed": run.recipe.seed,
         }
@@ -332,6 +337,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], choice
         bytes_before=sum(entry.nbytes for entry in entries),
         bytes_after=run.plan.output_bytes,
         fitted_rows=0 if run.rows is None else len(run.rows.fitted),
+        choosing_rows=0 if run.rows is None else len(run.rows.choosing),
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=choice,
         left_dense=0 if choice is None else len(choice.chosen) - len(records),

@@ -195,6 +195,8 @@ def _layer_errors_on(converted: Converted) -> str:
         return "relative squared Frobenius error of the weight; the fit used no data"
     held_out, fitted = calibration["held_out_rows"], calibration["fitted_rows"]
     measured = f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
+    if calibration["choosing_rows"]:
+        measured += f" and {calibration['choosing_rows']} chose the designs"
     aims = Fit.model_validate(converted.provenance["recipe"]["fit"]).fit_note
     return f"{measured}; {aims}" if aims else measured
 

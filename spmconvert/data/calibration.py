@@ -1,7 +1,8 @@
-"""Which rows of a text are fitted and which only measure.
+"""Which rows of a text are fitted, which choose designs, and which only measure.
 
-Rows are drawn with a seed, and the held-out rows are drawn apart from the fitted ones, so that no error is ever measured on
-a row that was fitted. How a text becomes rows is in ``spmconvert.data.tokens``.
+Rows are drawn with a seed, each part apart from the others, so that no error is ever measured on a row that was fitted, nor
+on one that a budget chose designs by: what is chosen as the least on some rows looks better there than it is. How a text
+becomes rows is in ``spmconvert.data.tokens``.
 """
 
 import hashlib
@@ -25,6 +26,7 @@ class CalibrationRows:
 
     Attributes:
         fitted: rows whose activations are fitted, each [tokens] (int64).
+        choosing: rows that designs are chosen on; none where the recipe names the designs.
         held_out: rows that are only used to measure errors.
         unused: rows of the text that were not drawn.
         padding: token id that fills short rows in a batch.
@@ -33,6 +35,7 @@ class CalibrationRows:
     """
 
     fitted: list[Tensor]
+    choosing: list[Tensor]
     held_out: list[Tensor]
     unused: list[Tensor]
     padding: int
@@ -49,10 +52,12 @@ def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> Calibratio
     """The rows that a recipe asks for, or None where it names no text; as ``load_rows``."""
     if recipe.calibration.file is None:
         return None
-    return load_rows(directory, config, recipe.calibration, recipe.seed)
+    return load_rows(directory, config, recipe.calibration, recipe.seed, choosing=bool(recipe.budget.limits))
 
 
-def load_rows(directory: Path, config: Any, calibration: Calibration, seed: int) -> CalibrationRows:
+def load_rows(
+    directory: Path, config: Any, calibration: Calibration, seed: int, *, choosing: bool = False
+) -> CalibrationRows:
     """Read, tokenise and split the calibration text.
 
     Args:
@@ -60,6 +65,7 @@ def load_rows(directory: Path, config: Any, calibration: Calibration, seed: int)
         config: the model's config.
         calibration: what to read; ``file`` must be given.
         seed: seed of the draw.
+        choosing: draw rows to choose designs on, as many as are held out.
 
     Raises:
         CalibrationError: when the text is missing, empty, not UTF-8 or too short, or there is no tokenizer.
@@ -70,18 +76,23 @@ def load_rows(directory: Path, config: Any, calibration: Calibration, seed: int)
     tokenizer = load_tokenizer(directory)
     length = row_length(config, calibration.tokens)
     rows = token_rows(documents, tokenizer, config, length, calibration.file)
-    if len(rows) < 2:
+    measuring = 2 if choosing else 1
+    if len(rows) <= measuring:
+        uses = "one to fit, one to choose on and one held out" if choosing else "one to fit and one held out"
         raise CalibrationError(
-            f"{calibration.file} gives {len(rows)} row of {length} tokens; 2 are needed, one to fit and one held out: "
-            "use a longer text or a smaller calibration.tokens"
+            f"{calibration.file} gives {len(rows)} row{'s' * (len(rows) > 1)} of {length} tokens; {measuring + 1} are "
+            f"needed, {uses}: use a longer text or a smaller calibration.tokens"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out_count = min(len(rows) - 1, max(1, round(calibration.held_out * min(calibration.rows, len(rows)))))
+    wanted = max(1, round(calibration.held_out * min(calibration.rows, len(rows))))
+    count = min((len(rows) - 1) // measuring, wanted)
     drawn = [rows[i] for i in order]
-    fitted_end = calibration.rows + held_out_count
+    fitted_start = measuring * count
+    fitted_end = fitted_start + calibration.rows
     return CalibrationRows(
-        fitted=drawn[held_out_count:fitted_end],
-        held_out=drawn[:held_out_count],
+        fitted=drawn[fitted_start:fitted_end],
+        choosing=drawn[count:fitted_start],
+        held_out=drawn[:count],
         unused=drawn[fitted_end:],
         padding=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         batch_size=calibration.batch_size,

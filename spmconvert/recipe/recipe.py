@@ -60,7 +60,8 @@ class Calibration(_Table):
         rows: number of documents, or of packed blocks for causal models, that are used.
         tokens: longest row, in tokens.
         batch_size: rows per forward pass.
-        held_out: share of the rows that is never fitted, only used to measure errors.
+        held_out: share of the rows that is never fitted, only used to measure errors; under a budget as many more are
+            drawn to choose designs on.
     """
 
     file: Path | None = None
@@ -105,7 +106,7 @@ class Budget(_Table):
         keep: share of the targeted layers' parameters.
         keep_bytes: bytes of the targeted layers in the output; text may have a unit.
         keep_flops: share of the targeted layers' floating-point operations a token.
-        max_error: largest held-out relative error of a layer; the smallest design within it is taken.
+        max_error: largest relative error of a layer on the rows that choose; the smallest design within it is taken.
         sensitivity: what errors of a layer cost: by the ``gradient`` of the model's outputs and, for words and classes,
             its divergence when only that layer is replaced; by that divergence alone (``kl``); or ``none``, which takes
             relative errors of all layers alike.

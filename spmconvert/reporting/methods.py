@@ -3,14 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from spmconvert.data.calibration import CalibrationRows, load_rows
+from spmconvert.data.calibration import CalibrationRows
 from spmconvert.errors import SpmconvertError
 from spmconvert.outputs.probe import token_batch
 from spmconvert.reporting import timing
 from spmconvert.reporting.baselines import METHODS, build_baselines
 from spmconvert.reporting.measure import compare
 from spmconvert.reporting.models import ReportRun
-from spmconvert.reporting.rows import EvaluationRows, recorded_calibration
+from spmconvert.reporting.rows import EvaluationRows, recorded_rows
 from spmconvert.reporting.schema import Latency, Layer, MethodResult, Metric, NotMeasured, Quality, Quantity
 
 
@@ -87,8 +87,8 @@ def _calibration_rows(run: ReportRun, place: str | Path | None) -> CalibrationRo
         return None
     file = Path(place or run.converted.provenance["recipe"]["calibration"]["file"])
     try:
-        rows = load_rows(run.converted.directory, run.config, *recorded_calibration(run.converted, file))
-        reason = "" if rows.file_sha256 == recorded["file_sha256"] else f"{file} is not the calibration text (other hash)"
+        rows = recorded_rows(run.converted, run.config, file)
+        reason = "" if rows is not None else f"{file} is not the calibration text (other hash or rows)"
     except SpmconvertError as error:
         reason = str(error)
     if reason:

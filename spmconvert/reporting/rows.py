@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 
 from spmconvert.checkpoint.converted import Converted
-from spmconvert.data.calibration import load_rows
+from spmconvert.data.calibration import CalibrationRows, load_rows
 from spmconvert.data.documents import read_documents
 from spmconvert.data.tokens import load_tokenizer, row_length, token_rows
 from spmconvert.errors import CalibrationError
-from spmconvert.recipe.recipe import Calibration, Recipe
+from spmconvert.recipe.recipe import Recipe
 from spmconvert.reporting.schema import NotMeasured
 
 Domain = Literal["first", "other"]
@@ -90,26 +90,34 @@ def evaluation_rows(
     )
 
 
-def recorded_calibration(converted: Converted, file: Path) -> tuple[Calibration, int]:
-    """The calibration settings and seed of the conversion, with the text at the given place."""
+def recorded_rows(converted: Converted, config: Any, file: Path) -> CalibrationRows | None:
+    """The rows that the conversion drew, from its calibration text at the given place; None where they come out otherwise.
+
+    Raises:
+        CalibrationError: when the file cannot be read as a text.
+    """
     recipe = Recipe.model_validate(converted.provenance["recipe"])
-    return recipe.calibration.model_copy(update={"file": file}), recipe.seed
+    calibration = recipe.calibration.model_copy(update={"file": file})
+    choosing = bool(recipe.budget.limits)
+    rows = load_rows(converted.directory, config, calibration, recipe.seed, choosing=choosing)
+    recorded = converted.provenance["calibration"]
+    counts = {"fitted_rows": rows.fitted, "choosing_rows": rows.choosing, "held_out_rows": rows.held_out}
+    same = all(recorded[key] == len(part) for key, part in counts.items())
+    return rows if same and rows.file_sha256 == recorded["file_sha256"] else None
 
 
 def _rows_not_fitted(
     converted: Converted, config: Any, file: Path, domain: Domain, what: str, count: int
 ) -> EvaluationRows | NotMeasured:
-    settings, seed = recorded_calibration(converted, file)
-    rows = load_rows(converted.directory, config, settings, seed)
-    recorded = converted.provenance["calibration"]
-    if (len(rows.fitted), len(rows.held_out)) != (recorded["fitted_rows"], recorded["held_out_rows"]):
+    rows = recorded_rows(converted, config, file)
+    if rows is None:
         return NotMeasured(
             what=what,
             reason="it is the calibration text, and its split into fitted and held-out rows cannot be drawn again",
             remedy=f"give another text with {OPTIONS[domain]}",
         )
     # lines such as headings may occur many times in a text
-    seen = {tuple(row.tolist()) for row in rows.fitted}
+    seen = {tuple(row.tolist()) for row in (*rows.fitted, *rows.choosing)}
     unseen = [row for row in (*rows.held_out, *rows.unused) if tuple(row.tolist()) not in seen]
     if not unseen:
         return NotMeasured(
@@ -117,7 +125,6 @@ def _rows_not_fitted(
             reason="it is the calibration text, and every row of it was fitted",
             remedy=f"give another text with {OPTIONS[domain]}",
         )
-    origin = (
-        f"{min(count, len(unseen))} of {len(unseen)} rows that the conversion did not fit; it fitted {len(rows.fitted)}"
-    )
+    used = f"fitted {len(rows.fitted)}" + (f" and chose designs on {len(rows.choosing)}" if rows.choosing else "")
+    origin = f"{min(count, len(unseen))} of {len(unseen)} rows that the conversion did not use; it {used}"
     return EvaluationRows(file, domain, rows.file_sha256, unseen[:count], rows.padding, origin)

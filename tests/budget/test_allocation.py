@@ -16,7 +16,9 @@ from spmconvert.budget import cache as curve_cache
 from spmconvert.budget.allocation import allocate
 from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.curves import measure_curves, read_curves
+from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands.convert import open_plan, resolve_recipe
+from spmconvert.commands.report import report
 from spmconvert.data.calibration import load_rows
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
 from spmconvert.fit import run as fit_run
@@ -25,6 +27,7 @@ from spmconvert.model import loading
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import load_dense_model
 from spmconvert.recipe.recipe import Budget
+from spmconvert.reporting.rows import evaluation_rows
 from tests.support import files_of
 
 DESIGNED = {"fit.iterations": 6, "calibration.rows": 16}
@@ -59,7 +62,7 @@ def test_keep_is_kept(checkpoints, text, tmp_path, cache, name, keep):
 def curves_of(checkpoints, text, name="gpt2", **changes):
     recipe = resolve_recipe(None, {"keep": 0.5, "calib": text, **QUICK, **changes})
     source, plan, config = open_plan(str(checkpoints[name]), recipe)
-    rows = load_rows(source.directory, config, recipe.calibration, recipe.seed)
+    rows = load_rows(source.directory, config, recipe.calibration, recipe.seed, choosing=True)
     loaded = []
 
     def load():
@@ -69,6 +72,27 @@ def curves_of(checkpoints, text, name="gpt2", **changes):
     form = CacheIdentity.of_checkpoint(source, "cpu")
     curves = measure_curves(source, plan, recipe, form, rows, load, lambda *_: None, lambda *_: None)
     return curves, loaded, recipe, source, plan
+
+
+def test_rows_that_chose_designs_measure_nothing_else(checkpoints, text, tmp_path, cache):
+    result = spmconvert.convert(checkpoints["bert"], tmp_path / "out", keep=0.5, calib=text, **QUICK)
+    recorded = json.loads((tmp_path / "out" / "spm.json").read_text())["calibration"]
+    assert (result.fitted_rows, result.choosing_rows, result.held_out_rows) == (16, 2, 2)
+    assert [recorded[f"{part}_rows"] for part in ("fitted", "choosing", "held_out")] == [16, 2, 2]
+    assert "held out, on 2 rows that were neither fitted (16 were), nor chosen on (2 were)" in result.measured_on
+    assert result.measured_on in (tmp_path / "out" / "README.md").read_text()
+    opened, config = open_converted(tmp_path / "out"), load_config(tmp_path / "out")
+    recipe = resolve_recipe(None, {"keep": 0.5, "calib": text, **QUICK})
+    drawn = load_rows(tmp_path / "out", config, recipe.calibration, recipe.seed, choosing=True)
+    used = {tuple(row.tolist()) for row in (*drawn.fitted, *drawn.choosing)}
+    evaluated = evaluation_rows(opened, config, text, "first", count=10_000)
+    assert not used & {tuple(row.tolist()) for row in evaluated.rows}
+    assert len(evaluated.rows) == 300 - len(used)
+    assert "it fitted 16 and chose designs on 2" in evaluated.origin
+    measured = report(tmp_path / "out", seconds=0)
+    assert "2 held-out rows of the calibration text; 16 other rows were fitted and 2 chose the designs" in (
+        measured.layer_errors_on
+    )
 
 
 def test_more_budget_never_costs_more(checkpoints, text, cache):
@@ -341,7 +365,7 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     assert "run the command once without --dry-run" in err
     code, out, _ = run(*command, "--keep", "0.5")
     assert code == 0
-    assert re.search(r"budget: ([\d,]+) parameters of the [\d,]+ allowed, predicted loss [\d.e-]+, no choice", out), out
+    assert re.search(r"budget: ([\d,]+) parameters of the [\d,]+ allowed, predicted loss [\d.e-]+ on the 2 rows that chose the designs, no choice", out), out
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
     assert code == 0
     assert re.search(r"budget: [\d,]+ parameters of the [\d,]+ allowed, predicted loss [\d.e-]+", out), out

@@ -85,20 +85,22 @@ def test_curves_and_responses_are_fitted_as_the_recipe_says(checkpoints, text, c
     changes = {"calibration.rows": 16, "structures": "lowrank", "targets": name, "output_weighting": weighted}
     recipe = resolve_recipe(None, {"keep": 0.5, "calib": text, **changes})
     source, plan, config = open_plan(str(checkpoints["gpt2"]), recipe)
-    rows = load_rows(source.directory, config, recipe.calibration, recipe.seed)
+    rows = load_rows(source.directory, config, recipe.calibration, recipe.seed, choosing=True)
     model = load_dense_model(source.directory, config, "cpu")
     tried = []
     monkeypatch.setattr(curves, "divergence", lambda _, __, layer, ___: tried.append(layer) or 1.0)
     identity = CacheIdentity.of_checkpoint(source, "cpu")
     found = measure_curves(source, plan, recipe, identity, rows, lambda: model, lambda *_: None, lambda *_: None)
-    moments = gather_moments(model, plan.layers, rows, lambda *_: None, weighted=True, seed=recipe.seed)[name]
+    moments = gather_moments(model, plan.layers, rows, lambda *_: None, choosing=True, weighted=True, seed=recipe.seed)[
+        name
+    ]
     dense, root = model.get_submodule(name), covariance_root(moments.fitted.covariance)
     weight, bias = dense.weight.detach().t(), dense.bias.detach()
     metric = moments.metric if weighted else None
     for candidate in found.candidates[0]:
         left, right = truncated_svd(weight, root, candidate.rank, metric)
         best = (left @ right, moments.fitted.corrected_bias(weight, left @ right, bias))
-        error = measure_error((weight, bias), best, moments.held_out).relative
+        error = measure_error((weight, bias), best, moments.measured).relative
         assert candidate.error == pytest.approx(error, rel=1e-2)
     assert len(tried) > 1
     for layer in tried:

@@ -39,20 +39,23 @@ def test_a_model_comes_back_as_it_was():
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_part_is_gathered_from_its_own_rows(checkpoints, text, weighted):
+@pytest.mark.parametrize("part", ["held_out", "choosing"])
+def test_each_part_is_gathered_from_its_own_rows(checkpoints, text, weighted, part):
     recipe = resolve_recipe(None, {"calib": text, "calibration.rows": 12, "calibration.batch_size": 5})
     source, plan, config = open_plan(str(checkpoints["gpt2"]), recipe)
-    rows = load_rows(source.directory, config, recipe.calibration, seed=0)
+    rows = load_rows(source.directory, config, recipe.calibration, seed=0, choosing=True)
     model = load_dense_model(source.directory, config, "cpu")
     told = []
-    found = gather_moments(model, plan.layers, rows, lambda *done: told.append(done), weighted=weighted, seed=3)
+    options = {"choosing": part == "choosing", "weighted": weighted, "seed": 3}
+    found = gather_moments(model, plan.layers, rows, lambda *done: told.append(done), **options)
     names = [layer.target.name for layer in plan.layers]
     assert list(found) == names
-    expected = {part: collect(model, names, rows.batches(getattr(rows, part), model)) for part in ("fitted", "held_out")}
+    parts = {"fitted": rows.fitted, "measured": getattr(rows, part)}
+    expected = {key: collect(model, names, rows.batches(drawn, model)) for key, drawn in parts.items()}
     for name in names:
-        for part, statistics in expected.items():
-            gathered = getattr(found[name], part)
-            assert gathered.rows == statistics[name].rows == sum(map(len, getattr(rows, part)))
+        for key, statistics in expected.items():
+            gathered = getattr(found[name], key)
+            assert gathered.rows == statistics[name].rows == sum(map(len, parts[key]))
             assert torch.equal(gathered.mean, statistics[name].mean)
             assert torch.equal(gathered.scatter, statistics[name].scatter)
     # three batches of fitted rows, once more for the curvature, and one of held-out rows

@@ -173,8 +173,8 @@ def test_rows_of_the_calibration_text_that_were_fitted_are_not_measured(gpt2_spm
 
 
 def test_rows_equal_to_a_fitted_one_are_not_measured(gpt2_spm, text, monkeypatch):
-    def repeated(*arguments):
-        found = load_rows(*arguments)
+    def repeated(*arguments, **options):
+        found = load_rows(*arguments, **options)
         return replace(found, unused=[found.fitted[0], *found.unused])
 
     arguments = (open_converted(gpt2_spm), load_config(gpt2_spm), text, "first")
@@ -185,8 +185,8 @@ def test_rows_equal_to_a_fitted_one_are_not_measured(gpt2_spm, text, monkeypatch
 
 
 def test_a_calibration_text_without_another_row_has_no_quality(gpt2_spm, text, monkeypatch):
-    def all_fitted(*arguments):
-        found = load_rows(*arguments)
+    def all_fitted(*arguments, **options):
+        found = load_rows(*arguments, **options)
         return replace(found, held_out=found.fitted[: len(found.held_out)], unused=[])
 
     monkeypatch.setattr("spmconvert.reporting.rows.load_rows", all_fitted)
