@@ -1,8 +1,8 @@
 """Choose one candidate a layer so that the predicted losses add up to the least under a budget.
 
 This is the multiple-choice knapsack problem. It is solved by dynamic programming over costs in whole steps, rounded up, so
-the choice never exceeds the budget; what rounding gives away is bounded from below by the Lagrangian relaxation, whose
-bound comes with the answer. Integers and floats only.
+the choice never exceeds the budget; what rounding gives away is bounded by the Lagrangian relaxation, whose value comes
+with the answer: no choice has a smaller loss. Costs are integers; a loss that is not finite belongs to no candidate.
 """
 
 import math
@@ -47,33 +47,44 @@ def choose(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], bu
         unit: what costs are counted in, for the error.
 
     Raises:
-        OptionError: when even the cheapest candidates exceed the budget.
+        OptionError: when even the cheapest candidates exceed the budget, or a layer has none with a finite loss.
     """
-    least = check_budget(costs, budget, unit)
-    # where the cheapest ones nearly fill the budget, steps of what is left are finer than steps of all
-    spare = max(1, budget - least)
-    # costs of layers have large divisors in common, and in multiples of those nothing is rounded
-    common = math.gcd(*(cost - min(own) for own in costs for cost in own)) or 1
+    usable = [[index for index, loss in enumerate(layer) if math.isfinite(loss)] for layer in losses]
+    if not all(usable):
+        raise OptionError(
+            f"layer {usable.index([]) + 1} of {len(usable)} has no candidate with a finite loss; leave it out"
+        )
+    costs = [[layer[index] for index in indices] for layer, indices in zip(costs, usable, strict=True)]
+    losses = [[layer[index] for index in indices] for layer, indices in zip(losses, usable, strict=True)]
+    picks = _pick(costs, losses, budget - check_budget(costs, budget, unit))
+    cost = sum(layer[index] for layer, index in zip(costs, picks, strict=True))
+    loss = sum(layer[index] for layer, index in zip(losses, picks, strict=True))
+    chosen = tuple(indices[index] for indices, index in zip(usable, picks, strict=True))
+    return Choice(chosen, cost, loss, min(loss, lower_bound(costs, losses, budget)), budget)
+
+
+def _pick(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]], spare: int) -> list[int]:
+    """Candidates of least loss, whose costs exceed those of the cheapest ones by at most ``spare``."""
+    # costs of layers have large divisors in common, and in multiples of those nothing is rounded; where the cheapest ones
+    # nearly fill the budget, steps of what is left are finer than steps of all
+    common = math.gcd(*(cost - min(layer) for layer in costs for cost in layer)) or 1
     step = max(common, -(-spare // STEPS))
     best = torch.zeros(spare // step + 1, dtype=torch.float64)
-    picks: list[tuple[torch.Tensor, list[int]]] = []
-    for own_costs, own_losses in zip(costs, losses, strict=True):
-        steps = [-(-(cost - min(own_costs)) // step) for cost in own_costs]
+    picked: list[tuple[torch.Tensor, list[int]]] = []
+    for layer_costs, layer_losses in zip(costs, losses, strict=True):
+        steps = [-(-(cost - min(layer_costs)) // step) for cost in layer_costs]
         options = torch.full((len(steps), len(best)), float("inf"), dtype=torch.float64)
-        for row, (need, loss) in enumerate(zip(steps, own_losses, strict=True)):
+        for row, (need, loss) in enumerate(zip(steps, layer_losses, strict=True)):
             if need < len(best):
                 options[row, need:] = best[: len(best) - need] + loss
         best, pick = options.min(0)
-        picks.append((pick, steps))
+        picked.append((pick, steps))
     left = len(best) - 1
     chosen = []
-    for pick, steps in reversed(picks):
+    for pick, steps in reversed(picked):
         chosen.append(int(pick[left]))
         left -= steps[chosen[-1]]
-    chosen.reverse()
-    cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
-    loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
-    return Choice(tuple(chosen), cost, loss, min(loss, lower_bound(costs, losses, budget)), budget)
+    return chosen[::-1]
 
 
 def check_budget(costs: Sequence[Sequence[int]], budget: int, unit: str) -> int:
@@ -82,7 +93,7 @@ def check_budget(costs: Sequence[Sequence[int]], budget: int, unit: str) -> int:
     Raises:
         OptionError: when they exceed the budget.
     """
-    least = sum(min(own) for own in costs)
+    least = sum(min(layer) for layer in costs)
     if least > budget:
         raise OptionError(
             f"the budget is {budget:,} {unit}, the smallest candidates of all layers need {least:,}; allow more"
@@ -95,8 +106,8 @@ def lower_bound(costs: Sequence[Sequence[int]], losses: Sequence[Sequence[float]
 
     def at(price: float) -> tuple[float, int]:
         value, used = -price * budget, 0
-        for own_costs, own_losses in zip(costs, losses, strict=True):
-            total, cost = min((loss + price * cost, cost) for cost, loss in zip(own_costs, own_losses, strict=True))
+        for layer_costs, layer_losses in zip(costs, losses, strict=True):
+            total, cost = min((loss + price * cost, cost) for cost, loss in zip(layer_costs, layer_losses, strict=True))
             value, used = value + total, used + cost
         return value, used
 

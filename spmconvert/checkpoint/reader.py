@@ -99,16 +99,22 @@ class Checkpoint:
 
         Of the folders only those that belong to the model: chat templates, and the modules of sentence-transformers with
         their own weights. Others hold the model in other formats, or earlier states of its training.
+
+        Raises:
+            CheckpointError: when one is a link to something outside of the checkpoint.
         """
-        found = []
+        companions = []
         for path in sorted(self.directory.iterdir()):
             is_weight = path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json")
             skipped = path.name.startswith(".") or path.name in WRITTEN_ANEW
             if path.is_file() and not is_weight and not skipped:
-                found.append(path)
+                companions.append(path)
         for folder in self._companion_folders():
-            found += sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix not in PICKLE_SUFFIXES)
-        return found
+            files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in PICKLE_SUFFIXES)
+            companions += files
+        for path in companions:
+            self._check_inside(path)
+        return companions
 
     def _companion_folders(self) -> list[Path]:
         names = {CHAT_TEMPLATES}
@@ -119,8 +125,20 @@ class Checkpoint:
             except (ValueError, KeyError, TypeError):
                 raise CheckpointError(f"{modules} is not a list of modules with paths; download it again") from None
         # a module without a folder is the transformer itself
-        candidates = [self.directory / name for name in sorted(names) if name and Path(name).name == name]
-        return [folder for folder in candidates if folder.is_dir()]
+        plain = sorted(name for name in names if isinstance(name, str) and Path(name).name == name and name != "..")
+        folders = [self.directory / name for name in plain if name and (self.directory / name).is_dir()]
+        for folder in folders:
+            self._check_inside(folder)
+        return folders
+
+    def _check_inside(self, path: Path) -> None:
+        """Refuse a link out of the checkpoint; the hub's cache keeps the files of a commit as links to blobs beside it."""
+        roots = [self.directory.resolve()]
+        roots += [place.parent / "blobs" for place in roots[0].parents if place.name == "snapshots"]
+        if not any(path.resolve().is_relative_to(root) for root in roots):
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, outside of the checkpoint; put the file itself there, or remove it"
+            )
 
     def sha256(self) -> str:
         """Content hash over config.json and the weight files."""
@@ -177,7 +195,7 @@ def open_loaded(name: str, files: Sequence[Path]) -> Checkpoint:
         what = files[0].name if files else "a state dict"
         raise CheckpointError(f"model {name!r} was loaded from {what}; only safetensors files can be converted")
     directory = files[0].parent
-    commit = _commit(directory)
+    commit = hub_commit(directory)
     tensors = {tensor: entry for file in files for tensor, entry in read_header(file).items()}
     name = name if commit else str(directory.resolve())
     return Checkpoint(directory, name, commit, _read_config(directory), tensors)
@@ -195,9 +213,9 @@ def tokenizer_place(checkpoint: Checkpoint) -> Path:
     return checkpoint.directory if beside else root
 
 
-def _commit(directory: Path) -> str | None:
+def hub_commit(directory: Path) -> str | None:
     """The commit of a directory in the hub's cache, ``models--owner--name/snapshots/COMMIT/...``, or None elsewhere."""
-    parts = directory.parts
+    parts = directory.absolute().parts
     for place, part in enumerate(parts[:-2]):
         if part.startswith("models--") and parts[place + 1] == "snapshots":
             return parts[place + 2]

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from spmconvert.errors import CalibrationError
 
+# what decides about tokens beside these, and makes no tokenizer alone
+TOKENIZER_PARTS = ("merges*", "special_tokens*", "added_tokens*")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
 
 
@@ -30,10 +32,12 @@ def load_tokenizer(directory: Path) -> Any:
     if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
         raise CalibrationError(f"{directory} has no tokenizer files, which a text needs; convert with --calib none")
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         # transformers raises whatever its converters raise; all of it means that text cannot be tokenised here
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "trust_remote_code" in str(error):
+            first = "it needs code of its own, which is never run"
         raise CalibrationError(
             f"{directory} has no usable tokenizer ({first}), which a text needs; convert with --calib none"
         ) from error
@@ -42,7 +46,8 @@ def load_tokenizer(directory: Path) -> Any:
 def tokenizer_hash(directory: Path) -> str:
     """Hash of a checkpoint's tokenizer files by name and content."""
     total = hashlib.sha256()
-    for file in sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern) if file.is_file()}):
+    patterns = (*TOKENIZER_FILES, *TOKENIZER_PARTS)
+    for file in sorted({file for pattern in patterns for file in directory.glob(pattern) if file.is_file()}):
         total.update(f"{file.name}\n{hashlib.sha256(file.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 
@@ -68,13 +73,20 @@ def _counts_from_padding(config: Any, positions: int) -> bool:
     from transformers import AutoModel
 
     with torch.device("meta"):
-        modules = AutoModel.from_config(config).modules()
+        modules = AutoModel.from_config(config, trust_remote_code=False).modules()
     embeddings = [module for module in modules if isinstance(module, torch.nn.Embedding)]
     return any(one.num_embeddings == positions and one.padding_idx is not None for one in embeddings)
 
 
-def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, file: Path) -> list[Tensor]:
+def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, what: object) -> list[Tensor]:
     """Rows of at most ``length`` token ids (int64), packed or one a document, as the model reads them.
+
+    Args:
+        documents: the text.
+        tokenizer: of the model.
+        config: of the model.
+        length: most tokens a row.
+        what: the text in words, for the error.
 
     Raises:
         CalibrationError: when packed documents do not fill one row.
@@ -87,7 +99,7 @@ def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, f
         stream += ids if separator is None else [*ids, separator]
     if len(stream) < length:
         raise CalibrationError(
-            f"{file} has {len(stream)} tokens, one row has {length}; use a longer text or fewer tokens a row"
+            f"{what} has {len(stream)} tokens, one row has {length}; use a longer text or fewer tokens a row"
         )
     return [torch.tensor(stream[start : start + length]) for start in range(0, len(stream) - length + 1, length)]
 

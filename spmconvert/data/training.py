@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.documents import DATASET_PREFIX, read_documents
-from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows
+from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows, tokenizer_hash
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import Training
 from spmconvert.system.caches import cache_directory, check_cache
@@ -167,14 +167,15 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     length = row_length(config, training.block_size)
     splits = _split(len(documents), training)
     numbers = f"{config.architectures} {length} {training.column} {training.held_out} {training.seed}"
-    key = f"{digest} {_vocabulary_hash(tokenizer)} {numbers}"
+    key = f"{digest} {tokenizer_hash(directory)} {numbers}"
     place = cache_directory("tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     check_cache("tokens")
     parts = []
     for part, chosen in splits.items():
         if not (place / part / "ends.npy").exists():
-            rows = token_rows([documents[i] for i in chosen], tokenizer, config, length, Path(source))
+            what = f"the {part.replace('_', '-')} part of {source}, {len(chosen)} of {len(documents)} documents,"
+            rows = token_rows([documents[i] for i in chosen], tokenizer, config, length, what)
             _store(rows, place / part)
         ids, ends = (np.load(place / part / f"{name}.npy", mmap_mode="r") for name in ("ids", "ends"))
         parts.append(TokenRows(ids, ends, padding, masking))
@@ -247,11 +248,6 @@ def _masking(config: Any, tokenizer: Any, seed: int) -> Masking | None:
     if tokenizer.mask_token_id is None:
         raise CalibrationError(f"the tokenizer has no mask token, which {config.architectures[0]} needs; repair its files")
     return Masking(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), seed)
-
-
-def _vocabulary_hash(tokenizer: Any) -> str:
-    text = repr(sorted(tokenizer.get_vocab().items())) + repr(tokenizer.all_special_tokens)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _store(rows: list[Tensor], place: Path) -> None:

@@ -29,14 +29,17 @@ def load_config(directory: Any) -> Any:
     """The config of a local checkpoint.
 
     Raises:
-        CheckpointError: when transformers does not know the model type.
+        CheckpointError: when transformers does not know the model type, or it needs code of its own, which is never run.
     """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(directory)
+        # without a word transformers asks on the terminal whether to run the checkpoint's code
+        return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
         first = str(error).strip().splitlines()[0]
+        if "trust_remote_code" in str(error):
+            first = "it needs code of its own, which is never run"
         raise CheckpointError(f"config.json in {directory} is not understood by transformers: {first}") from None
 
 

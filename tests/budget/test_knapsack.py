@@ -1,6 +1,7 @@
 """The allocation against every possible choice."""
 
 import itertools
+import math
 import random
 
 import pytest
@@ -51,3 +52,28 @@ def test_budget_edges():
     assert choose(costs, losses, 10**12, "bytes").chosen == (1, 1)
     with pytest.raises(OptionError, match="budget is 4 bytes, the smallest candidates of all layers need 5"):
         choose(costs, losses, 4, "bytes")
+
+
+def test_a_budget_that_the_cheapest_fill_is_not_exceeded():
+    choice = choose([[10, 11]], [[1, 0]], 10, "x")
+    assert (choice.chosen, choice.cost) == ((0,), 10)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_no_budget_is_exceeded_and_none_is_wasted(seed):
+    draw = random.Random(seed)
+    costs, losses = problem(seed, layers=draw.randint(1, 4), candidates=draw.randint(1, 4), scale=draw.choice([1, 7]))
+    least = sum(min(layer) for layer in costs)
+    for budget in (least, least + 1, least + draw.randint(0, 50), 10**6):
+        choice = choose(costs, losses, budget, "x")
+        assert choice.cost <= budget
+        assert choice.loss == pytest.approx(exhaustive(costs, losses, budget), rel=1e-12)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf, -math.inf])
+def test_a_loss_that_is_no_number_is_never_chosen(loss):
+    choice = choose([[5, 1, 3], [4, 2, 9]], [[0.0, loss, 2.0], [1.0, 3.0, loss]], 8, "x")
+    assert choice.chosen == (2, 0)
+    assert math.isfinite(choice.bound)
+    with pytest.raises(OptionError, match="layer 2 of 2 has no candidate with a finite loss"):
+        choose([[1], [1]], [[0.0], [loss]], 8, "x")

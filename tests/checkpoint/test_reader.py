@@ -242,3 +242,46 @@ def test_hub_id_out_of_reach(name, monkeypatch):
     with pytest.raises(ModelNotFoundError, match="HF_HUB_OFFLINE") as caught:
         open_checkpoint(name)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["..", ".", "../other", "a/b", "/tmp", 3])
+def test_modules_lie_beside_their_list(source, name):
+    (source.parent / "other").mkdir()
+    (source.parent / "other" / "id_rsa").write_text("KEY")
+    (source / "a" / "b").mkdir(parents=True)
+    (source / "a" / "b" / "id_rsa").write_text("KEY")
+    (source / "modules.json").write_text(json.dumps([{"path": name}]))
+    companions = open_checkpoint(str(source)).companion_files()
+    assert {path.parent for path in companions} == {source}
+    assert len(companions) == len(set(companions))
+
+
+@pytest.mark.parametrize("link", ["vocab.txt", "additional_chat_templates", "1_Pooling/config.json", "1_Pooling"])
+def test_no_companion_comes_from_outside(source, tmp_path, link):
+    private = tmp_path / "private"
+    private.mkdir()
+    (private / "config.json").write_text("KEY")
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    if "/" in link:
+        (source / link).parent.mkdir(exist_ok=True)
+        (source / link).unlink(missing_ok=True)
+    (source / link).symlink_to(private if "." not in link else private / "config.json")
+    with pytest.raises(CheckpointError, match=rf"{link}.* is a link to .*outside of the checkpoint"):
+        open_checkpoint(str(source)).companion_files()
+
+
+def test_links_inside_of_a_checkpoint_and_of_the_hub_are_followed(source, tmp_path):
+    (source / "vocab.txt").symlink_to("config.json")
+    assert "vocab.txt" in [path.name for path in open_checkpoint(str(source)).companion_files()]
+    repository = tmp_path / "models--owner--name"
+    snapshot = repository / "snapshots" / "0123abc"
+    snapshot.parent.mkdir(parents=True)
+    shutil.move(source, snapshot)
+    (repository / "blobs").mkdir()
+    (repository / "blobs" / "f00").write_text("[UNK]")
+    (snapshot / "merges.txt").symlink_to("../../blobs/f00")
+    assert "merges.txt" in [path.name for path in open_checkpoint(str(snapshot)).companion_files()]
+    (tmp_path / "private").write_text("KEY")
+    (snapshot / "added_tokens.json").symlink_to("../../../private")
+    with pytest.raises(CheckpointError, match="outside of the checkpoint"):
+        open_checkpoint(str(snapshot)).companion_files()

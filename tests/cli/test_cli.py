@@ -14,6 +14,7 @@ import torch
 from spmconvert import errors
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.cli import progress
+from spmconvert.commands.verify import loaded
 from tests.support import assert_refused
 
 QUICK = ("--set", "fit.iterations=4", "--set", "calibration.rows=16")
@@ -299,3 +300,43 @@ def test_a_log_without_a_terminal_says_how_far_the_work_is(run, checkpoints, tex
     assert "calibrating: 2 of 2" in err
     assert len(re.findall(r"fitted \S+ \(error [\d.]+, [\d.]+ s\): \d of 4", err)) == 4, err
     assert "\n\n" not in err
+
+
+EVIL = """
+import pathlib
+pathlib.Path({mark!r}).write_text("ran")
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+class Config(LlamaConfig):
+    model_type = "evil"
+
+class Tokenizer(PreTrainedTokenizerFast):
+    pass
+"""
+
+
+@pytest.mark.parametrize("what", ["config", "tokenizer"])
+@pytest.mark.parametrize("command", ["convert", "verify"])
+def test_code_of_a_checkpoint_never_runs_and_nobody_is_asked(
+    run, checkpoints, converted, text, tmp_path, monkeypatch, what, command
+):
+    directory = tmp_path / "m"
+    shutil.copytree(checkpoints["gpt2"] if command == "convert" else converted["gpt2"], directory)
+    (directory / "evil.py").write_text(EVIL.format(mark=str(tmp_path / "mark")))
+    file = directory / ("config.json" if what == "config" else "tokenizer_config.json")
+    change = {"model_type": "evil", "auto_map": {"AutoConfig": "evil.Config"}}
+    if what == "tokenizer":
+        change = {"tokenizer_class": "Tokenizer", "auto_map": {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
+    if command == "convert":
+        result = run("convert", directory, "-o", tmp_path / "o", "--calib", text, *QUICK)
+        error = errors.CheckpointError if what == "config" else errors.CalibrationError
+        assert_refused(result, error, "needs code of its own, which is never run")
+    elif what == "config":
+        with pytest.raises(errors.CheckpointError, match="never run"):
+            loaded(str(directory), None)
+    else:
+        # the tokenizer is not needed, and so it is not looked at
+        assert loaded(str(directory), [3, 4])["layers"] == 4
+    assert not (tmp_path / "mark").exists()

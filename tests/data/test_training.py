@@ -1,5 +1,8 @@
 """Training rows: split by document, cached by content, in an order that follows from seed and step."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +23,30 @@ def cache(tmp_path, monkeypatch):
 def load(directory, file, **changes):
     training = Training(**{"block_size": 32, "held_out": 0.1, **changes})
     return load_training_data(str(file), directory, load_config(directory), training)
+
+
+def test_rows_follow_the_whole_tokenizer(checkpoints, text, tmp_path):
+    directory = tmp_path / "m"
+    shutil.copytree(checkpoints["gpt2"], directory)
+    before = load(directory, text)
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    # the same words, found otherwise
+    content["normalizer"] = {"type": "Replace", "pattern": {"String": "e"}, "content": "a"}
+    file.write_text(json.dumps(content))
+    after = load(directory, text)
+    assert not torch.equal(before.training[0], after.training[0])
+
+
+@pytest.mark.parametrize("held_out", [0.02, 0.98])
+def test_the_part_that_is_too_short_is_named(checkpoints, text, held_out):
+    part, documents = ("held-out", 1) if held_out < 0.5 else ("training", 1)
+    changes = {"block_size": 64, "held_out": 0.001 if held_out < 0.5 else 0.999}
+    directory = checkpoints["gpt2"]
+    short = text.parent / "short.txt"
+    short.write_text("\n".join(line[:40] for line in text.read_text().splitlines()))
+    with pytest.raises(CalibrationError, match=rf"the {part} part of .*, {documents} of 300 documents, has 41 tokens"):
+        load(directory, short, **changes)
 
 
 def test_packed_rows_are_full_and_documents_are_on_one_side(checkpoints, text):
