@@ -232,6 +232,9 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     if whole or _saved_through_hooks() or under_torch_func():
         y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
         return y if bias is None else y + bias
+    if not torch.is_grad_enabled():
+        # a Function is told that its inputs require gradients even where nobody will ask for any
+        x, blocks = x.detach(), [block.detach() for block in blocks]
     chunked: Tensor = _ChunkedApply.apply(x, bias, plan, *blocks)
     return chunked
 
@@ -272,24 +275,24 @@ class _ChunkedApply(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Run every chunk's graph backwards, adding up the blocks' gradients."""
+        """Run every chunk's graph backwards; the blocks' gradients are added up in float32 or wider and rounded once."""
         (grad,) = grads
         needs_x, needs_bias = ctx.needs_input_grad[:2]
         grad_x = grad.new_empty(grad.shape[0], ctx.in_features) if needs_x else None
-        wanted = [block for block in ctx.blocks if block.requires_grad]
-        sums = [torch.zeros_like(block) for block in wanted]
+        trained = [block for block in ctx.blocks if block.requires_grad]
+        sums = [torch.zeros_like(block, dtype=torch.promote_types(block.dtype, torch.float32)) for block in trained]
         for index, (leaf, edge, like) in enumerate(ctx.graphs):
             rows = slice(index * CHUNK_TOKENS, index * CHUNK_TOKENS + leaf.shape[0])
-            inputs = [*wanted, leaf] if needs_x else wanted
+            inputs = [*trained, leaf] if needs_x else trained
             # in the strides of the output the batched products read it as it is; otherwise they copy it batch by batch
             grad_h = torch.empty_like(like, device=grad.device).copy_(grad[rows].view(like.shape))
-            found = torch.autograd.grad(edge, inputs, grad_h, retain_graph=True)
-            for total, part in zip(sums, found, strict=False):
+            chunk_grads = torch.autograd.grad(edge, inputs, grad_h, retain_graph=True)
+            for total, part in zip(sums, chunk_grads, strict=False):
                 total.add_(part)
             if grad_x is not None:
-                grad_x[rows] = found[-1]
-        remaining = iter(sums)
-        grad_blocks = [next(remaining) if block.requires_grad else None for block in ctx.blocks]
+                grad_x[rows] = chunk_grads[-1]
+        totals = iter(sums)
+        grad_blocks = [next(totals).to(block.dtype) if block.requires_grad else None for block in ctx.blocks]
         return grad_x, grad.sum(0) if needs_bias else None, None, *grad_blocks
 
 

@@ -130,6 +130,47 @@ def test_single_precision_is_exact_to_rounding():
     assert found < 2 * own_error
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(96, 96), (66, 132)], ids=str)
+def test_gradients_in_half_precision_are_about_as_exact_in_many_chunks_as_in_one(shape, dtype, monkeypatch):
+    geometry, tokens = Geometry.create(*shape), 2048
+    low = [p.detach().to(dtype).requires_grad_() for p in tensors(geometry, tokens)]
+    grad = torch.randn(tokens, shape[1], generator=torch.Generator().manual_seed(2)).to(dtype)
+    _, exact, *_ = gradients(by_reference, [p.detach().double().requires_grad_() for p in low], geometry, grad.double())
+    errors = {}
+    for chunk in (8, tokens):
+        monkeypatch.setattr(merged, "CHUNK_TOKENS", chunk)
+        _, weight_grad, *_ = gradients(merged_forward, low, geometry, grad)
+        errors[chunk] = relative(weight_grad.double(), exact)
+    # every chunk's own gradient is rounded, which adds a little; a sum rounded at every chunk has five times the error
+    assert errors[8] < 1.5 * errors[tokens]
+
+
+@pytest.mark.parametrize("wanted", ["input", "blocks"])
+def test_without_gradients_no_chunk_has_a_graph(wanted, monkeypatch):
+    geometry = Geometry.create(128, 512)
+    x, *parameters, bias = (p.detach() for p in tensors(geometry, 3 * merged.CHUNK_TOKENS))
+    blocks = merge_stages(*parameters, merge_plan(geometry))
+    for tensor in [x] if wanted == "input" else blocks:
+        tensor.requires_grad_()
+    graphs, mix = [], merged._mix
+
+    def watched(*arguments):
+        h = mix(*arguments)
+        graphs.append(h.requires_grad)
+        return h
+
+    monkeypatch.setattr(merged, "_mix", watched)
+    expected = apply_blocks(x, blocks, bias, merge_plan(geometry))
+    assert graphs == [True] * 3
+    graphs.clear()
+    with torch.no_grad():
+        y = apply_blocks(x, blocks, bias, merge_plan(geometry))
+    assert graphs == [False] * 3
+    assert not y.requires_grad
+    assert torch.equal(y, expected)
+
+
 @pytest.mark.parametrize("tokens", [9, 300])
 def test_second_backward_equals_the_first(tokens):
     geometry = Geometry.create(128, 512)

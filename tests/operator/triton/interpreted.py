@@ -8,11 +8,12 @@ from spmconvert.operator import geometry as geometry_module
 from spmconvert.operator.dispatch import interprets_triton
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.operator.merged import merge_plan, merge_stages
+from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
 from spmconvert.operator.triton import launches, tiles
 from spmconvert.operator.triton import merge as merge_ops
 from spmconvert.operator.triton import mix as triton_ops
 from spmconvert.operator.triton.merge import merge_stages_triton
+from spmconvert.operator.triton.mix import apply_blocks_triton
 from tests.operator.accuracy import assert_within_twice
 from tests.operator.test_merged import relative, tensors
 
@@ -79,6 +80,17 @@ def test_three_groups(shape, tokens, monkeypatch):
     geometry = Geometry.create(*shape)
     assert len(merge_plan(geometry).groups) == 3
     assert_within_twice(geometry, tokens, torch.float16)
+
+
+def test_outputs_that_fold_often_are_summed_exactly():
+    geometry = Geometry.create(200, 3)
+    plan = merge_plan(geometry)
+    x, *parameters, bias = (p.detach() for p in tensors(geometry, 18))
+    blocks = merge_stages(*parameters, plan)
+    half = [tensor.half() for tensor in (x, bias, *blocks)]
+    target = apply_blocks(half[0].double(), [block.double() for block in half[2:]], half[1].double(), plan)
+    plain, found = (run(half[0], half[2:], half[1], plan).double() for run in (apply_blocks, apply_blocks_triton))
+    assert relative(found, target) <= 1.5 * relative(plain, target)
 
 
 def test_blocks_wider_than_a_tile(monkeypatch):
