@@ -2,11 +2,11 @@
 
 Importing the package registers the checkpoint format with transformers: at once where transformers is loaded already,
 otherwise at the moment it is. The names below are imported when they are first used. Both keep ``import spmconvert``, and
-with it the command line's help and option errors, free of the seconds that torch and transformers take to import.
+with it the command line's help and option errors, free of the seconds that torch and transformers take to import. What is
+imported here comes before ``__main__`` can put the path of imports in order, so it is little.
 """
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -64,7 +64,7 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _RegisterAfterImport(importlib.abc.MetaPathFinder):
+class _RegisterAfterImport:
     """Registers the format right after transformers' table of quantizers has been imported."""
 
     def find_spec(

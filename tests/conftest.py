@@ -1,5 +1,6 @@
 """Tiny models from config classes, built once a session without network; and a real text to calibrate on."""
 
+import os
 import random
 import sys
 from pathlib import Path
@@ -151,6 +152,18 @@ def quick_report(gpt2_spm, text, other_text):
 def cache(tmp_path_factory, monkeypatch) -> None:
     """A cache of its own for every test."""
     monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def typed_ahead(tmp_path):
+    """A line on the standard input of this process."""
+    (tmp_path / "input").write_text("y\n")
+    descriptor, ours = os.open(tmp_path / "input", os.O_RDONLY), os.dup(0)
+    os.dup2(descriptor, 0)
+    yield
+    os.dup2(ours, 0)
+    os.close(descriptor)
+    os.close(ours)
 
 
 @pytest.fixture

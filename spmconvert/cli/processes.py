@@ -1,7 +1,8 @@
 """Several processes of one command on this machine, as a launcher would start them.
 
 PyTorch's own launcher answers a one-line error with two pages of its own and exit code 1; here the first process that fails
-has the last word, with its exit code. Several machines are what ``accelerate launch`` and ``torchrun`` are for.
+has the last word, with its exit code. As in ``spmconvert.system.fresh``, the processes read no input and import nothing
+from the working directory. Several machines are what ``accelerate launch`` and ``torchrun`` are for.
 """
 
 import os
@@ -11,6 +12,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+
+from spmconvert.system.fresh import child_environment
 
 
 def run_in_processes(arguments: Sequence[str], count: int) -> int:
@@ -36,12 +39,15 @@ def run_in_processes(arguments: Sequence[str], count: int) -> int:
     with tempfile.TemporaryDirectory() as quiet:
         workers = []
         for rank in range(count):
-            environment = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            environment = {**child_environment(), **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
             # only the first process speaks; what the others say matters where one of them fails first
             with open(f"{quiet}/{rank}", "w") as stream:  # noqa: PTH123 - a handle for the child
                 workers.append(
                     subprocess.Popen(
-                        [sys.executable, "-m", "spmconvert", *arguments], env=environment, stderr=stream if rank else None
+                        [sys.executable, "-m", "spmconvert", *arguments],
+                        env=environment,
+                        stdin=subprocess.DEVNULL,
+                        stderr=stream if rank else None,
                     )
                 )
         failed = _wait(workers)

@@ -1,6 +1,9 @@
 """Running one function in a fresh interpreter: what holds there holds for a user, and its memory is its own.
 
-Arguments and result are JSON; the result goes through a file, so that nothing a library prints can get in between.
+Arguments and result are JSON; the result goes through a file, so that nothing a library prints can get in between. The
+process reads no input, and imports nothing from the working directory, which may be a checkpoint that somebody else made.
+``multiprocessing`` is not used: a process that it spawns runs the caller's main module again, and starts with the working
+directory on its path.
 """
 
 import importlib
@@ -32,14 +35,22 @@ def run_fresh(function: str, *arguments: Any) -> Any:
     with tempfile.TemporaryDirectory() as place:
         answer = Path(place) / "answer.json"
         command = [sys.executable, "-m", "spmconvert.system.fresh", function, json.dumps(arguments), str(answer)]
-        # the same package as here, also where it is run from its source tree
-        places = [str(Path(spmconvert.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
-        ended = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        ended = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=child_environment()
+        )
         if not answer.exists():
             last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode}"])[-1]
             raise SpmconvertError(f"a fresh process could not run {function}: {last}")
         return json.loads(answer.read_text(encoding="utf-8"))
+
+
+def child_environment() -> dict[str, str]:
+    """Environment of Python processes that import this very package, and nothing from the directory they start in."""
+    # an empty entry would be the working directory
+    others = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+    # the same package as here, also where it is run from its source tree
+    places = [str(Path(spmconvert.__file__).parents[1]), *others]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(places), "PYTHONSAFEPATH": "1"}
 
 
 def main(function: str, arguments: str, answer: str) -> None:

@@ -52,6 +52,8 @@ def test_commit_makes_the_output_and_nothing_else(tmp_path):
     assert found.keys() == TENSORS.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in TENSORS.items())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"]
+    names = {path.name for path in (tmp_path / "deep" / "out").iterdir()}
+    assert names == {"checksums.sha256", "config.json", "model.safetensors"}
     assert (tmp_path / "deep" / "out" / "model.safetensors").stat().st_mode & 0o444 == 0o444 & ~_umask()
 
 
