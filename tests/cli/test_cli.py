@@ -331,8 +331,10 @@ def test_code_of_a_checkpoint_never_runs_and_nobody_is_asked(
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("somebody is asked"))
     if command == "convert":
         result = run("convert", directory, "-o", tmp_path / "o", "--calib", text, *QUICK)
-        error = errors.CheckpointError if what == "config" else errors.CalibrationError
-        assert_refused(result, error, "needs code of its own, which is never run")
+        if what == "config":
+            assert_refused(result, errors.CheckpointError, "needs code of its own, which is never run")
+        else:
+            assert result[0] == 0, "its files make a tokenizer without that code"
     elif what == "config":
         with pytest.raises(errors.CheckpointError, match="never run"):
             loaded(str(directory), None)
