@@ -23,6 +23,13 @@ An interrupted run (Ctrl-C) exits with 130. Each message is one line: what was f
 from typing import ClassVar, Self
 
 INTERRUPTED_EXIT_CODE = 130
+NEEDS_CODE = "it needs code of its own, which is never run"
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, for a message of one line; a demand for ``trust_remote_code`` is named as what it is."""
+    text = str(error).strip() or type(error).__name__
+    return NEEDS_CODE if "trust_remote_code" in text else text.splitlines()[0]
 
 
 class SpmconvertError(Exception):

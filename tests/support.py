@@ -12,6 +12,13 @@ QUICK = {"fit.iterations": 8, "calibration.rows": 24}
 # a finetune of one
 SHORT = {"steps": 12, "batch_size": 4, "block_size": 32, "evaluate_every": 6, "save_every": 4}
 
+# a module in a checkpoint that shows that it ran
+CODE_OF_ITS_OWN = """
+from pathlib import Path
+Path({mark!r}).write_text("ran")
+from transformers import GPT2Config as OwnConfig, GPT2LMHeadModel as OwnModel, PreTrainedTokenizerFast as OwnTokenizer
+"""
+
 
 def files_of(directory: Path) -> dict[str, str]:
     """Content hash of every file; seconds in the provenance are the only thing that may differ between two runs."""

@@ -9,7 +9,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from spmconvert.errors import CheckpointError, CorruptCheckpointError
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, first_line
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,7 +82,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
                 length = int.from_bytes(stream.read(8), "little")
                 header = json.loads(stream.read(length))
         except SafetensorError as error:
-            raise _corrupt(file, f"is refused ({str(error).splitlines()[0]})") from None
+            raise _corrupt(file, f"is refused ({first_line(error)})") from None
     header.pop("__metadata__", None)
     entries = (
         TensorEntry(name, entry["dtype"], tuple(entry["shape"]), file, *(8 + length + at for at in entry["data_offsets"]))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEntry, read_header, read_headers
 from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, QUANT_METHOD, REPORT_FILES
-from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, first_line
 from spmconvert.system.files import file_hash
 
 if TYPE_CHECKING:
@@ -70,9 +70,8 @@ class Checkpoint:
             with safe_open(entry.file, "pt") as file:
                 return file.get_tensor(name)
         except SafetensorError as error:
-            first = str(error).splitlines()[0]
             raise CorruptCheckpointError(
-                f"tensor {name} ({entry.dtype}) of {entry.file} is refused ({first}); download or save it again"
+                f"tensor {name} ({entry.dtype}) of {entry.file} is refused ({first_line(error)}); download or save it again"
             ) from error
         except OSError as error:
             raise _unreadable(entry.file, error) from error
@@ -251,9 +250,8 @@ def _download(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(HUB_PATTERNS)))
     # the client lets errors of its HTTP library through, and which library that is differs between its versions
     except Exception as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelNotFoundError(
-            f"there is no directory {model!r}, and the hub has no such model within reach ({first}); "
+            f"there is no directory {model!r}, and the hub has no such model within reach ({first_line(error)}); "
             "check the name, the network and HF_HUB_OFFLINE"
         ) from error
 

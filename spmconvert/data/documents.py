@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from spmconvert.errors import CalibrationError, OptionError
+from spmconvert.errors import CalibrationError, OptionError, first_line
 
 SHORTEST_DOCUMENT = 64
 PLAIN_SUFFIXES = ("", ".txt", ".md", ".raw", ".tokens")
@@ -73,8 +73,7 @@ def _from_parquet(file: Path, column: str) -> list[str]:
         names = parquet.read_schema(file).names
         values = parquet.read_table(file, columns=[column]).column(column).to_pylist() if column in names else None
     except (OSError, ArrowException) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"text file {file} cannot be read: {first}; check the path") from None
+        raise CalibrationError(f"text file {file} cannot be read: {first_line(error)}; check the path") from None
     return _column_of(values, str(file), column, names)
 
 
@@ -89,8 +88,7 @@ def _from_dataset(source: str, column: str) -> list[str]:
         rows = datasets.load_dataset(name, configuration or None, split=split or "train")
     except Exception as error:
         # whatever the hub, the builder or the cache raises; all of it means that the dataset cannot be had
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CalibrationError(f"dataset {source} cannot be loaded: {first}") from error
+        raise CalibrationError(f"dataset {source} cannot be loaded: {first_line(error)}") from error
     names = rows.column_names
     return _column_of(list(rows[column]) if column in names else None, source, column, names)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.errors import CalibrationError
+from spmconvert.errors import CalibrationError, CheckpointError, first_line
 
 # what decides about tokens beside these, and makes no tokenizer alone
 TOKENIZER_PARTS = ("merges*", "special_tokens*", "added_tokens*")
@@ -35,11 +35,8 @@ def load_tokenizer(directory: Path) -> Any:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         # transformers raises whatever its converters raise; all of it means that text cannot be tokenised here
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "trust_remote_code" in str(error):
-            first = "it needs code of its own, which is never run"
         raise CalibrationError(
-            f"{directory} has no usable tokenizer ({first}), which a text needs; convert with --calib none"
+            f"{directory} has no usable tokenizer ({first_line(error)}), which a text needs; convert with --calib none"
         ) from error
 
 
@@ -60,7 +57,11 @@ def reads_packed(config: Any) -> bool:
 
 
 def row_length(config: Any, wanted: int) -> int:
-    """The wanted number of tokens a row, or the most that the model has positions for."""
+    """The wanted number of tokens a row, or the most that the model has positions for.
+
+    Raises:
+        CheckpointError: when that takes a look at the model, and transformers has none for the config.
+    """
     positions = getattr(config, "max_position_embeddings", None) or wanted
     reserved = (getattr(config, "pad_token_id", None) or 0) + 1
     if wanted + reserved > positions and _counts_from_padding(config, positions):
@@ -72,8 +73,11 @@ def _counts_from_padding(config: Any, positions: int) -> bool:
     """Whether positions start after that of padding, as in RoBERTa: their embedding has a row for padding then."""
     from transformers import AutoModel
 
-    with torch.device("meta"):
-        modules = AutoModel.from_config(config, trust_remote_code=False).modules()
+    try:
+        with torch.device("meta"):
+            modules = AutoModel.from_config(config, trust_remote_code=False).modules()
+    except ValueError as error:
+        raise CheckpointError(f"transformers has no model for a {type(config).__name__}: {first_line(error)}") from None
     embeddings = [module for module in modules if isinstance(module, torch.nn.Embedding)]
     return any(one.num_embeddings == positions and one.padding_idx is not None for one in embeddings)
 

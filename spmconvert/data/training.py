@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spmconvert.data.documents import DATASET_PREFIX, read_documents
 from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows, tokenizer_hash
-from spmconvert.errors import CalibrationError
+from spmconvert.errors import CalibrationError, first_line
 from spmconvert.recipe.recipe import Training
 from spmconvert.system.caches import cache_directory, check_cache
 from spmconvert.system.files import save_whole
@@ -217,8 +217,9 @@ def _load_tensors(file: Path, config: Any, training: Training) -> TrainingData:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise CalibrationError(f"{file} cannot be read: {first}; give the processor's tensors as safetensors") from None
+        raise CalibrationError(
+            f"{file} cannot be read: {first_line(error)}; give the processor's tensors as safetensors"
+        ) from None
     lengths = {name: len(tensor) for name, tensor in tensors.items() if tensor.ndim}
     if not tensors or len(lengths) != len(tensors) or len(set(lengths.values())) != 1:
         raise CalibrationError(f"{file} has tensors of {lengths} items; all need the same number, one row an item")

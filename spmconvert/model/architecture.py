@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from spmconvert.errors import CheckpointError
+from spmconvert.errors import NEEDS_CODE, CheckpointError, first_line
 
 
 def model_class(config: Any) -> Any:
@@ -18,9 +18,10 @@ def model_class(config: Any) -> Any:
     names = getattr(config, "architectures", None) or []
     if not names:
         raise CheckpointError("config.json names no architecture; add architectures, for example ['GPT2LMHeadModel']")
-    found = getattr(transformers, names[0], None)
-    if found is None:
-        hint = "it needs code of its own, which is never run" if hasattr(config, "auto_map") else "upgrade transformers"
+    found = getattr(transformers, str(names[0]), None)
+    # classes that would look for another, in the checkpoint's own code too, are no architectures
+    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+        hint = NEEDS_CODE if hasattr(config, "auto_map") else "upgrade transformers"
         raise CheckpointError(f"transformers {transformers.__version__} has no architecture {names[0]}; {hint}")
     return found
 
@@ -29,18 +30,16 @@ def load_config(directory: Any) -> Any:
     """The config of a local checkpoint.
 
     Raises:
-        CheckpointError: when transformers does not know the model type, or it needs code of its own, which is never run.
+        CheckpointError: when transformers does not know the model type, also where the checkpoint has code for it.
     """
     from transformers import AutoConfig
 
     try:
-        # without a word transformers asks on the terminal whether to run the checkpoint's code
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0]
-        if "trust_remote_code" in str(error):
-            first = "it needs code of its own, which is never run"
-        raise CheckpointError(f"config.json in {directory} is not understood by transformers: {first}") from None
+        raise CheckpointError(
+            f"config.json in {directory} is not understood by transformers: {first_line(error)}"
+        ) from None
 
 
 def skeleton(config: Any) -> Any:

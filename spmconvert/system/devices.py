@@ -2,7 +2,7 @@
 
 import torch
 
-from spmconvert.errors import BackendError
+from spmconvert.errors import BackendError, first_line
 
 
 def check_device(device: str) -> None:
@@ -14,5 +14,4 @@ def check_device(device: str) -> None:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise BackendError(f"device {device!r} cannot be used here ({first}); use --device cpu") from None
+        raise BackendError(f"device {device!r} cannot be used here ({first_line(error)}); use --device cpu") from None

@@ -12,6 +12,7 @@ from spmconvert.commands.report import report
 from spmconvert.commands.verify import verify
 from spmconvert.errors import ModelNotFoundError
 from spmconvert.reporting.files import write_report
+from tests.support import CODE_OF_ITS_OWN
 
 CHECKS = ["files", "hashes", "shapes", "finite values", "untouched tensors", "fresh process", "recorded outputs"]
 
@@ -110,6 +111,22 @@ def test_a_checkpoint_that_does_not_load_fails_in_the_fresh_process(damaged):
     check = verify(damaged)[5]
     assert (check.name, check.outcome) == ("fresh process", "FAILED")
     assert "NoSuchModel" in check.detail
+
+
+@pytest.mark.usefixtures("typed_ahead")
+def test_code_in_a_checkpoint_never_runs(damaged, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    (damaged / "own.py").write_text(CODE_OF_ITS_OWN.format(mark=str(tmp_path / "mark")))
+    config = json.loads((damaged / "config.json").read_text())
+    own = {"auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}}
+    (damaged / "config.json").write_text(json.dumps({**config, **own}))
+    assert outcomes(verify(damaged))["fresh process"] == "ok"
+    (damaged / "config.json").write_text(json.dumps({**config, **own, "model_type": "own"}))
+    check = next(check for check in verify(damaged) if check.name == "fresh process")
+    assert check.outcome == "FAILED"
+    assert "it needs code of its own, which is never run" in check.detail
+    assert "\n" not in check.detail
+    assert not (tmp_path / "mark").exists()
 
 
 def test_files_that_cannot_be_opened_end_the_checks(damaged, tmp_path):
