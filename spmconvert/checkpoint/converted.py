@@ -8,8 +8,9 @@ from typing import Any
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
 from spmconvert.checkpoint.names import resolve_name, shared_prefix
+from spmconvert.checkpoint.provenance import check_provenance
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.errors import CheckpointError, ModelNotFoundError, OptionError
+from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,18 @@ def open_converted(directory: Path) -> Converted:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{directory} is not a converted checkpoint; convert it first with spmconvert convert")
     check_format_version(quantization.get("format_version"))
-    layers = {name: LayerSpec.from_json(name, entry) for name, entry in (quantization.get("layers") or {}).items()}
-    return Converted(directory, config, layers, read_headers(directory), _read_json(directory / PROVENANCE_FILE))
+    entries = quantization.get("layers")
+    if not isinstance(entries, dict) or not entries:
+        raise CorruptCheckpointError(f"config.json in {directory} has no layer map; download it or convert again")
+    layers = {name: LayerSpec.from_json(name, entry) for name, entry in entries.items()}
+    if not (directory / PROVENANCE_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} has no {PROVENANCE_FILE}, which save_pretrained does not write and this command needs; put that "
+            "of the conversion there, or convert the source by spmconvert convert"
+        )
+    provenance = _read_json(directory / PROVENANCE_FILE)
+    check_provenance(directory, provenance, set(layers))
+    return Converted(directory, config, layers, read_headers(directory), provenance)
 
 
 def only_converted(place: Path) -> Path:
@@ -104,7 +115,7 @@ def _read_json(file: Path) -> dict[str, Any]:
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}; give the output of spmconvert convert") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{file} is not JSON; convert again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object; convert again")

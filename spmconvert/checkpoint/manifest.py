@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from spmconvert.errors import CheckpointError
+from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.operator.geometry import Geometry
 from spmconvert.version import __version__
 
@@ -50,16 +50,22 @@ class LayerSpec:
         """Read an entry back.
 
         Raises:
-            CheckpointError: when a key is missing or unknown.
-            OptionError: when the numbers do not describe a layer.
+            CheckpointError: when a key is missing or unknown, or the numbers do not describe a layer.
         """
         if not isinstance(entry, dict) or set(entry) != set(LAYER_KEYS):
             found = sorted(entry) if isinstance(entry, dict) else entry
             raise CheckpointError(f"layer {name} in quantization_config has {found}; it needs {sorted(LAYER_KEYS)}")
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"layer {name} in quantization_config has dtype {entry['dtype']!r}; known are {DTYPES}")
+        for key in ("bias", "fan_in_fan_out"):
+            if not isinstance(entry[key], bool):
+                raise CheckpointError(f"layer {name} in quantization_config has {key} {entry[key]!r}; it is true or false")
         numbers = (entry[key] for key in ("in", "out", "n", "stages", "variant", "block", "rank"))
-        return cls(Geometry(*numbers), bool(entry["bias"]), bool(entry["fan_in_fan_out"]), entry["dtype"])
+        try:
+            geometry = Geometry(*numbers)
+        except OptionError as error:
+            raise CheckpointError(f"layer {name} in quantization_config describes no layer: {error}") from None
+        return cls(geometry, entry["bias"], entry["fan_in_fan_out"], entry["dtype"])
 
     def parameter_count(self) -> int:
         """Number of parameters of the layer, bias included."""

@@ -20,7 +20,7 @@ from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.data.tokens import load_tokenizer
 from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
-from spmconvert.recipe.recipe import Fit
+from spmconvert.recipe.loading import recorded_recipe
 from spmconvert.reporting import timing
 from spmconvert.reporting.harness import check_harness, run_tasks
 from spmconvert.reporting.measure import compare
@@ -197,7 +197,7 @@ def _layer_errors_on(converted: Converted) -> str:
     measured = f"{held_out} held-out rows of the calibration text; {fitted} other rows were fitted"
     if calibration["choosing_rows"]:
         measured += f" and {calibration['choosing_rows']} chose the designs"
-    aims = Fit.model_validate(converted.provenance["recipe"]["fit"]).fit_note
+    aims = recorded_recipe(converted.provenance["recipe"]).fit.fit_note
     return f"{measured}; {aims}" if aims else measured
 
 

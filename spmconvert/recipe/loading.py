@@ -29,6 +29,18 @@ def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
         raise RecipeError(_first_line(error, path)) from None
 
 
+def recorded_recipe(table: object) -> Recipe:
+    """The recipe that a converted checkpoint says it was made by.
+
+    Raises:
+        RecipeError: when it is none that this version understands.
+    """
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise RecipeError(f"the recorded recipe is not understood ({_first_line(error, None)}); convert again") from None
+
+
 _SHORT_KEYS = {
     "stages": "design.stages",
     "variant": "design.variant",

@@ -22,7 +22,7 @@ from spmconvert.data.calibration import CalibrationRows, load_rows
 from spmconvert.data.documents import read_documents
 from spmconvert.data.tokens import load_tokenizer, row_length, token_rows
 from spmconvert.errors import CalibrationError
-from spmconvert.recipe.recipe import Recipe
+from spmconvert.recipe.loading import recorded_recipe
 from spmconvert.reporting.schema import NotMeasured
 
 Domain = Literal["first", "other"]
@@ -96,7 +96,7 @@ def recorded_rows(converted: Converted, config: Any, file: Path) -> CalibrationR
     Raises:
         CalibrationError: when the file cannot be read as a text.
     """
-    recipe = Recipe.model_validate(converted.provenance["recipe"])
+    recipe = recorded_recipe(converted.provenance["recipe"])
     calibration = recipe.calibration.model_copy(update={"file": file})
     choosing = bool(recipe.budget.limits)
     rows = load_rows(converted.directory, config, calibration, recipe.seed, choosing=choosing)

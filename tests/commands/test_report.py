@@ -34,6 +34,7 @@ def with_finetune(directory, digest):
         "start_loss": 2.0,
         "best_loss": 1.5,
         "data_sha256": digest,
+        "recipe": {"train": "spm"},
         "seed": 0,
         "stopped": "",
         "history": [

@@ -75,6 +75,88 @@ def test_an_untouched_tensor_that_differs_is_named(damaged, no_process):
     assert name in check.detail
 
 
+@pytest.mark.parametrize(
+    ("trained", "tensor", "outcome"),
+    [
+        ("spm", "wte", "FAILED"),
+        ("spm", "ln_1.weight", "FAILED"),
+        ("norms", "ln_1.weight", "ok"),
+        ("norms", "attn.c_attn.weight", "FAILED"),
+        ("all", "attn.c_attn.weight", "ok"),
+    ],
+)
+def test_a_finetune_excuses_what_it_trained_and_nothing_else(damaged, no_process, trained, tensor, outcome):
+    name = change(damaged, lambda name: tensor in name, lambda values: values + 1)
+    content = json.loads((damaged / "spm.json").read_text())
+    content["finetune"] = [{"recipe": {"train": trained}, "data_sha256": "0"}]
+    (damaged / "spm.json").write_text(json.dumps(content))
+    check = verify(damaged)[4]
+    assert check.outcome == outcome
+    assert (name in check.detail) == (outcome == "FAILED")
+
+
+@pytest.mark.parametrize("content", ["", "{listed}"])
+def test_a_list_of_hashes_that_leaves_files_out_fails(damaged, no_process, content):
+    file = damaged / "checksums.sha256"
+    listed = [line for line in file.read_text().splitlines() if "model.safetensors" not in line]
+    file.write_text(content.format(listed="\n".join(listed) + "\n"))
+    check = verify(damaged)[1]
+    assert check.outcome == "FAILED"
+    assert "model.safetensors" in check.detail
+
+
+@pytest.mark.parametrize(
+    ("change_provenance", "where"),
+    [
+        (lambda content: content.clear(), "'spmconvert_version'"),
+        (lambda content: content["source"].pop("sha256"), "'source.sha256'"),
+        (lambda content: content["source"].update(name=3), "'source.name'"),
+        (lambda content: content.update(recipe=None), "'recipe'"),
+        (lambda content: content.update(layers=[{"name": "a"}]), "'layers.0.dense_parameters'"),
+        (lambda content: content["layers"].pop(), "do not name the same layers"),
+        (lambda content: content.update(finetune=[{}]), "'finetune.0.recipe'"),
+        (lambda content: content.update(calibration={}), "'calibration.file_sha256'"),
+    ],
+)
+def test_provenance_that_later_commands_cannot_read_fails(damaged, change_provenance, where):
+    content = json.loads((damaged / "spm.json").read_text())
+    change_provenance(content)
+    (damaged / "spm.json").write_text(json.dumps(content))
+    (check,) = verify(damaged)
+    assert (check.name, check.outcome) == ("files", "FAILED")
+    assert where in check.detail
+    assert "\n" not in check.detail
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [({"stages": -1}, "stages is -1"), ({"bias": 3}, "bias 3"), ({"n": 2}, "width is 2"), ({"variant": 1}, "variant is 1")],
+)
+def test_a_layer_map_that_describes_no_layer_fails(damaged, entry, words):
+    config = json.loads((damaged / "config.json").read_text())
+    name = "transformer.h.0.mlp.c_fc"
+    config["quantization_config"]["layers"][name].update(entry)
+    (damaged / "config.json").write_text(json.dumps(config))
+    (check,) = verify(damaged)
+    assert (check.name, check.outcome) == ("files", "FAILED")
+    assert name in check.detail
+    assert words in check.detail
+
+
+def test_a_checkpoint_without_layers_or_provenance_is_refused_with_what_helps(damaged):
+    content = (damaged / "spm.json").read_text()
+    (damaged / "spm.json").unlink()
+    (check,) = verify(damaged)
+    assert "save_pretrained does not write" in check.detail
+    (damaged / "spm.json").write_text(content)
+    config = json.loads((damaged / "config.json").read_text())
+    config["quantization_config"]["layers"] = {}
+    (damaged / "config.json").write_text(json.dumps(config))
+    (check,) = verify(damaged)
+    assert check.outcome == "FAILED"
+    assert "no layer map" in check.detail
+
+
 def test_values_that_are_not_finite_are_named(damaged, no_process):
     name = change(damaged, lambda name: name.endswith("scale_out"), lambda tensor: tensor / 0)
     check = verify(damaged)[3]
