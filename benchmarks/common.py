@@ -215,7 +215,7 @@ def distil(
         distillation=distillation,
         data=data,
         training=training,
-        accelerator=make_accelerator(training, "cpu", shard=False, tracker=None, place=Path()),
+        accelerator=make_accelerator(training, "cpu", shard=False, tracker=None, output=Path()),
         called=student,
         trained=trained,
         structured=structured,

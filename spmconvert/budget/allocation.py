@@ -43,9 +43,9 @@ class Allocation:
     @classmethod
     def from_json(cls, plan: ConversionPlan, content: bytes) -> "Allocation":
         """The allocation that was written for the same targeted layers."""
-        found = json.loads(content)
-        picked = tuple(None if one is None else Candidate(**one) for one in found["picked"])
-        choice = Choice(**{**found["choice"], "chosen": tuple(found["choice"]["chosen"])})
+        record = json.loads(content)
+        picked = tuple(None if fields is None else Candidate(**fields) for fields in record["picked"])
+        choice = Choice(**{**record["choice"], "chosen": tuple(record["choice"]["chosen"])})
         return cls(_planned(plan, picked), choice, picked)
 
 
@@ -60,10 +60,10 @@ def check_reachable(plan: ConversionPlan, budget: Budget) -> None:
     costs = []
     for layer in plan.layers:
         sizes = (layer.target.in_features, layer.target.out_features)
-        found = [g for structure in budget.structures for g in candidate_geometries(*sizes, structure)]
-        options = [Candidate(g.stages, g.block, g.rank, 0.0, 0.0) for g in found]
+        geometries = [g for structure in budget.structures for g in candidate_geometries(*sizes, structure)]
+        options = [Candidate(g.stages, g.block, g.rank, 0.0, 0.0) for g in geometries]
         costs.append([_cost(layer, option, budget) for option in (*options, None)])
-    limit, dense = _limit(plan.layers, budget), sum(own[-1] for own in costs)
+    limit, dense = _limit(plan.layers, budget), sum(layer_costs[-1] for layer_costs in costs)
     check_budget(costs, limit, budget.unit)
     if limit >= dense:
         raise OptionError(
@@ -79,18 +79,23 @@ def allocate(curves: Curves, budget: Budget) -> Allocation:
         OptionError: when the smallest candidates exceed the budget, or no layer would change.
     """
     layers = curves.plan.layers
-    options = [(*own, None) for own in curves.candidates]
-    losses = [[0.0 if one is None else one.loss for one in own] for own in options]
+    options = [(*candidates, None) for candidates in curves.candidates]
+    losses = [[0.0 if option is None else option.loss for option in layer_options] for layer_options in options]
     if budget.max_error is not None:
-        chosen = tuple(_smallest(layer, own, budget.max_error) for layer, own in zip(layers, options, strict=True))
-        loss = sum(own[index] for own, index in zip(losses, chosen, strict=True))
+        chosen = tuple(
+            _smallest(layer, layer_options, budget.max_error) for layer, layer_options in zip(layers, options, strict=True)
+        )
+        loss = sum(layer_losses[index] for layer_losses, index in zip(losses, chosen, strict=True))
         picks = zip(layers, options, chosen, strict=True)
-        size = sum(_parameters(layer, own[index]) for layer, own, index in picks)
+        size = sum(_parameters(layer, layer_options[index]) for layer, layer_options, index in picks)
         choice = Choice(chosen, size, loss, bound=0.0)
     else:
-        costs = [[_cost(layer, one, budget) for one in own] for layer, own in zip(layers, options, strict=True)]
+        costs = [
+            [_cost(layer, option, budget) for option in layer_options]
+            for layer, layer_options in zip(layers, options, strict=True)
+        ]
         choice = choose(costs, losses, _limit(layers, budget), budget.unit)
-    picked = tuple(own[index] for own, index in zip(options, choice.chosen, strict=True))
+    picked = tuple(layer_options[index] for layer_options, index in zip(options, choice.chosen, strict=True))
     if not any(picked):
         remedy = "allow less" if budget.max_error is None else f"allow a larger error than {budget.max_error:g}"
         raise OptionError(f"{next(iter(budget.limits))} leaves every layer dense; {remedy}")
@@ -165,7 +170,7 @@ def _limit(layers: Sequence[LayerPlan], budget: Budget) -> int:
 
 def _smallest(layer: LayerPlan, options: Sequence[Candidate | None], max_error: float) -> int:
     """Index of the smallest candidate whose error is allowed; the dense layer is one."""
-    allowed = [index for index, one in enumerate(options) if one is None or one.error <= max_error]
+    allowed = [index for index, option in enumerate(options) if option is None or option.error <= max_error]
     return min(allowed, key=lambda index: _parameters(layer, options[index]))
 
 

@@ -95,10 +95,10 @@ def measures_response(form: CacheIdentity, recipe: Recipe) -> bool:
 def read_part(file: Path) -> list[Any] | None:
     """What was kept, or None where it has to be measured: there is no file, or it is damaged."""
     try:
-        found: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+        content: list[Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found
+    return content
 
 
 def write_part(file: Path, content: Any) -> None:

@@ -55,9 +55,9 @@ class Candidate:
 def candidate_geometries(in_features: int, out_features: int, structure: Structure) -> list[Geometry]:
     """All candidates of a structure that have fewer parameters than the dense layer, each once."""
     builders = {"spm": _plain, "block": _blocks, "companion": _with_companion, "lowrank": _low_rank}
-    found = builders[structure](in_features, out_features)
+    geometries = builders[structure](in_features, out_features)
     dense = in_features * out_features
-    return [g for g in dict.fromkeys(found) if g.parameter_count(bias=False) < dense]
+    return [g for g in dict.fromkeys(geometries) if g.parameter_count(bias=False) < dense]
 
 
 def measure_curve(
@@ -85,7 +85,7 @@ def measure_curve(
     weight, bias = dense[0].float(), dense[1]
     ranks = [g.rank for g in geometries if not g.stages]
     factors = truncated_svd(weight, covariance_root(fitted.covariance), max(ranks), fit_metric) if ranks else None
-    found = []
+    candidates = []
     for geometry in geometries:
         if geometry.stages or factors is None:
             layer = SPMLinear(
@@ -99,8 +99,8 @@ def measure_curve(
         other = (matrix, fitted.corrected_bias(weight, matrix, bias))
         error = measure_error((weight, bias), other, choosing)
         loss = error.relative if metric is None else predicted_loss(metric, (weight, bias), other, choosing)
-        found.append(Candidate(geometry.stages, geometry.block, geometry.rank, error.relative, loss))
-    return found
+        candidates.append(Candidate(geometry.stages, geometry.block, geometry.rank, error.relative, loss))
+    return candidates
 
 
 def predicted_loss(
@@ -129,7 +129,7 @@ def _blocks(in_features: int, out_features: int) -> list[Geometry]:
 
 
 def _with_companion(in_features: int, out_features: int) -> list[Geometry]:
-    found = []
+    geometries = []
     for share in COMPANION_SHARES:
         parameters = int(share * in_features * out_features)
         bases = [Geometry.create(in_features, out_features)]
@@ -140,8 +140,8 @@ def _with_companion(in_features: int, out_features: int) -> list[Geometry]:
         for base in bases:
             rank = rank_at(parameters - base.parameter_count(bias=False), in_features, out_features)
             if rank > 0:
-                found.append(replace(base, rank=rank))
-    return found
+                geometries.append(replace(base, rank=rank))
+    return geometries
 
 
 def _low_rank(in_features: int, out_features: int) -> list[Geometry]:

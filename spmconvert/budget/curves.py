@@ -55,10 +55,10 @@ def check_measurable(recipe: Recipe) -> None:
 def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe, form: CacheIdentity) -> Curves | None:
     """Curves of an earlier run, or None where one is missing."""
     cache = CurveCache.of(source, recipe, form)
-    found = [{part: read_part(file) for part, file in cache.files(layer).items()} for layer in plan.layers]
-    if any(part is None for own in found for part in own.values()):
+    parts_by_layer = [{part: read_part(file) for part, file in cache.files(layer).items()} for layer in plan.layers]
+    if any(content is None for parts in parts_by_layer for content in parts.values()):
         return None
-    return Curves(plan, tuple(_assembled(own) for own in found))
+    return Curves(plan, tuple(_assembled(parts) for parts in parts_by_layer))
 
 
 def measure_curves(
@@ -92,7 +92,7 @@ def measure_curves(
     check_cache("curves")
     cache = CurveCache.of(source, recipe, form)
     model: Any = None
-    found: dict[str, tuple[Candidate, ...]] = {}
+    candidates: dict[str, tuple[Candidate, ...]] = {}
     weighted = recipe.predicts_loss or recipe.weights_fits
     for group in statistics_groups(plan.layers, weighted=weighted):
         moments: dict[str, Moments] = {}
@@ -100,7 +100,7 @@ def measure_curves(
             name = layer.target.name
             files = cache.files(layer)
             parts = {part: read_part(file) for part, file in files.items()}
-            for part in [part for part, kept in parts.items() if kept is None]:
+            for part in [part for part, content in parts.items() if content is None]:
                 model = model or load_dense()
                 if not moments and rows is not None:
                     moments = gather_moments(
@@ -111,11 +111,11 @@ def measure_curves(
                     assert rows is not None
                     parts[part] = _measure_response(model, subject, rows)
                 else:
-                    parts[part] = [asdict(one) for one in _measure_structure(subject, part)]
+                    parts[part] = [asdict(candidate) for candidate in _measure_structure(subject, part)]
                 write_part(files[part], parts[part])
-            found[name] = _assembled(parts)
-            report(name, len(found), len(plan.layers))
-    return Curves(plan, tuple(found[layer.target.name] for layer in plan.layers))
+            candidates[name] = _assembled(parts)
+            report(name, len(candidates), len(plan.layers))
+    return Curves(plan, tuple(candidates[layer.target.name] for layer in plan.layers))
 
 
 @dataclass(frozen=True)
@@ -138,11 +138,13 @@ class _Subject:
 
     def measure(self, geometries: Sequence[Geometry]) -> list[Candidate]:
         """Candidates with the predicted loss, or with the relative error where none is predicted."""
-        found = measure_curve(
+        candidates = measure_curve(
             geometries, (self.weight, self.bias), self.moments.fitted, self.moments.measured, self.moments.metric,
             self.recipe.budget.iterations, weighted=self.recipe.weights_fits,
         )  # fmt: skip
-        return found if self.recipe.predicts_loss else [replace(one, loss=one.error) for one in found]
+        if self.recipe.predicts_loss:
+            return candidates
+        return [replace(candidate, loss=candidate.error) for candidate in candidates]
 
     def built(self, geometry: Geometry) -> SPMLinear:
         """A candidate as a layer."""
@@ -173,8 +175,8 @@ def _measure_response(model: Any, subject: _Subject, rows: CalibrationRows) -> l
 
 def _assembled(parts: dict[str, Any]) -> tuple[Candidate, ...]:
     """Candidates of all structures, their losses as the model was measured to respond."""
-    found = [Candidate(**one) for part, kept in parts.items() if part != RESPONSE for one in kept]
+    candidates = [Candidate(**fields) for part, content in parts.items() if part != RESPONSE for fields in content]
     if RESPONSE not in parts:
-        return tuple(found)
+        return tuple(candidates)
     response = Response.of(parts[RESPONSE])
-    return tuple(replace(one, loss=response.loss(one.loss)) for one in found)
+    return tuple(replace(candidate, loss=response.loss(candidate.loss)) for candidate in candidates)

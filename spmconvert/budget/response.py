@@ -95,12 +95,12 @@ def _distance(
     """The sum over the positions of a batch, and their number."""
     if objective == "logits":
         both = [word_states(model, model, batch, plain_head=plain_head)[0] for model in (student, teacher)]
-        states, targets = (real_positions(found, batch) for found in both)
+        states, targets = (real_positions(model_states, batch) for model_states in both)
         head, target_head = (word_head(model, plain_head=plain_head) for model in (student, teacher))
         return compare_words(states, head, (targets,), target_head)[0], len(states)
     outputs = [model(**batch) for model in (student, teacher)]
     if objective == "hidden":
-        own, target = (normalize(pooled(output[0], batch).float(), dim=-1) for output in outputs)
-        return (own - target).square().sum(), len(own)
-    own, target = (class_logits(output, batch) for output in outputs)
-    return class_loss(own, target, scores=objective == "scores"), len(own)
+        vectors, target_vectors = (normalize(pooled(output[0], batch).float(), dim=-1) for output in outputs)
+        return (vectors - target_vectors).square().sum(), len(vectors)
+    logits, target_logits = (class_logits(output, batch) for output in outputs)
+    return class_loss(logits, target_logits, scores=objective == "scores"), len(logits)

@@ -61,8 +61,8 @@ def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[s
                 probe, count = _probe(output, objective, batch, generator)
                 probe.backward()
             positions += count
-            for name, found in leaves.items():
-                for leaf in found:
+            for name, layer_leaves in leaves.items():
+                for leaf in layer_leaves:
                     _add(sums, name, leaf.grad, batch)
     finally:
         for parameter in trainable:

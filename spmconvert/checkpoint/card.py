@@ -18,12 +18,12 @@ UNTUNED = "The model has not been finetuned after the conversion."
 def inherited_metadata(card: Path) -> dict[str, Any]:
     """Licence, languages, datasets, task and tags from the card of the source; none where it has no readable metadata."""
     try:
-        found = metadata_load(card) or {}
+        metadata = metadata_load(card) or {}
     except (OSError, ValueError, YAMLError):
         return {}
-    tags = found.get("tags") or []
-    kept = {key: found[key] for key in INHERITED if found.get(key)}
-    return {**kept, "tags": tags if isinstance(tags, list) else [tags]}
+    tags = metadata.get("tags") or []
+    inherited = {key: metadata[key] for key in INHERITED if metadata.get(key)}
+    return {**inherited, "tags": tags if isinstance(tags, list) else [tags]}
 
 
 def model_card(

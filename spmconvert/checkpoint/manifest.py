@@ -53,8 +53,8 @@ class LayerSpec:
             CheckpointError: when a key is missing or unknown, or the numbers do not describe a layer.
         """
         if not isinstance(entry, dict) or set(entry) != set(LAYER_KEYS):
-            found = sorted(entry) if isinstance(entry, dict) else entry
-            raise CheckpointError(f"layer {name} in quantization_config has {found}; it needs {sorted(LAYER_KEYS)}")
+            content = sorted(entry) if isinstance(entry, dict) else entry
+            raise CheckpointError(f"layer {name} in quantization_config has {content}; it needs {sorted(LAYER_KEYS)}")
         if entry["dtype"] not in DTYPES:
             raise CheckpointError(f"layer {name} in quantization_config has dtype {entry['dtype']!r}; known are {DTYPES}")
         for key in ("bias", "fan_in_fan_out"):
@@ -82,13 +82,14 @@ def quantization_config(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
     }
 
 
-def check_format_version(found: object) -> None:
+def check_format_version(version: object) -> None:
     """Refuse a checkpoint written in a later format.
 
     Raises:
         CheckpointError: when the version is not one this package reads.
     """
-    if not isinstance(found, int) or not 1 <= found <= FORMAT_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
         raise CheckpointError(
-            f"the checkpoint has format_version {found!r}, this spmconvert reads up to {FORMAT_VERSION}; upgrade spmconvert"
+            f"the checkpoint has format_version {version!r}, this spmconvert reads up to {FORMAT_VERSION}; "
+            "upgrade spmconvert"
         )

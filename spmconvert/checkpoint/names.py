@@ -43,8 +43,8 @@ def shared_prefix(names: Collection[str], known: Collection[str]) -> str:
         prefix for prefix in added | dropped if all(resolve_name(name, known, prefix) is not None for name in missing)
     )
     if len(fitting) != 1:
-        found = f"several places for it ({', '.join(fitting)})" if fitting else "no tensors of it"
+        problem = f"several places for it ({', '.join(fitting)})" if fitting else "no tensors of it"
         raise CorruptCheckpointError(
-            f"the layer map names {first}, and the checkpoint has {found}; download it or convert it again"
+            f"the layer map names {first}, and the checkpoint has {problem}; download it or convert it again"
         )
     return fitting[0]

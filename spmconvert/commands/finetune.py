@@ -162,7 +162,7 @@ def finetune(
     if finished is not None:
         return finished
     accelerator = make_accelerator(
-        training, options.device, shard=options.shard, tracker=options.tracker, place=destination
+        training, options.device, shard=options.shard, tracker=options.tracker, output=destination
     )
     with ExitStack() as stack:
         target = None

@@ -168,16 +168,16 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     splits = _split(len(documents), training)
     numbers = f"{config.architectures} {length} {training.column} {training.held_out} {training.seed}"
     key = f"{digest} {tokenizer_hash(directory)} {numbers}"
-    place = cache_directory("tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
+    token_directory = cache_directory("tokens") / hashlib.sha256(key.encode()).hexdigest()[:32]
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     check_cache("tokens")
     parts = []
     for part, chosen in splits.items():
-        if not (place / part / "ends.npy").exists():
+        if not (token_directory / part / "ends.npy").exists():
             what = f"the {part.replace('_', '-')} part of {source}, {len(chosen)} of {len(documents)} documents,"
             rows = token_rows([documents[i] for i in chosen], tokenizer, config, length, what)
-            _store(rows, place / part)
-        ids, ends = (np.load(place / part / f"{name}.npy", mmap_mode="r") for name in ("ids", "ends"))
+            _store(rows, token_directory / part)
+        ids, ends = (np.load(token_directory / part / f"{name}.npy", mmap_mode="r") for name in ("ids", "ends"))
         parts.append(TokenRows(ids, ends, padding, masking))
     return TrainingData(parts[0], parts[1], digest)
 
@@ -196,10 +196,10 @@ def batch_indices(rows: int, batch_size: int, step: int, seed: int) -> list[int]
 def step_indices(rows: Rows, batch_size: int, step: int, seed: int) -> list[int]:
     """Rows of one step, of about the same length: those of a few steps are sorted by length, and cut in a random order."""
     together = max(1, min(BUCKET_STEPS, len(rows) // batch_size))
-    bucket, place = divmod(step, together)
+    bucket, step_in_bucket = divmod(step, together)
     chosen = sorted(batch_indices(len(rows), batch_size * together, bucket, seed), key=rows.size)
     order = torch.randperm(together, generator=torch.Generator().manual_seed(seed * 1_000_003 + bucket))
-    first = int(order[place]) * batch_size
+    first = int(order[step_in_bucket]) * batch_size
     return chosen[first : first + batch_size]
 
 
@@ -251,11 +251,11 @@ def _masking(config: Any, tokenizer: Any, seed: int) -> Masking | None:
     return Masking(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), seed)
 
 
-def _store(rows: list[Tensor], place: Path) -> None:
-    place.mkdir(parents=True, exist_ok=True)
+def _store(rows: list[Tensor], directory: Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
     arrays = {
         "ids": torch.cat(rows).to(torch.int32).numpy(),
         "ends": torch.tensor([len(row) for row in rows]).cumsum(0).numpy(),
     }
     for name, array in arrays.items():
-        save_whole(place / f"{name}.npy", partial(np.save, arr=array))
+        save_whole(directory / f"{name}.npy", partial(np.save, arr=array))

@@ -17,7 +17,7 @@ from spmconvert.recipe.recipe import Training
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
 
-def make_accelerator(training: Training, device: str, *, shard: bool, tracker: str | None, place: Path) -> Any:
+def make_accelerator(training: Training, device: str, *, shard: bool, tracker: str | None, output: Path) -> Any:
     """The accelerator of a run.
 
     Args:
@@ -25,7 +25,7 @@ def make_accelerator(training: Training, device: str, *, shard: bool, tracker: s
         device: of the student; with several processes each takes the one of its rank.
         shard: whether parameters are to be sharded.
         tracker: name of an experiment tracker, or None.
-        place: output of the run; trackers that write files write beside it.
+        output: directory of the run; trackers that write files write beside it.
 
     Raises:
         OptionError: when the numbers do not fit the processes, or the tracker is not installed.
@@ -50,7 +50,7 @@ def make_accelerator(training: Training, device: str, *, shard: bool, tracker: s
         cpu=device == "cpu",
         mixed_precision=_PRECISIONS[training.precision],
         log_with=tracker,
-        project_dir=f"{place}-runs" if tracker else None,
+        project_dir=f"{output}-runs" if tracker else None,
     )
     processes = accelerator.num_processes
     if training.batch_size < processes * training.accumulation:

@@ -43,7 +43,7 @@ def match_layer(
     inputs, targets = _record(student, teacher, name, rows, chosen)
     layer = student.get_submodule(name)
     before = _error(layer, inputs, targets)
-    kept = {key: value.detach().clone() for key, value in layer.state_dict().items()}
+    state_before = {key: value.detach().clone() for key, value in layer.state_dict().items()}
     optimizer = torch.optim.Adam([p for p in layer.parameters() if p.requires_grad], lr=learning_rate)
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
@@ -56,7 +56,7 @@ def match_layer(
     optimizer.zero_grad()
     after = _error(layer, inputs, targets)
     if not after < before:
-        layer.load_state_dict(kept)
+        layer.load_state_dict(state_before)
         after = before
     return before, after
 
@@ -64,7 +64,8 @@ def match_layer(
 @torch.no_grad()
 def _record(student: Any, teacher: Any, name: str, rows: Rows, chosen: Sequence[int]) -> tuple[Tensor, Tensor]:
     """What the student feeds the layer, and what the teacher's layer puts out, [tokens, features] each."""
-    found: list[list[Tensor]] = [[], []]
+    layer_inputs: list[Tensor] = []
+    targets: list[Tensor] = []
     mask: Tensor | None = None
 
     def keep(into: list[Tensor], part: Callable[[Any, Any], Tensor]) -> Callable[..., None]:
@@ -76,8 +77,8 @@ def _record(student: Any, teacher: Any, name: str, rows: Rows, chosen: Sequence[
         return hook
 
     handles = [
-        student.get_submodule(name).register_forward_hook(keep(found[0], lambda inputs, _: inputs[0])),
-        teacher.get_submodule(name).register_forward_hook(keep(found[1], lambda _, output: output)),
+        student.get_submodule(name).register_forward_hook(keep(layer_inputs, lambda inputs, _: inputs[0])),
+        teacher.get_submodule(name).register_forward_hook(keep(targets, lambda _, output: output)),
     ]
     try:
         for part in _batches(chosen):
@@ -88,7 +89,7 @@ def _record(student: Any, teacher: Any, name: str, rows: Rows, chosen: Sequence[
     finally:
         for handle in handles:
             handle.remove()
-    return torch.cat(found[0]), torch.cat(found[1]).to(found[0][0].device)
+    return torch.cat(layer_inputs), torch.cat(targets).to(layer_inputs[0].device)
 
 
 def _batches(chosen: Sequence[int]) -> Iterator[Sequence[int]]:

@@ -62,18 +62,18 @@ class TrainingRun:
     state: State = field(default_factory=State)
 
 
-def train(run: TrainingRun, kept: dict[str, Any] | None = None) -> State:
+def train(run: TrainingRun, earlier_snapshot: dict[str, Any] | None = None) -> State:
     """Distil end to end until the steps are done.
 
     Args:
         run: what to train, and with what.
-        kept: a snapshot of this stage to go on from, or None.
+        earlier_snapshot: of this stage to go on from, or None.
     """
     training, state, accelerator, data = run.training, run.state, run.accelerator, run.data
     optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(run.trained, run.structured, training), fused=True))
     peaks = [group["lr"] for group in optimizer.param_groups]
-    if kept is not None:
-        restore(kept, state, run.trained, optimizer.optimizer)
+    if earlier_snapshot is not None:
+        restore(earlier_snapshot, state, run.trained, optimizer.optimizer)
     if not state.history:
         measure(run)
     while state.step < training.steps and not state.stopped:
@@ -85,7 +85,7 @@ def train(run: TrainingRun, kept: dict[str, Any] | None = None) -> State:
         rows = step_indices(data.training, training.batch_size, state.step, training.seed)
         total = _positions(run, rows)
         parts = list(_parts(rows[accelerator.process_index :: accelerator.num_processes], training.accumulation))
-        found: list[Loss] = []
+        part_losses: list[Loss] = []
         for index, part in enumerate(parts):
             batch = data.training.batch(part, run.distillation.student, state.step + 1)
             with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(run.called), accelerator.autocast():
@@ -93,7 +93,7 @@ def train(run: TrainingRun, kept: dict[str, Any] | None = None) -> State:
                 share = _positions(run, part) / total
                 # gradients are averaged over processes, so each counts its own share as many times as there are processes
                 accelerator.backward(loss.total / loss.positions * share * accelerator.num_processes)
-            found.append(loss)
+            part_losses.append(loss)
         norm = _clip(run)
         if not math.isfinite(norm) and training.precision != "fp16":
             state.stopped = f"the loss or its gradient was not finite at step {state.step + 1}"
@@ -102,7 +102,7 @@ def train(run: TrainingRun, kept: dict[str, Any] | None = None) -> State:
         optimizer.zero_grad()
         state.step += 1
         state.update_average(run.trained, training.ema)
-        sums = _sums(run, found)
+        sums = _sums(run, part_losses)
         state.tokens += round(sums["positions"])
         state.curve.append(sums["loss"] / sums["positions"])
         run.report(_step_record(state, sums, rate(state.step - 1, training), time.perf_counter() - began))
@@ -184,13 +184,15 @@ def held_out_losses(run: TrainingRun) -> dict[str, float]:
     if run.guide is not None:
         run.guide.alpha = 0.0
     size = max(1, training.batch_size // training.accumulation // run.accelerator.num_processes)
-    found = []
+    part_losses = []
     rows = sorted(range(min(len(held_out), training.evaluation_rows)), key=held_out.size)
     for part, counts in _shares(rows, size, run.accelerator):
         with run.accelerator.autocast():
             loss = run.distillation.loss(held_out.batch(part, student, 0), measure=True)
-        found.append(loss if counts else Loss(loss.total * 0, 0, {name: value * 0 for name, value in loss.parts.items()}))
-    sums = _sums(run, found)
+        part_losses.append(
+            loss if counts else Loss(loss.total * 0, 0, {name: value * 0 for name, value in loss.parts.items()})
+        )
+    sums = _sums(run, part_losses)
     losses = {"held_out_loss": sums["loss"] / sums["positions"]}
     for key, name in (("cross_entropy", "perplexity"), ("teacher_cross_entropy", "teacher_perplexity")):
         if sums.get("words") and key in sums:
@@ -202,8 +204,8 @@ def _shares(rows: list[int], size: int, accelerator: Any) -> Iterator[tuple[list
     """Parts of the rows for this process and whether they count; sharded models need as many calls in every process."""
     step = size * accelerator.num_processes
     for first in range(0, len(rows), step):
-        own = rows[first : first + step][accelerator.process_index :: accelerator.num_processes]
-        yield own or [rows[first]], bool(own)
+        share = rows[first : first + step][accelerator.process_index :: accelerator.num_processes]
+        yield share or [rows[first]], bool(share)
 
 
 def _positions(run: TrainingRun, rows: Sequence[int]) -> int:
@@ -232,9 +234,9 @@ def _sums(run: TrainingRun, losses: Sequence[Loss]) -> dict[str, float]:
     """Sums over parts and processes: the loss, its positions and its unweighted parts."""
     names = list(losses[0].parts)
     rows = [[loss.total.detach().float(), *(loss.parts[name].float() for name in names)] for loss in losses]
-    own = torch.stack([torch.stack(row) for row in rows]).sum(0)
-    count = own.new_tensor([float(sum(loss.positions for loss in losses))])
-    together = run.accelerator.reduce(torch.cat([own, count]), reduction="sum").tolist()
+    sums = torch.stack([torch.stack(row) for row in rows]).sum(0)
+    count = sums.new_tensor([float(sum(loss.positions for loss in losses))])
+    together = run.accelerator.reduce(torch.cat([sums, count]), reduction="sum").tolist()
     return dict(zip(["loss", *names, "positions"], together, strict=True))
 
 

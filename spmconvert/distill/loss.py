@@ -90,23 +90,26 @@ class Distillation:
         if self.objective == "logits" and self.plain_head is None:
             self.plain_head = has_plain_head(self.student, batch)
         with ExitStack() as stack:
-            own_outputs = stack.enter_context(_recorded(self.student, self._watched))
+            student_outputs = stack.enter_context(_recorded(self.student, self._watched))
             target_outputs = stack.enter_context(_recorded(self.teacher, self._watched))
-            own = self._run(model if model is not None else self.student, self.student, batch)
+            student_run = self._run(model if model is not None else self.student, self.student, batch)
             target = None if self.teacher is None else self._run_teacher(batch)
         if self.objective == "logits":
-            loss = self._words(own, target, batch, labels, measure=measure)
+            loss = self._words(student_run, target, batch, labels, measure=measure)
         elif self.objective in ("classes", "scores"):
-            loss = self._classes(own, target, batch)
+            loss = self._classes(student_run, target, batch)
         else:
-            loss = self._hidden(own[0], _required(target)[0].to(own[0].device), batch)
+            loss = self._hidden(student_run[0], _required(target)[0].to(student_run[0].device), batch)
         if self.training.hidden_states:
-            pairs = zip(all_states(own[1]), all_states(_required(target)[1]), strict=True)
-            found = [hidden_state_loss(real_positions(a, batch), real_positions(b.to(a.device), batch)) for a, b in pairs]
-            _add(loss, "hidden_states", self.training.hidden_states, torch.stack(found).mean())
+            pairs = zip(all_states(student_run[1]), all_states(_required(target)[1]), strict=True)
+            distances = [
+                hidden_state_loss(real_positions(a, batch), real_positions(b.to(a.device), batch)) for a, b in pairs
+            ]
+            _add(loss, "hidden_states", self.training.hidden_states, torch.stack(distances).mean())
         if self.training.layer_outputs:
-            found = [relative_square(own_outputs[name], target_outputs[name].to(own[0].device)) for name in self._watched]
-            _add(loss, "layer_outputs", self.training.layer_outputs, torch.stack(found).mean() * loss.positions)
+            device = student_run[0].device
+            distances = [relative_square(student_outputs[name], target_outputs[name].to(device)) for name in self._watched]
+            _add(loss, "layer_outputs", self.training.layer_outputs, torch.stack(distances).mean() * loss.positions)
         return loss
 
     @property
@@ -129,15 +132,15 @@ class Distillation:
 
     def _words(
         self,
-        own: tuple[Tensor, Any],
+        student_run: tuple[Tensor, Any],
         target: tuple[Tensor, Any] | None,
         batch: dict[str, Any],
         labels: Tensor | None,
         *,
         measure: bool,
     ) -> Loss:
-        states = real_positions(own[0], batch)
-        words = real_positions(next_tokens(batch, own[0]) if labels is None else labels, batch)
+        states = real_positions(student_run[0], batch)
+        words = real_positions(next_tokens(batch, student_run[0]) if labels is None else labels, batch)
         targets = (real_positions(_required(target)[0], batch),) if self.stored is None else self.stored.lookup(batch)
         wants_words = measure or self.training.cross_entropy > 0
         plain_head = bool(self.plain_head)
@@ -159,20 +162,20 @@ class Distillation:
             loss.parts["teacher_cross_entropy"] = teacher_entropy.detach()
         return loss
 
-    def _hidden(self, own: Tensor, target: Tensor, batch: dict[str, Any]) -> Loss:
-        states = real_positions(own, batch)
+    def _hidden(self, student_states: Tensor, target: Tensor, batch: dict[str, Any]) -> Loss:
+        states = real_positions(student_states, batch)
         loss = _single("hidden", hidden_state_loss(states, real_positions(target, batch)), len(states))
         if self.training.pooled_states:
-            mean = hidden_state_loss(pooled(own, batch), pooled(target, batch)) / len(own)
+            mean = hidden_state_loss(pooled(student_states, batch), pooled(target, batch)) / len(student_states)
             _add(loss, "pooled_states", self.training.pooled_states, mean * loss.positions)
         return loss
 
-    def _classes(self, own: tuple[Tensor, Any], target: tuple[Tensor, Any] | None, batch: dict[str, Any]) -> Loss:
-        found, wanted = (class_logits(run[1], batch) for run in (own, _required(target)))
-        wanted = wanted.to(found.device)
+    def _classes(self, student_run: tuple[Tensor, Any], target: tuple[Tensor, Any] | None, batch: dict[str, Any]) -> Loss:
+        logits, target_logits = (class_logits(run[1], batch) for run in (student_run, _required(target)))
+        target_logits = target_logits.to(logits.device)
         scores = self.objective == "scores"
-        total = class_loss(found, wanted, scores=scores, temperature=self.training.temperature)
-        return _single("square" if scores else "kl", total, len(found))
+        total = class_loss(logits, target_logits, scores=scores, temperature=self.training.temperature)
+        return _single("square" if scores else "kl", total, len(logits))
 
 
 def _required(target: tuple[Tensor, Any] | None) -> tuple[Tensor, Any]:
@@ -193,17 +196,17 @@ def _add(loss: Loss, name: str, weight: float | Tensor, value: Tensor) -> None:
 @contextmanager
 def _recorded(model: Any, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Outputs of named modules during one call."""
-    found: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
 
     def keep(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            found[name] = output
+            outputs[name] = output
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
-        yield found
+        yield outputs
     finally:
         for handle in handles:
             handle.remove()

@@ -65,12 +65,12 @@ class State:
         if not self.average:
             yield
             return
-        kept = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        parameters = {name: parameter.detach().clone() for name, parameter in trained.items()}
         _assign(trained, self.average)
         try:
             yield
         finally:
-            _assign(trained, kept)
+            _assign(trained, parameters)
 
 
 def snapshot(state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
@@ -87,20 +87,23 @@ def snapshot(state: State, trained: dict[str, nn.Parameter], optimizer: torch.op
 
 
 def restore(
-    kept: dict[str, Any], state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None
+    earlier_snapshot: dict[str, Any],
+    state: State,
+    trained: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer | None,
 ) -> None:
     """Put a snapshot back; with an optimizer also its moments."""
-    vars(state).update(kept["state"])
+    vars(state).update(earlier_snapshot["state"])
     for values in (state.best, state.average):
         for name, value in values.items():
             values[name] = _like(value, trained[name])
-    _assign(trained, kept["parameters"])
-    if optimizer is None or kept["moments"] is None:
+    _assign(trained, earlier_snapshot["parameters"])
+    if optimizer is None or earlier_snapshot["moments"] is None:
         return
     for name, parameter in trained.items():
         optimizer.state[parameter] = {
             key: _like(value, parameter) if value.shape == parameter.shape else value.clone()
-            for key, value in kept["moments"][name].items()
+            for key, value in earlier_snapshot["moments"][name].items()
         }
 
 

@@ -57,7 +57,7 @@ class StoredLogits:
             )
         self.sha256 = hashlib.sha256(content.encode()).hexdigest()
         starts = [0, *ends[:-1].tolist()]
-        self._places = {bytes(key): (start, end) for key, start, end in zip(keys, starts, ends.tolist(), strict=True)}
+        self._spans = {bytes(key): (start, end) for key, start, end in zip(keys, starts, ends.tolist(), strict=True)}
 
     def lookup(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Words [tokens, k] (int64) and log-probabilities [tokens, k] (float32) of all tokens of a batch, row after row.
@@ -66,12 +66,12 @@ class StoredLogits:
             CheckpointError: when a row was never stored.
         """
         ids, mask = batch["input_ids"].cpu(), batch["attention_mask"].bool().cpu()
-        places = [self._places.get(_key(row[kept])) for row, kept in zip(ids, mask, strict=True)]
-        if None in places:
+        spans = [self._spans.get(_key(row[real])) for row, real in zip(ids, mask, strict=True)]
+        if None in spans:
             raise CheckpointError(
                 "the stored logits lack a row of this text; use the text, block_size and tokenizer they were made with"
             )
-        slices = [slice(*place) for place in places if place is not None]
+        slices = [slice(*span) for span in spans if span is not None]
         words = np.concatenate([self._words[part] for part in slices]).astype(np.int64)
         values = np.concatenate([self._values[part] for part in slices]).astype(np.float32)
         device = batch["input_ids"].device
@@ -126,7 +126,7 @@ def store_logits(
 
 
 def _write_words(
-    place: Path,
+    directory: Path,
     teacher: Any,
     parts: list[TokenRows],
     ends: np.ndarray,
@@ -135,8 +135,8 @@ def _write_words(
 ) -> list[bytes]:
     """Run the teacher; words and their log-probabilities go to disk as they come. Returns the keys of all rows."""
     shape = (int(ends[-1]), count)
-    words = np.lib.format.open_memmap(place / "words.npy", "w+", np.int32, shape)
-    values = np.lib.format.open_memmap(place / "log_probabilities.npy", "w+", np.float16, shape)
+    words = np.lib.format.open_memmap(directory / "words.npy", "w+", np.int32, shape)
+    values = np.lib.format.open_memmap(directory / "log_probabilities.npy", "w+", np.float16, shape)
     keys: list[bytes] = []
     position = 0
     for rows in parts:

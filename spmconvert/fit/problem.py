@@ -97,7 +97,7 @@ class Problem:
     @torch.no_grad()
     def fit_size_(self) -> None:
         """Give the stages the size that fits best what the companion leaves."""
-        stages, wanted = (self._uncompanioned(self._weighted(one)) for one in (self._output(), self.target))
+        stages, wanted = (self._uncompanioned(self._weighted(outputs)) for outputs in (self._output(), self.target))
         self.layer.scale_out.mul_((stages * wanted).sum() / stages.square().sum().clamp_min(1e-30))
 
     def companion_basis(self, weight: Tensor, root: Tensor) -> Tensor | None:
@@ -131,18 +131,18 @@ class Problem:
 @contextmanager
 def bare(layer: SPMLinear) -> Iterator[None]:
     """The layer without bias and companion."""
-    kept = layer.bias, layer.low_rank_in, layer.low_rank_out
+    taken_off = layer.bias, layer.low_rank_in, layer.low_rank_out
     layer.bias = layer.low_rank_in = layer.low_rank_out = None
     try:
         yield
     finally:
-        layer.bias, layer.low_rank_in, layer.low_rank_out = kept
+        layer.bias, layer.low_rank_in, layer.low_rank_out = taken_off
 
 
 def _subspace_step(rows: Tensor, basis: Tensor) -> Tensor:
     """Orthonormal columns [features, rank] that hold more of the energy of rows [rows, features]; never less."""
-    found: Tensor = torch.linalg.qr(rows.t() @ (rows @ basis))[0]
-    return found
+    columns: Tensor = torch.linalg.qr(rows.t() @ (rows @ basis))[0]
+    return columns
 
 
 class Best:

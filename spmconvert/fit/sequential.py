@@ -68,16 +68,16 @@ class _Paired:
         self.inputs.merge_(part)
 
     def regression(self, weight: Tensor) -> Regression:
-        own = self.inputs.covariance.double()
-        if not own.any():
+        covariance = self.inputs.covariance.double()
+        if not covariance.any():
             # constant inputs say nothing about the weight
             return Regression(weight, self.mean - weight @ self.inputs.mean, self.inputs)
         # of the mean variance: as noise of the moments grows, with unknowns to each row
-        ridge = len(own) / self.inputs.rows * own.diagonal().mean()
+        ridge = len(covariance) / self.inputs.rows * covariance.diagonal().mean()
         cross = self.scatter.double() / self.inputs.rows + ridge * weight.double()
-        own.diagonal().add_(ridge)
-        found = torch.linalg.solve(own, cross.t()).t().float()
-        return Regression(found, self.mean - found @ self.inputs.mean, self.inputs)
+        covariance.diagonal().add_(ridge)
+        regressed = torch.linalg.solve(covariance, cross.t()).t().float()
+        return Regression(regressed, self.mean - regressed @ self.inputs.mean, self.inputs)
 
 
 def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]:
@@ -133,8 +133,8 @@ def is_chain(model: Any, container: str, batch: dict[str, Any]) -> bool:
     calls = _block_calls(model, blocks, row, states=True)
     if len(calls) != len(blocks) or not all(isinstance(call[0][0], Tensor) for call in calls):
         return False
-    found = [_state_after(block, call[0][0], call[0][1:], call[1]) for block, call in zip(blocks, calls, strict=True)]
-    return all(map(_agree, found, (call[0][0] for call in calls[1:])))
+    states = [_state_after(block, call[0][0], call[0][1:], call[1]) for block, call in zip(blocks, calls, strict=True)]
+    return all(map(_agree, states, (call[0][0] for call in calls[1:])))
 
 
 @torch.no_grad()
@@ -180,11 +180,11 @@ class Streams:
         """Inputs of a layer of block ``index`` when converted, its dense outputs, by batch: [rows, features] each."""
         layer = self._model.get_submodule(name)
         for batch, (mask, states) in enumerate(zip(self._masks, self._states, strict=True)):
-            with _caught(layer, outputs=True) as wanted:
+            with _caught(layer, outputs=True) as dense_outputs:
                 self._run(batch, index, states[0])
-            with _replaced(self._model, self._converted), _caught(layer, outputs=False) as found:
+            with _replaced(self._model, self._converted), _caught(layer, outputs=False) as converted_inputs:
                 self._run(batch, index, states[1])
-            inputs, outputs = attended(found[0], mask), attended(wanted[0], mask)
+            inputs, outputs = attended(converted_inputs[0], mask), attended(dense_outputs[0], mask)
             if len(inputs) != len(outputs):
                 raise CalibrationError(
                     f"{name} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
@@ -227,12 +227,12 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 def _state_after(block: nn.Module, state: Tensor, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
     output = block(state, *arguments, **keywords)
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
+    state_after: Tensor = output if isinstance(output, Tensor) else output[0]
+    return state_after
 
 
-def _agree(found: Tensor, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and bool((found - wanted).norm() <= CHAIN_TOLERANCE * wanted.norm())
+def _agree(state: Tensor, wanted: Tensor) -> bool:
+    return state.shape == wanted.shape and bool((state - wanted).norm() <= CHAIN_TOLERANCE * wanted.norm())
 
 
 def _block_calls(model: Any, blocks: nn.ModuleList, batch: dict[str, Any], *, states: bool = False) -> list[_Call]:
@@ -271,13 +271,13 @@ def _replaced(model: Any, layers: dict[str, nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def _caught(module: nn.Module, *, outputs: bool) -> Iterator[list[Tensor]]:
-    found: list[Tensor] = []
+    caught: list[Tensor] = []
 
     def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        found.append(output if outputs else inputs[0])
+        caught.append(output if outputs else inputs[0])
 
     handle = module.register_forward_hook(keep)
     try:
-        yield found
+        yield caught
     finally:
         handle.remove()

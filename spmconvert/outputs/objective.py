@@ -37,8 +37,8 @@ def real_mask(batch: dict[str, Any], states: Tensor) -> Tensor | None:
     for key in ("decoder_attention_mask", "attention_mask"):
         mask = batch.get(key)
         if mask is not None and mask.shape == states.shape[:2]:
-            found: Tensor = mask.bool().to(states.device)
-            return found
+            real: Tensor = mask.bool().to(states.device)
+            return real
     return None
 
 

@@ -36,7 +36,7 @@ def _beginning(batch: dict[str, Any]) -> dict[str, Any]:
 def states_before_head(called: Any, owner: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
     """Hidden states that go into the output head. The model is called as a whole, so that wrappers see every parameter."""
     caught: list[Tensor] = []
-    handle = owner.base_model.register_forward_hook(lambda *found: caught.append(found[-1][0]))
+    handle = owner.base_model.register_forward_hook(lambda *arguments: caught.append(arguments[-1][0]))
     try:
         output = called(**batch)
     finally:
@@ -90,8 +90,8 @@ def compare_words(
         answers and that of the teacher; zero where it is not asked for or not known.
     """
 
-    def chunk(own: Tensor, *others: Tensor) -> Tensor:
-        logits = head(own)
+    def chunk(student_states: Tensor, *others: Tensor) -> Tensor:
+        logits = head(student_states)
         zero = logits.new_zeros((), dtype=torch.float32)
         given = others[: len(targets)]
         teacher_entropy = zero

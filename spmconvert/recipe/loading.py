@@ -121,7 +121,7 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _first_line(error: ValidationError, path: Path | None) -> str:
-    place = "options" if path is None else f"recipe {path}"
+    source = "options" if path is None else f"recipe {path}"
     problems = []
     items = error.errors()
     # a list whose items are all wrong is called too short besides
@@ -137,7 +137,7 @@ def _first_line(error: ValidationError, path: Path | None) -> str:
             problems.append(": ".join(part for part in (key, str(item["ctx"]["error"])) if part))
         else:
             problems.append(f"{key} = {item['input']!r}: {item['msg'].lower()}")
-    return f"{place}: " + " | ".join(problems)
+    return f"{source}: " + " | ".join(problems)
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

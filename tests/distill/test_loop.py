@@ -73,7 +73,7 @@ def make_run(tmp_path):
             distillation=Distillation(student, teacher, "logits", training, converted_layers(student)),
             data=TrainingData(rows(40, 0), rows(6, 1), ""),
             training=training,
-            accelerator=make_accelerator(training, "cpu", shard=False, tracker=None, place=tmp_path / "o"),
+            accelerator=make_accelerator(training, "cpu", shard=False, tracker=None, output=tmp_path / "o"),
             called=student,
             trained=choose_trained(student, training),
             structured=frozenset(structured_parameters(student)),
