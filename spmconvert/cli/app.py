@@ -310,7 +310,7 @@ def report(
     names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
     console.silence_libraries()
     with progress.Steps() as steps:
-        found = [
+        reports = [
             run(
                 directory,
                 data=data,
@@ -326,12 +326,12 @@ def report(
             )
             for directory in directories
         ]
-    one = len(found) == 1
-    page = write_report(found[0], directories[0], output) if one else write_comparison(found, output)
+    single = len(reports) == 1
+    page = write_report(reports[0], directories[0], output) if single else write_comparison(reports, output)
     if as_json:
-        listed = [each.model_dump(mode="json") for each in found]
-        return console.data(listed[0] if one else listed)
-    console.show(report_view(found[0]) if one else comparison_view(found))
+        listed = [each.model_dump(mode="json") for each in reports]
+        return console.data(listed[0] if single else listed)
+    console.show(report_view(reports[0]) if single else comparison_view(reports))
     return console.note(f"wrote {page}")
 
 

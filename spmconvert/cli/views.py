@@ -102,8 +102,8 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
         )
     out.print(table)
     before, after = (sum(row[key] for row in rows) for key in ("parameters_before", "parameters_after"))
-    kept = f"{count(before)} -> {count(after)} parameters ({after / before:.1%} of theirs kept)"
-    out.print(f"{_layers(len(rows))} to replace, {kept}")
+    parameters_left = f"{count(before)} -> {count(after)} parameters ({after / before:.1%} of theirs kept)"
+    out.print(f"{_layers(len(rows))} to replace, {parameters_left}")
     for skipped in plan.selection.skipped:
         out.print(f"left alone: {skipped.name} ({skipped.reason})", soft_wrap=True)
     calibrated = recipe.calibration.file is not None

@@ -60,19 +60,19 @@ def demo(
         SpmconvertError: as the three commands do.
     """
     model = demo_model()
-    place = Path(output)
+    directory = Path(output)
     step("collecting text from the docstrings of the standard library")
-    texts = write_texts(place / "text")
+    texts = write_texts(directory / "text")
     step(f"converting the feed-forward layers of {MODEL_PACKAGE}")
-    converted, tuned = place / "minilm-spm", place / "minilm-spm-ft"
+    converted, tuned = directory / "minilm-spm", directory / "minilm-spm-ft"
     convert(model, converted, calib=str(texts["calibration"]), force=force, progress=progress, **CONVERSION)
     step(f"finetuning for {steps} steps against the dense model")
     finetune(converted, tuned, data=texts["training"], steps=steps, force=force, **FINETUNING)
     step("measuring")
-    found = report(
+    tuned_report = report(
         tuned, data=texts["evaluation"], other_data=texts["code"], baselines=True, seconds=SECONDS, progress=step
     )
-    return write_report(found, tuned, None)
+    return write_report(tuned_report, tuned, None)
 
 
 def demo_model() -> Path:
@@ -88,7 +88,7 @@ def demo_model() -> Path:
     return Path(next(iter(package.__path__))) / "model"
 
 
-def write_texts(place: Path) -> dict[str, Path]:
+def write_texts(directory: Path) -> dict[str, Path]:
     """Write the texts of the demo; returns the files by what they are for.
 
     Raises:
@@ -110,8 +110,8 @@ def write_texts(place: Path) -> dict[str, Path]:
         raise CalibrationError(f"{library} has no sources with docstrings, which the demo reads; install them")
     # every n-th line, from all of the files
     texts["code"] = texts["code"][:: max(1, len(texts["code"]) // CODE_LINES)]
-    place.mkdir(parents=True, exist_ok=True)
-    files = {name: place / f"{name}.txt" for name in texts}
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {name: directory / f"{name}.txt" for name in texts}
     for name, lines in texts.items():
         content = "\n".join(lines) + "\n"
         if os.path.lexists(files[name]) and files[name].read_text(encoding="utf-8", errors="replace") != content:

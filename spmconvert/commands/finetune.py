@@ -433,13 +433,13 @@ def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirector
 
 
 def _stored_name(name: str, converted: Converted, prefix: str) -> str:
-    found = resolve_name(name, converted.tensors, prefix)
-    if found is None:
+    tensor_name = resolve_name(name, converted.tensors, prefix)
+    if tensor_name is None:
         raise CheckpointError(
             f"parameter {name} is not a tensor of {converted.directory} (merged or renamed when the model loads); "
             "train fewer parameters"
         )
-    return found
+    return tensor_name
 
 
 def _provenance(inputs: _Inputs, run: TrainingRun, result: Finetuned) -> dict[str, Any]:

@@ -207,9 +207,9 @@ def _training(run: ReportRun) -> tuple[FinetuneRecord, ...]:
     try:
         return tuple(
             FinetuneRecord.model_validate(
-                {**_shown(one, FinetuneRecord), "history": [_shown(point, TrainingPoint) for point in one["history"]]}
+                {**_shown(record, FinetuneRecord), "history": [_shown(point, TrainingPoint) for point in record["history"]]}
             )
-            for one in recorded
+            for record in recorded
         )
     except (ValidationError, KeyError) as error:
         raise CheckpointError(
@@ -231,7 +231,7 @@ def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, co
     if run.student.__class__.__name__.endswith("ForQuestionAnswering"):
         run.note_missing("quality", "spans of question answering are not compared", "measure the task itself with --tasks")
         return []
-    found = []
+    texts = []
     for file, domain in ((data, "first"), (other, "other")):
         if file is None:
             continue
@@ -239,17 +239,17 @@ def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, co
         if isinstance(rows, NotMeasured):
             run.not_measured.append(rows)
         else:
-            found.append(rows)
-    return found
+            texts.append(rows)
+    return texts
 
 
 def _quality(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Quality, ...]:
     if run.dense is None:
         return ()
-    found = []
+    qualities = []
     for text in texts:
         run.progress(f"measuring quality on {text.file.name}")
-        found.append(
+        qualities.append(
             Quality(
                 text=text.file.name,
                 domain=text.domain,
@@ -260,7 +260,7 @@ def _quality(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Quality, ...]
                 metrics=compare(run.dense, run.student, text),
             )
         )
-    return tuple(found)
+    return tuple(qualities)
 
 
 def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generation, ...]:
@@ -300,11 +300,11 @@ def _memory(run: ReportRun) -> list[Quantity]:
     if run.source is None or not run.reads_tokens or not run.seconds:
         return []
     run.progress("measuring memory in fresh processes")
-    found = timing.peak_memory(run.source.directory, run.converted.directory, run.device)
-    if isinstance(found, NotMeasured):
-        run.not_measured.append(found)
+    peak = timing.peak_memory(run.source.directory, run.converted.directory, run.device)
+    if isinstance(peak, NotMeasured):
+        run.not_measured.append(peak)
         return []
-    return [found]
+    return [peak]
 
 
 def _tasks(run: ReportRun, names: tuple[str, ...]) -> tuple[Task, ...]:

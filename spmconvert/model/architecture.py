@@ -18,12 +18,12 @@ def model_class(config: Any) -> Any:
     names = getattr(config, "architectures", None) or []
     if not names:
         raise CheckpointError("config.json names no architecture; add architectures, for example ['GPT2LMHeadModel']")
-    found = getattr(transformers, str(names[0]), None)
+    architecture = getattr(transformers, str(names[0]), None)
     # classes that would look for another, in the checkpoint's own code too, are no architectures
-    if not (isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)):
+    if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         hint = NEEDS_CODE if hasattr(config, "auto_map") else "upgrade transformers"
         raise CheckpointError(f"transformers {transformers.__version__} has no architecture {names[0]}; {hint}")
-    return found
+    return architecture
 
 
 def load_config(directory: Any) -> Any:

@@ -58,16 +58,16 @@ def swap_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> list[str]:
     replaced = []
     modules = dict(model.named_modules())
     for name, spec in specs.items():
-        found = resolve_name(name, modules, getattr(model, "base_model_prefix", ""))
-        if found is None:
+        module_name = resolve_name(name, modules, getattr(model, "base_model_prefix", ""))
+        if module_name is None:
             continue
-        dense = model.get_submodule(found)
+        dense = model.get_submodule(module_name)
         device = next((p.device for p in dense.parameters()), None)
-        check_shape(found, dense, spec)
+        check_shape(module_name, dense, spec)
         layer = layer_from_spec(spec, device=device)
         layer.train(dense.training)
-        replace_module(model, found, layer)
-        replaced.append(found)
+        replace_module(model, module_name, layer)
+        replaced.append(module_name)
     if specs and not replaced:
         raise CheckpointError(
             f"{type(model).__name__} has none of the {len(specs)} converted layers, for example {next(iter(specs))!r}; "

@@ -201,12 +201,12 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, prefix: str, recipe: Rec
 
 
 def _tensor_name(checkpoint: Checkpoint, name: str, prefix: str) -> str:
-    found = resolve_name(name, checkpoint.tensors, prefix)
-    if found is None:
+    tensor_name = resolve_name(name, checkpoint.tensors, prefix)
+    if tensor_name is None:
         raise UnsupportedLayerError(
             f"{name} is not a tensor of the checkpoint (merged or renamed when the model loads); leave it out with --ignore"
         )
-    return found
+    return tensor_name
 
 
 def _refuse_growth(layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:

@@ -131,11 +131,11 @@ def _is_feed_forward(layer: Linear, peers: Sequence[Linear], modules: dict[str, 
     parent = modules[_parent_of(layer.name)]
     plain = _holds_only_linears(parent)
     in_block = _parent_of(layer.name) == f"{layer.stack}.{layer.index}"
-    own = peers.index(layer)
-    for place, other in enumerate(peers):
-        if place == own:
+    layer_position = peers.index(layer)
+    for other_position, other in enumerate(peers):
+        if other_position == layer_position:
             continue
-        first, second = (layer, other) if own < place else (other, layer)
+        first, second = (layer, other) if layer_position < other_position else (other, layer)
         if (first.in_features, first.out_features) == (second.out_features, second.in_features):
             square = first.in_features == first.out_features
             if plain or first.in_features < first.out_features:
@@ -155,8 +155,8 @@ def _is_fused_gate(up: Linear, down: Linear) -> bool:
 def _holds_only_linears(parent: nn.Module, *, norms: bool = False) -> bool:
     """Whether all parameters below a module are those of its linear layers, and of norms where these are allowed."""
     largest = 1 if norms else 0
-    own = any(True for _ in parent.parameters(recurse=False))
-    return not own and all(
+    holds_parameters = any(True for _ in parent.parameters(recurse=False))
+    return not holds_parameters and all(
         linear_kind(child) or all(parameter.ndim <= largest for parameter in child.parameters())
         for child in parent.children()
     )
@@ -236,14 +236,14 @@ def fused_experts(model: nn.Module) -> list[str]:
 def unsupported_forms(model: nn.Module) -> dict[str, str]:
     """Class names of the modules in blocks that hold a matrix but are no plain linear layer, such as routers."""
     modules = dict(model.named_modules())
-    found = {}
+    forms = {}
     for name, module in modules.items():
         weight = dict(module.named_parameters(recurse=False)).get("weight")
         if weight is None or weight.ndim != 2 or linear_kind(module) or isinstance(module, nn.Embedding):
             continue
         if stack_of(name, modules)[0] is not None:
-            found[name] = type(module).__name__
-    return found
+            forms[name] = type(module).__name__
+    return forms
 
 
 def _owner(model: nn.Module, parameter_name: str) -> nn.Module:

@@ -107,10 +107,10 @@ def select_targets(
             text for text in (f"--ignore {','.join(ignore)}" * bool(ignore), f"--layers {layers}" * bool(layers)) if text
         )
         raise TargetError(f"--targets {','.join(targets)} {narrowed} leaves no layer to convert; widen the selection")
-    found = tuple(Target(c.name, c.kind, c.in_features, c.out_features, c.bias) for c in chosen)
-    names = {target.name for target in found}
+    selected = tuple(Target(c.name, c.kind, c.in_features, c.out_features, c.bias) for c in chosen)
+    names = {target.name for target in selected}
     skipped = tuple(Skipped(name, reason) for name, reason in survey.reasons.items() if name not in names)
-    return Selection(found, skipped)
+    return Selection(selected, skipped)
 
 
 class _Survey:
@@ -152,12 +152,12 @@ class _Survey:
         """Names that a preset or pattern selects."""
         if pattern in PRESETS:
             return self._preset(pattern)
-        found = [name for name in self.names if matches(pattern, name, self.prefix)]
-        if not found:
+        matching = [name for name in self.names if matches(pattern, name, self.prefix)]
+        if not matching:
             self._explain_nothing(pattern)
-        free = [name for name in found if name not in self.tied and not self._read_directly(name)]
+        free = [name for name in matching if name not in self.tied and not self._read_directly(name)]
         if not free:
-            name = found[0]
+            name = matching[0]
             if name in self.tied:
                 raise TargetError(
                     f"{name} shares its weight with {self.tied[name]}, so replacing it would untie them; leave it out, "
@@ -172,21 +172,21 @@ class _Survey:
         """Names that an ignore pattern takes away."""
         if pattern in PRESETS:
             return self._preset(pattern)
-        found = [name for name in [*self.names, *self.experts] if matches(pattern, name, self.prefix)]
-        if not found:
+        matching = [name for name in [*self.names, *self.experts] if matches(pattern, name, self.prefix)]
+        if not matching:
             raise TargetError(f"--ignore {pattern} matches no linear layer; {self._near(pattern)}")
-        return found
+        return matching
 
     def _preset(self, preset: str) -> list[str]:
         roles = ("attn", "mlp", "other") if preset == "all" else (preset,)
-        found = [linear.name for linear in self.linears if linear.role in roles and linear.name not in self.reasons]
-        if not found:
+        names = [linear.name for linear in self.linears if linear.role in roles and linear.name not in self.reasons]
+        if not names:
             hint = f"; its experts are fused parameters, {self.experts[0]} for example" if self.experts else ""
             raise TargetError(
                 f"preset {preset} finds no layer in {type(self.model).__name__}{hint}; name layers by pattern, "
                 f"{self._near(preset)}"
             )
-        return found
+        return names
 
     def _read_directly(self, name: str) -> bool:
         return self.reasons.get(name, "").startswith("the model's code")
@@ -227,12 +227,12 @@ def _block_numbers(text: str, depth: dict[str, int]) -> set[tuple[str | None, in
         raise OptionError(f"--layers {text} is given, but the model has no numbered blocks; leave it out")
     chosen: set[tuple[str | None, int | None]] = set()
     for part in text.split(","):
-        found = _RANGE.fullmatch(part.strip())
-        if found is None:
+        bounds = _RANGE.fullmatch(part.strip())
+        if bounds is None:
             raise OptionError(f"--layers {text!r} is not understood at {part!r}; write for example 4-10,-1")
         hit = False
         for stack, size in depth.items():
-            first, last = (int(n) + (size if n.startswith("-") else 0) for n in (found[1], found[2] or found[1]))
+            first, last = (int(n) + (size if n.startswith("-") else 0) for n in (bounds[1], bounds[2] or bounds[1]))
             if 0 <= first <= last < size:
                 chosen |= {(stack, index) for index in range(first, last + 1)}
                 hit = True

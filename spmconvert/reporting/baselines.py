@@ -88,16 +88,16 @@ def build_baselines(dense: Any, specs: Mapping[str, LayerSpec], rows: Calibratio
         weight = (module.weight.t() if specs[name].fan_in_fan_out else module.weight).detach().float()
         bias = None if module.bias is None else module.bias.detach().float()
         left, right, svd_bias = whitened_svd(specs[name], weight, bias, statistics)
-        kept = keep_two_of_four(weight)
-        kept_bias = statistics.corrected_bias(weight, kept, bias) if specs[name].bias else None
+        pruned = keep_two_of_four(weight)
+        pruned_bias = statistics.corrected_bias(weight, pruned, bias) if specs[name].bias else None
         replacements: dict[str, nn.Module] = {
             "svd": LowRankLinear(left, right, svd_bias),
-            "2:4": SparseLinear(kept, kept_bias),
+            "2:4": SparseLinear(pruned, pruned_bias),
         }
         for method, layer in replacements.items():
             replace_module(models[method], name, layer.to(module.weight).eval())
         parameters["svd"] += sum(parameter.numel() for parameter in replacements["svd"].parameters())
-        parameters["2:4"] += int((kept != 0).sum()) + (0 if kept_bias is None else len(kept_bias))
+        parameters["2:4"] += int((pruned != 0).sum()) + (0 if pruned_bias is None else len(pruned_bias))
     return {method: (models[method], parameters[method]) for method in METHODS}
 
 

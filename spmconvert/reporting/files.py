@@ -61,14 +61,14 @@ def write_report(report: Report, directory: Path, output: Path | None) -> Path:
         NotWritableError: when the place cannot be written.
     """
     check_place(directory, output)
-    place = output or directory
+    destination = output or directory
     contents = {JSON_NAME: report.model_dump_json(indent=2) + "\n", HTML_NAME: render([report])}
     if output is None:
         card = directory / "README.md"
         contents[card.name] = with_report(card.read_text(encoding="utf-8") if card.exists() else "", section(report))
     else:
         contents[MARKDOWN_NAME] = f"{MARKS['.md']}\n\n{section(report)}\n"
-    return _write(place, contents)
+    return _write(destination, contents)
 
 
 def write_comparison(reports: Sequence[Report], output: Path | None) -> Path:
@@ -83,11 +83,13 @@ def write_comparison(reports: Sequence[Report], output: Path | None) -> Path:
     return _write(output or Path(COMPARISON_DIRECTORY), {JSON_NAME: listed, HTML_NAME: render(reports)})
 
 
-def _write(place: Path, contents: dict[str, str]) -> Path:
+def _write(directory: Path, contents: dict[str, str]) -> Path:
     try:
-        place.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents.items():
-            write_whole(place / name, content)
+            write_whole(directory / name, content)
     except OSError as error:
-        raise NotWritableError(f"{place} cannot be written ({error.strerror}); choose another output with -o") from error
-    return place / HTML_NAME
+        raise NotWritableError(
+            f"{directory} cannot be written ({error.strerror}); choose another output with -o"
+        ) from error
+    return directory / HTML_NAME

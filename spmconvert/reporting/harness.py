@@ -60,7 +60,7 @@ def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> _Results:
 
 def read_results(answer: dict[str, Any]) -> _Results:
     """Value, standard error and samples by task or group of tasks, and metric with its filter where that has a name."""
-    found = {}
+    results = {}
     for task, values in answer["results"].items():
         for key, value in values.items():
             metric, _, variant = key.partition(",")
@@ -68,8 +68,8 @@ def read_results(answer: dict[str, Any]) -> _Results:
                 continue
             error = values.get(f"{metric}_stderr,{variant}")
             name = metric if variant in ("", "none") else f"{metric}, {variant}"
-            found[task, name] = (value, error if isinstance(error, float) else None, _samples(answer, task))
-    return found
+            results[task, name] = (value, error if isinstance(error, float) else None, _samples(answer, task))
+    return results
 
 
 def _samples(answer: dict[str, Any], task: str) -> int:

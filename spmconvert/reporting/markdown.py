@@ -29,8 +29,8 @@ def section(report: Report) -> str:
         lines += ["| call | dense | converted | dense / converted | verdict | samples |", "|---|---|---|---|---|---|"]
         for row in report.timing:
             times = [
-                " / ".join(milliseconds(value) for value in (one.p20, one.p50, one.p80))
-                for one in (row.dense, row.converted)
+                " / ".join(milliseconds(value) for value in (latency.p20, latency.p50, latency.p80))
+                for latency in (row.dense, row.converted)
             ]
             outcome = f"{row.ratio:.2f} | {row.verdict} | {row.dense.samples}"
             lines.append(f"| {describe_call(row)} | {times[0]} | {times[1]} | {outcome} |")

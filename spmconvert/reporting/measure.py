@@ -71,36 +71,36 @@ def _outputs(dense: Any, other: Any, rows: EvaluationRows) -> Iterator[tuple[dic
 
 
 def _compare_words(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
-    divergence, agreement, own_loss, dense_loss = _Means(), _Means(), _Means(), _Means()
+    divergence, agreement, other_loss, dense_loss = _Means(), _Means(), _Means(), _Means()
     causal = reads_packed(dense.config) and not dense.config.is_encoder_decoder
-    for batch, target, own in _outputs(dense, other, rows):
+    for batch, target, other_outputs in _outputs(dense, other, rows):
         mask = batch["attention_mask"].bool()
-        divergence.add(_kl(target.logits, own.logits), mask)
-        agreement.add((target.logits.argmax(-1) == own.logits.argmax(-1)).float(), mask)
+        divergence.add(_kl(target.logits, other_outputs.logits), mask)
+        agreement.add((target.logits.argmax(-1) == other_outputs.logits.argmax(-1)).float(), mask)
         if causal:
             following = mask[:, 1:]
-            own_loss.add(_next_token_loss(own.logits, batch["input_ids"]), following)
+            other_loss.add(_next_token_loss(other_outputs.logits, batch["input_ids"]), following)
             dense_loss.add(_next_token_loss(target.logits, batch["input_ids"]), following)
     metrics = [
         _metric("kl", "KL divergence a token", "nats", divergence, "tokens", higher=False),
         _metric("top1", "top-1 agreement", "share", agreement, "tokens", higher=True),
     ]
     if causal:
-        metrics.append(_perplexity(dense_loss, own_loss))
+        metrics.append(_perplexity(dense_loss, other_loss))
     return tuple(metrics)
 
 
 def _compare_classes(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
     divergence, agreement = _Means(), _Means()
-    for batch, target, own in _outputs(dense, other, rows):
+    for batch, target, other_outputs in _outputs(dense, other, rows):
         mask = batch["attention_mask"].bool()
         # one decision a row, or one a token
         if target.logits.ndim == 2:
             mask = mask[:, :1]
         shape = (*mask.shape, target.logits.shape[-1])
-        target_logits, own_logits = target.logits.reshape(shape), own.logits.reshape(shape)
-        divergence.add(_kl(target_logits, own_logits), mask)
-        agreement.add((target_logits.argmax(-1) == own_logits.argmax(-1)).float(), mask)
+        target_logits, other_logits = target.logits.reshape(shape), other_outputs.logits.reshape(shape)
+        divergence.add(_kl(target_logits, other_logits), mask)
+        agreement.add((target_logits.argmax(-1) == other_logits.argmax(-1)).float(), mask)
     return (
         _metric("agreement", "same class", "share", agreement, "decisions", higher=True),
         _metric("kl", "KL divergence a decision", "nats", divergence, "decisions", higher=False),
@@ -108,12 +108,12 @@ def _compare_classes(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metr
 
 
 def _compare_scores(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
-    targets, owns = [], []
-    for batch, target, own in _outputs(dense, other, rows):
+    targets, other_scores = [], []
+    for batch, target, other_outputs in _outputs(dense, other, rows):
         targets.append(class_logits(target, batch).float().flatten().cpu())
-        owns.append(class_logits(own, batch).float().flatten().cpu())
-    wanted, found = torch.cat(targets), torch.cat(owns)
-    errors = (found - wanted).square() / wanted.var(correction=0).clamp_min(torch.finfo().tiny)
+        other_scores.append(class_logits(other_outputs, batch).float().flatten().cpu())
+    wanted, scores = torch.cat(targets), torch.cat(other_scores)
+    errors = (scores - wanted).square() / wanted.var(correction=0).clamp_min(torch.finfo().tiny)
     error = Metric(
         key="score_error",
         title="squared error of scores over their variance",
@@ -125,10 +125,10 @@ def _compare_scores(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metri
         sample="scores",
         standard_error=float(errors.std() / len(errors) ** 0.5) if len(errors) > 1 else None,
     )
-    return (_score_ranking(wanted, found), error) if len(wanted) >= 3 else (error,)
+    return (_score_ranking(wanted, scores), error) if len(wanted) >= 3 else (error,)
 
 
-def _score_ranking(dense: Tensor, own: Tensor) -> Metric:
+def _score_ranking(dense: Tensor, other: Tensor) -> Metric:
     """Spearman correlation of the scores [positions] of both models, its standard error a bootstrap."""
     draws = torch.randint(0, len(dense), (BOOTSTRAP_DRAWS, len(dense)), generator=torch.Generator().manual_seed(0))
     return Metric(
@@ -136,22 +136,22 @@ def _score_ranking(dense: Tensor, own: Tensor) -> Metric:
         title="ranking of scores (Spearman)",
         unit="",
         dense=None,
-        converted=_spearman(dense, own),
+        converted=_spearman(dense, other),
         higher_is_better=True,
         samples=len(dense),
         sample="scores",
-        standard_error=float(torch.tensor([_spearman(dense[drawn], own[drawn]) for drawn in draws]).std()),
+        standard_error=float(torch.tensor([_spearman(dense[drawn], other[drawn]) for drawn in draws]).std()),
     )
 
 
 def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
     states, embeddings = _Means(), _Means()
     pooled: list[tuple[Tensor, Tensor]] = []
-    for batch, target, own in _outputs(dense, other, rows):
+    for batch, target, other_outputs in _outputs(dense, other, rows):
         mask = batch["attention_mask"].bool()
-        target_states, own_states = target[0].float(), own[0].float()
-        states.add(cosine_similarity(own_states, target_states, dim=-1), mask)
-        pair = _mean_pooled(target_states, mask), _mean_pooled(own_states, mask)
+        target_states, other_states = target[0].float(), other_outputs[0].float()
+        states.add(cosine_similarity(other_states, target_states, dim=-1), mask)
+        pair = _mean_pooled(target_states, mask), _mean_pooled(other_states, mask)
         embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], mask.any(-1, keepdim=True))
         pooled.append((pair[0].cpu(), pair[1].cpu()))
     metrics = [
@@ -163,12 +163,12 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
     return tuple(metrics)
 
 
-def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
+def _similarity_ranking(dense: Tensor, other: Tensor) -> Metric:
     """Spearman correlation of the similarities of all pairs of texts [rows, features], as each model sees them.
 
     The standard error is a bootstrap over texts: pairs that share a text are not independent.
     """
-    similarities = [unit @ unit.t() for unit in (normalize(dense, dim=-1), normalize(own, dim=-1))]
+    similarities = [unit @ unit.t() for unit in (normalize(dense, dim=-1), normalize(other, dim=-1))]
     first, second = torch.triu_indices(len(dense), len(dense), offset=1)
     generator = torch.Generator().manual_seed(0)
     drawn = []
@@ -176,9 +176,9 @@ def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
         texts = torch.randint(0, len(dense), (len(dense),), generator=generator)
         left, right = texts[first], texts[second]
         # a text drawn twice would be compared with itself
-        kept = left != right
-        if kept.sum() > 1:
-            drawn.append(_spearman(*(matrix[left[kept], right[kept]] for matrix in similarities)))
+        distinct = left != right
+        if distinct.sum() > 1:
+            drawn.append(_spearman(*(matrix[left[distinct], right[distinct]] for matrix in similarities)))
     return Metric(
         key="similarity",
         title="ranking of text similarities (Spearman)",
@@ -192,19 +192,19 @@ def _similarity_ranking(dense: Tensor, own: Tensor) -> Metric:
     )
 
 
-def _spearman(one: Tensor, other: Tensor) -> float:
+def _spearman(first: Tensor, second: Tensor) -> float:
     """Rank correlation of two vectors; equal values share their mean rank, and what is all equal ranks nothing."""
     ranks = []
-    for values in (one, other):
+    for values in (first, second):
         ordered = values.sort().values
         ranks.append((torch.searchsorted(ordered, values) + torch.searchsorted(ordered, values, right=True)).double())
     return float(torch.corrcoef(torch.stack(ranks))[0, 1].nan_to_num(0.0))
 
 
-def _kl(target: Tensor, own: Tensor) -> Tensor:
-    """KL(target || own) over the last axis of logits."""
-    log_target, log_own = log_softmax(target.float(), -1), log_softmax(own.float(), -1)
-    return kl_div(log_own, log_target, reduction="none", log_target=True).sum(-1)
+def _kl(target: Tensor, other: Tensor) -> Tensor:
+    """KL(target || other) over the last axis of logits."""
+    log_target, log_other = log_softmax(target.float(), -1), log_softmax(other.float(), -1)
+    return kl_div(log_other, log_target, reduction="none", log_target=True).sum(-1)
 
 
 def _next_token_loss(logits: Tensor, ids: Tensor) -> Tensor:
@@ -231,14 +231,14 @@ def _metric(key: str, title: str, unit: str, means: _Means, sample: str, *, high
     )
 
 
-def _perplexity(dense: _Means, own: _Means) -> Metric:
+def _perplexity(dense: _Means, other: _Means) -> Metric:
     return Metric(
         key="perplexity",
         title="perplexity",
         unit="",
         dense=float(torch.tensor(dense.mean).exp()),
-        converted=float(torch.tensor(own.mean).exp()),
+        converted=float(torch.tensor(other.mean).exp()),
         higher_is_better=False,
-        samples=own.samples,
+        samples=other.samples,
         sample="tokens",
     )

@@ -33,7 +33,7 @@ def measure_candidates(
     others = build_baselines(run.dense, run.converted.layers, rows)
     models = {"dense": run.dense, "spm": run.student, **{method: model for method, (model, _) in others.items()}}
     latency = _time_candidates(run, models)
-    whole = next(one for one in amounts if (one.what, one.scope) == ("parameters", "whole model"))
+    whole = next(amount for amount in amounts if (amount.what, amount.scope) == ("parameters", "whole model"))
     replaced = sum(layer.dense_parameters for layer in layers)
     in_layers = {"dense": replaced, "spm": sum(layer.parameters for layer in layers)}
     in_layers |= {method: parameters for method, (_, parameters) in others.items()}
@@ -80,12 +80,12 @@ def _time_candidates(run: ReportRun, models: dict[str, Any]) -> dict[str, Latenc
     return timing.interleaved(calls, 2 * run.seconds, run.device)
 
 
-def _calibration_rows(run: ReportRun, place: str | Path | None) -> CalibrationRows | NotMeasured | None:
+def _calibration_rows(run: ReportRun, calibration: str | Path | None) -> CalibrationRows | NotMeasured | None:
     """The rows that the conversion fitted, None where it used none, or why they cannot be had."""
     recorded = run.converted.provenance["calibration"]
     if recorded is None:
         return None
-    file = Path(place or run.converted.provenance["recipe"]["calibration"]["file"])
+    file = Path(calibration or run.converted.provenance["recipe"]["calibration"]["file"])
     try:
         rows = recorded_rows(run.converted, run.config, file)
         reason = "" if rows is not None else f"{file} is not the calibration text (other hash or rows)"

@@ -26,13 +26,13 @@ class ReportRun:
     student: Any = None
     not_measured: list[NotMeasured] = field(default_factory=list)
 
-    def open_dense(self, place: str | None) -> None:
+    def open_dense(self, teacher: str | None) -> None:
         """Load both models; without a source that is only the converted one."""
         self.student = load(self.converted.directory, dtype="auto").to(self.device).eval()
         try:
-            self.source = open_source(self.converted, place)
+            self.source = open_source(self.converted, teacher)
         except (ModelNotFoundError, CheckpointError) as error:
-            if place is not None:
+            if teacher is not None:
                 raise
             self.note_missing(
                 "everything that needs the dense model: quality, time, memory", str(error), "name it with --teacher"

@@ -80,8 +80,8 @@ def timing_plot(rows: Sequence[TimingRow]) -> Figure:
     tokens = [row.tokens for row in forward]
     for name, colour, marker in (("dense", SECOND, "s"), ("converted", FIRST, "o")):
         latencies = [getattr(row, name) for row in forward]
-        axes.plot(tokens, [one.p50 for one in latencies], color=colour, marker=marker, label=name)
-        low, high = [one.p20 for one in latencies], [one.p80 for one in latencies]
+        axes.plot(tokens, [latency.p50 for latency in latencies], color=colour, marker=marker, label=name)
+        low, high = [latency.p20 for latency in latencies], [latency.p80 for latency in latencies]
         axes.fill_between(tokens, low, high, color=colour, alpha=0.18, linewidth=0)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -187,12 +187,15 @@ def _block(layer: Layer) -> int:
 def _kinds(layers: Sequence[Layer]) -> dict[str, str]:
     """By layer what tells it apart from others of its block, with the name of its stack where there are several."""
     parts = {layer.name: re.match(r"(?:(.*?)\.\d+\.)?(.*)", layer.name) for layer in layers}
-    found = {name: (match[1] or "", match[2]) for name, match in parts.items() if match}
-    stacks = {stack for stack, _ in found.values()}
+    stack_and_kind = {name: (match[1] or "", match[2]) for name, match in parts.items() if match}
+    stacks = {stack for stack, _ in stack_and_kind.values()}
     named = [set(stack.split(".")) for stack in stacks if stack]
     shared = set.intersection(*named) if named else set()
-    own = {stack: ".".join(part for part in stack.split(".") if part not in shared) for stack in stacks}
-    return {name: f"{kind} ({own[stack]})" if own[stack] else kind for name, (stack, kind) in found.items()}
+    stack_labels = {stack: ".".join(part for part in stack.split(".") if part not in shared) for stack in stacks}
+    return {
+        name: f"{kind} ({stack_labels[stack]})" if stack_labels[stack] else kind
+        for name, (stack, kind) in stack_and_kind.items()
+    }
 
 
 def _figure(width: float, height: float, *, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Any]]:

@@ -337,7 +337,7 @@ class Report(_Part):
 
     def quantity(self, what: str, scope: str) -> Quantity:
         """An amount by name and scope."""
-        return next(one for one in self.quantities if (one.what, one.scope) == (what, scope))
+        return next(quantity for quantity in self.quantities if (quantity.what, quantity.scope) == (what, scope))
 
 
 def read_report(file: Path) -> Report:
@@ -348,14 +348,14 @@ def read_report(file: Path) -> Report:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        found = content.get("schema_version") if isinstance(content, dict) else None
-        if found != SCHEMA_VERSION:
+        version = content.get("schema_version") if isinstance(content, dict) else None
+        if version != SCHEMA_VERSION:
             raise CheckpointError(
-                f"{file} has schema_version {found!r}, this spmconvert reads {SCHEMA_VERSION}; report again"
+                f"{file} has schema_version {version!r}, this spmconvert reads {SCHEMA_VERSION}; report again"
             )
         return Report.model_validate(content)
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"]))
-        raise CheckpointError(f"{file} does not fit the schema at {place}; report again") from None
+        field = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CheckpointError(f"{file} does not fit the schema at {field}; report again") from None
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file} cannot be read ({error}); report again") from None

@@ -55,7 +55,10 @@ def findings(report: Report) -> list[str]:
     said.append(_layer_sentence(report))
     said += _candidate_sentences(report.candidates)
     said += _training_sentences(report.training)
-    said += [f"Not measured: {one.what}. {one.reason[:1].upper()}{one.reason[1:]}." for one in report.not_measured]
+    said += [
+        f"Not measured: {missing.what}. {missing.reason[:1].upper()}{missing.reason[1:]}."
+        for missing in report.not_measured
+    ]
     return said
 
 
@@ -115,7 +118,7 @@ def _quality_figure(report: Report) -> KeyFigure:
     if not report.quality:
         return KeyFigure("quality", "not measured", "see below for what is missing", "plain")
     text = report.quality[0]
-    metric = next((one for one in text.metrics if one.key == "perplexity"), text.metrics[0])
+    metric = next((metric for metric in text.metrics if metric.key == "perplexity"), text.metrics[0])
     value = measured(metric.converted, metric.unit)
     value = value if metric.dense is None else f"{measured(metric.dense, metric.unit)} → {value}"
     return KeyFigure(
@@ -128,12 +131,12 @@ def _baseline_figure(report: Report) -> KeyFigure:
     if by_key and by_key["spm"].metrics:
         compared = _compared(by_key["spm"], by_key["svd"])
         # a few texts may leave the first metric open where another one is clear
-        own, other, outcome = next((one for one in compared if one[2] != "level"), compared[0])
-        values = f"{measured(own.converted, own.unit)} against {measured(other.converted, other.unit)}"
+        spm_metric, other, outcome = next((comparison for comparison in compared if comparison[2] != "level"), compared[0])
+        values = f"{measured(spm_metric.converted, spm_metric.unit)} against {measured(other.converted, other.unit)}"
         return KeyFigure(
             "against SVD of equal size",
             outcome,
-            f"{values}: {own.title}, on {report.quality[0].text}; SPM is {by_key['spm'].note}",
+            f"{values}: {spm_metric.title}, on {report.quality[0].text}; SPM is {by_key['spm'].note}",
             {"better": "good", "worse": "bad"}.get(outcome, "plain"),  # type: ignore[arg-type]
         )
     won, aims = sum(layer.error < layer.baseline_error for layer in report.layers), _aims(report)
@@ -175,8 +178,8 @@ def _aims(report: Report) -> str:
 
 
 def _candidate_sentences(candidates: tuple[MethodResult, ...]) -> list[str]:
-    own = next((one for one in candidates if one.key == "spm"), None)
-    if own is None or not own.metrics:
+    spm = next((candidate for candidate in candidates if candidate.key == "spm"), None)
+    if spm is None or not spm.metrics:
         return []
     said = []
     for other in candidates:
@@ -184,32 +187,32 @@ def _candidate_sentences(candidates: tuple[MethodResult, ...]) -> list[str]:
             continue
         outcomes = (
             f"{outcome} by {mine.title} ({measured(mine.converted, mine.unit)} against {measured(its.converted, its.unit)})"
-            for mine, its, outcome in _compared(own, other)
+            for mine, its, outcome in _compared(spm, other)
         )
         said.append(
             f"Whole model, SPM compared with {other.title}: {', '.join(outcomes)}, with "
-            f"{own.parameters / other.parameters:.2f} times its parameters{_relative_time(own, other)}; SPM is {own.note}."
+            f"{spm.parameters / other.parameters:.2f} times its parameters{_relative_time(spm, other)}; SPM is {spm.note}."
         )
     return said
 
 
-def _relative_time(own: MethodResult, other: MethodResult) -> str:
-    if own.latency is None or other.latency is None:
+def _relative_time(spm: MethodResult, other: MethodResult) -> str:
+    if spm.latency is None or other.latency is None:
         return ""
-    return f" and {own.latency.p50 / other.latency.p50:.2f} times its time for {own.tokens} tokens"
+    return f" and {spm.latency.p50 / other.latency.p50:.2f} times its time for {spm.tokens} tokens"
 
 
-def _compared(own: MethodResult, other: MethodResult) -> list[tuple[Metric, Metric, str]]:
+def _compared(candidate: MethodResult, other: MethodResult) -> list[tuple[Metric, Metric, str]]:
     """The metrics of two candidates, one beside the other, and what they say of the first."""
-    pairs = zip(own.metrics, other.metrics, strict=True)
+    pairs = zip(candidate.metrics, other.metrics, strict=True)
     return [(mine, its, _outcome(mine, its)) for mine, its in pairs]
 
 
-def _outcome(own: Metric, other: Metric) -> str:
+def _outcome(metric: Metric, other: Metric) -> str:
     """``better``, ``worse``, or ``level`` where the difference is within two standard errors."""
-    gain = own.converted - other.converted if own.higher_is_better else other.converted - own.converted
-    if own.standard_error is not None and other.standard_error is not None:
-        noise = 2 * (own.standard_error**2 + other.standard_error**2) ** 0.5
+    gain = metric.converted - other.converted if metric.higher_is_better else other.converted - metric.converted
+    if metric.standard_error is not None and other.standard_error is not None:
+        noise = 2 * (metric.standard_error**2 + other.standard_error**2) ** 0.5
         if abs(gain) <= noise:
             return "level"
     return "better" if gain > 0 else "worse"

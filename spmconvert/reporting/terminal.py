@@ -122,7 +122,8 @@ def _timing(report: Report) -> Table:
     table = _table("ms a call, p20 / p50 / p80", "input", "dense", "converted", "ratio", "verdict", "samples")
     for row in report.timing:
         times = [
-            " / ".join(milliseconds(value) for value in (one.p20, one.p50, one.p80)) for one in (row.dense, row.converted)
+            " / ".join(milliseconds(value) for value in (latency.p20, latency.p50, latency.p80))
+            for latency in (row.dense, row.converted)
         ]
         verdict = Text(row.verdict, style=STYLES[row.verdict])
         table.add_row(describe_call(row), row.shape, *times, f"{row.ratio:.2f}", verdict, str(row.dense.samples))
