@@ -1,1 +1,1 @@
-"""The operator: geometry in integers, the reference, the merged form, the module, and the Triton kernels."""
+"""The operator: geometry in integers, reference, merged form, the module and the blocks it keeps, Triton kernels."""

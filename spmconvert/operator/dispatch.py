@@ -1,14 +1,14 @@
 """Which implementation of the operator runs: one function decides, and a backend that cannot run is an error.
 
-``auto`` takes the fastest implementation that was measured to be the fastest where the input lives; ``_choose`` holds
-that choice and nothing else does. On CUDA that is the merged form: the Triton kernels have been compiled and their
-results checked, but never timed, so they run only where they are asked for by name. Nothing is ever replaced by
-something else silently.
+``auto`` takes what was measured to be the fastest on a CPU; ``_choose`` holds that choice and nothing else does. On CUDA
+nothing has been timed, and ``auto`` is the merged form, which is plain PyTorch: the Triton kernels have been compiled and
+their results checked, no more, so they run only where they are asked for by name. Nothing is ever replaced by something
+else silently.
 """
 
 import os
 from importlib.util import find_spec
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from spmconvert.errors import BackendError, OptionError
 
@@ -16,8 +16,8 @@ Backend = Literal["auto", "reference", "merged", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 HAS_TRITON = find_spec("triton") is not None
 
-# below this many tokens merging costs more than it saves, where it has to be done for every step: forward and backward of
-# 16 tokens take 2.3 ms by the reference and 3.1 merged at width 768, 64 tokens 3.9 and 3.6 (two CPU cores)
+# below this many tokens merging costs more than it saves, where it has to be done for every step: at width 768 the merged
+# form overtakes the reference between 16 and 64 tokens, see benchmarks/results/operator-cpu-2026-11-21.json
 FEW_TOKENS = 32
 
 
@@ -27,7 +27,7 @@ def resolve_backend(requested: Backend, device_type: str, *, tokens: int | None 
     Args:
         requested: one of ``BACKENDS``.
         device_type: ``torch.device.type`` of the input.
-        tokens: tokens of a training step, which has to merge anew; None where merged blocks can be kept.
+        tokens: tokens of a step that trains the stages and so has to merge anew; None for any other call.
 
     Raises:
         OptionError: when the name is unknown.
@@ -41,7 +41,7 @@ def resolve_backend(requested: Backend, device_type: str, *, tokens: int | None 
 
 
 def _choose(device_type: str, tokens: int | None) -> Backend:
-    """The implementation that was measured to be the fastest; see ``benchmarks/operator.py``."""
+    """What ``auto`` is; ``benchmarks/operator.py`` measures it."""
     return "reference" if tokens is not None and tokens < FEW_TOKENS and device_type == "cpu" else "merged"
 
 
@@ -55,14 +55,3 @@ def _require_triton(device_type: str) -> None:
 def interprets_triton() -> bool:
     """Whether Triton's interpreter stands in for a GPU, as its own variable says; it runs kernels on any device."""
     return os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def refuse_vmap(info: Any, in_dims: Any, *arguments: Any) -> None:
-    """What the operators of the Triton backend do under ``torch.vmap``.
-
-    Raises:
-        BackendError: always; the tokens are their batch already.
-    """
-    raise BackendError(
-        "backend triton cannot run under torch.vmap; put the batch into the tokens, or use backend merged or reference"
-    )

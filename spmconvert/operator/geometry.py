@@ -162,8 +162,8 @@ def stage_exponent(stage: int, blocks: int) -> int:
 def padded_width(largest: int, block: int = 1) -> int:
     """Round a layer's larger side up to a width that its merge groups divide.
 
-    The rounding is the one that makes the merged form cheapest: width times the sum of the group sizes. 768, 1024 and
-    3072 stay as they are, 11008 becomes 11264 = 32 * 32 * 11.
+    Where there are two groups the rounding is the one that makes the merged form cheapest: width times the sum of the
+    group sizes; where there are three it follows from their sizes. 768 stays as it is, 11008 becomes 11264 = 32 * 32 * 11.
     """
     blocks = -(-largest // block)
     if blocks <= SINGLE_GROUP_BLOCKS:

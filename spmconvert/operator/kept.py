@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import TensorWeakRef
 
-from spmconvert.operator.reference import under_torch_func
+from spmconvert.operator.reference import is_transformed
 
 Merge = Callable[..., list[Tensor]]
 
@@ -79,4 +79,4 @@ def can_be_kept(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
     followed = all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
     gathered = getattr(module, "_is_fsdp_managed_module", False)
     # what is computed inside of torch.func.grad and its kin belongs to the transform and must not outlive it
-    return followed and not gathered and not under_torch_func()
+    return followed and not gathered and not is_transformed()

@@ -24,7 +24,7 @@ from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
 from spmconvert.operator.kept import KeptBlocks, Merge, can_be_kept
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
-from spmconvert.operator.reference import reference_forward, under_torch_func
+from spmconvert.operator.reference import is_transformed, reference_forward
 from spmconvert.operator.triton.merge import merge_stages_triton
 from spmconvert.operator.triton.mix import apply_blocks_triton
 
@@ -43,8 +43,8 @@ class SPMLinear(nn.Module):
         width: number of mixed coordinates; None chooses it. A checkpoint names it.
         backend: ``auto``, ``reference``, ``merged`` or ``triton``.
         device: device of the parameters.
-        dtype: dtype of the parameters. It may be wider than that of the inputs: blocks are merged in float32 and
-            rounded once to the inputs' dtype, in which the output comes back.
+        dtype: dtype of the parameters. It may be wider than that of the inputs, in which the output comes back: blocks
+            are merged in float32 or wider and rounded once. The reference rounds the parameters instead.
 
     Shape:
         input [..., in_features] -> output [..., out_features]
@@ -99,7 +99,7 @@ class SPMLinear(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Start from random rotations, which keep the variance of the inputs; companion and bias start at zero effect."""
+        """Start from rows of random rotations, which keep the inputs' variance; companion and bias start without effect."""
         geometry = self.geometry
         with torch.no_grad():
             angles = torch.empty_like(self.weight[:, 0]).uniform_(-torch.pi, torch.pi)
@@ -146,7 +146,7 @@ class SPMLinear(nn.Module):
             y = (apply_blocks_triton if by_triton else apply_blocks)(tokens, blocks, bias, self.plan)
         if self.low_rank_in is not None and self.low_rank_out is not None:
             # in place: nothing else reads y, and a sum beside it would be one more pass over the outputs
-            add_product = torch.addmm if under_torch_func() else Tensor.addmm_
+            add_product = torch.addmm if is_transformed() else Tensor.addmm_
             y = add_product(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
         return y.view(*x.shape[:-1], self.out_features)
 

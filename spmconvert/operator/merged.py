@@ -7,17 +7,18 @@ chunk by four stacked blocks instead of copying it, 3072 -> 768 sums rows of blo
 
 Activations are kept tokens last inside a chunk: [.., rows, tokens]. With the weights on the left, the input of the first
 group is a transposed view, the input of every further group of a two-group pass is a strided view, and the only copy is
-the one that writes the output, which also adds the bias. Computing the groups with tokens first needs a second transpose
-and takes a third longer. Chunks keep both buffers near the cores: at width 2048 and 1024 tokens on two cores chunks of 40
-tokens take 5.6 ms, 72 take 4.8, 136 to 264 take 4.3.
+the one that writes the output, which also adds the bias. Computing the groups with tokens first needs a second transpose.
+Chunks keep both buffers near the cores, and are long enough for the products: at width 2048 chunks of 40 tokens take 1.3
+times as long as chunks of 136.
 
 Blocks are merged in float32 (or wider) and rounded once to the dtype of the activations.
 
 In training only the inputs of the groups are kept, and the gradient goes through the merge to the stages. The chunked
 backward is not differentiable a second time (the reference is, and so is a single chunk).
 
-Under ``torch.compile``, ``torch.export`` and activation checkpointing the tokens are not chunked: the same products appear
-as plain tensor operations, which a compiler can fuse and a checkpoint can forget.
+Tokens are chunked on a CPU only, and not under ``torch.compile``, ``torch.export``, ``torch.func`` and activation
+checkpointing: there the same products are plain tensor operations, which a compiler can fuse, a transform can follow and a
+checkpoint can forget.
 """
 
 import math
@@ -33,10 +34,10 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import linear, pad
 
 from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
-from spmconvert.operator.reference import apply_stages, expand, fold, under_torch_func
+from spmconvert.operator.reference import apply_stages, expand, fold, is_transformed
 
 # not a power of two: the copy that ends a chunk reads with a stride of a digit times the chunk, and strides that are
-# powers of two fall on few cache sets; at width 1024, 128 tokens take 2.6 ms and 136 take 1.8
+# powers of two fall on few cache sets; at width 1024, 128 tokens take 1.4 times as long as 136
 CHUNK_TOKENS = 136
 
 
@@ -229,13 +230,10 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     if plan.dense:
         return linear(x, blocks[0], bias)
     whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS
-    if whole or _saved_through_hooks() or under_torch_func():
+    if whole or _saved_through_hooks() or is_transformed():
         y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
         return y if bias is None else y + bias
-    if not torch.is_grad_enabled():
-        # a Function is told that its inputs require gradients even where nobody will ask for any
-        x, blocks = x.detach(), [block.detach() for block in blocks]
-    chunked: Tensor = _ChunkedApply.apply(x, bias, plan, *blocks)
+    chunked: Tensor = _ChunkedApply.apply(x, bias, plan, torch.is_grad_enabled(), *blocks)
     return chunked
 
 
@@ -250,21 +248,24 @@ def _saved_through_hooks() -> bool:
 class _ChunkedApply(torch.autograd.Function):
     """All chunks in one node, each writing its slice of the output and of the input's gradient.
 
-    The graph of every chunk up to its last group is kept: that is its groups' inputs. Splitting and concatenating by
-    ordinary operations instead copies outputs and gradients once more: 28.5 ms against 16 at width 1024, 1024 tokens.
+    The graph of every chunk is kept, without its output: that is its groups' inputs. Splitting and concatenating by
+    ordinary operations instead copies outputs and gradients once more, and takes 1.8 times as long at width 1024.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, plan: MergePlan, *blocks: Tensor) -> Tensor:
-        """Run every chunk; x [tokens, in_features] -> [tokens, out_features]."""
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, plan: MergePlan, recorded: bool, *blocks: Tensor) -> Tensor:
+        """Run every chunk; x [tokens, in_features] -> [tokens, out_features].
+
+        ``recorded`` is whether gradients are: under ``torch.no_grad`` the inputs are still said to need some.
+        """
         ctx.in_features, ctx.graphs = x.shape[1], []
         ctx.blocks = [
-            block.detach().requires_grad_(needed) for block, needed in zip(blocks, ctx.needs_input_grad[3:], strict=True)
+            block.detach().requires_grad_(needed) for block, needed in zip(blocks, ctx.needs_input_grad[4:], strict=True)
         ]
         y = x.new_empty(x.shape[0], plan.geometry.out_features)
         for chunk, target in zip(x.split(CHUNK_TOKENS), y.split(CHUNK_TOKENS), strict=True):
             leaf = chunk.detach().requires_grad_(ctx.needs_input_grad[0])
-            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+            with torch.set_grad_enabled(recorded):
                 h = _fold_rest(_mix(leaf, ctx.blocks, plan), plan)
             _write(h.detach(), bias, target)
             if h.requires_grad:
@@ -293,7 +294,7 @@ class _ChunkedApply(torch.autograd.Function):
                 grad_x[rows] = chunk_grads[-1]
         totals = iter(sums)
         grad_blocks = [next(totals).to(block.dtype) if block.requires_grad else None for block in ctx.blocks]
-        return grad_x, grad.sum(0) if needs_bias else None, None, *grad_blocks
+        return grad_x, grad.sum(0) if needs_bias else None, None, None, *grad_blocks
 
 
 def _write(h: Tensor, bias: Tensor | None, target: Tensor) -> None:

@@ -1,20 +1,22 @@
 """The SPM operator stage by stage, with the closed-form backward of both variants.
 
 This is the definition every other implementation is tested against, and it is what turns stages into merged blocks
-(``merged.merge_stages`` runs the stages over probe vectors), so the meaning of a stage is written here only. Forward and
-backward follow arXiv 2512.23905, sections 3 and 4, with three extensions: widths that are not powers of two, dense
-2 block x 2 block mixers, and inputs and outputs of different sizes.
+(``merged.merge_stages`` runs the stages over probe vectors); only the Triton kernels that merge write a stage down again.
+Forward and backward follow arXiv 2512.23905, sections 3 and 4, with three extensions: widths that are not powers of two,
+dense 2 block x 2 block mixers, and inputs and outputs of different sizes.
 
-What it gives up is speed: every stage moves the activations through memory once, which loses to a dense product at
-almost every size (0.15x of dense at width 1024 and 1024 tokens on one CPU thread).
+What it gives up is speed: every stage moves the activations through memory once. It beats a dense layer only where that
+is wide and the tokens are few, and has 0.24 of its speed at width 1024 and 1024 tokens on a CPU; see
+benchmarks/results/operator-cpu-2026-11-21.json.
 
-Inside this module activations are laid out coordinates first, [blocks, block, tokens].
+Stages see activations coordinates first, [blocks, block, tokens].
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from spmconvert.operator.geometry import Geometry, stage_exponent
 
@@ -114,9 +116,9 @@ class _RotationStage(torch.autograd.Function):
         return grad_x, grad_angles, None, None
 
 
-def under_torch_func() -> bool:
-    """Whether ``torch.vmap``, ``torch.func.grad`` or one of their kin transforms what is computed now."""
-    return torch._C._are_functorch_transforms_active()
+def is_transformed() -> bool:
+    """Whether torch.func (vmap, grad and their kin) or forward-mode differentiation follows what is computed now."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def apply_stages(x: Tensor, weight: Tensor, geometry: Geometry, first: int, count: int) -> Tensor:
@@ -132,9 +134,9 @@ def apply_stages(x: Tensor, weight: Tensor, geometry: Geometry, first: int, coun
     Returns:
         [blocks, block, tokens].
     """
-    # torch.func takes a closed form only together with bookkeeping that costs every ordinary call 35 microseconds a stage
-    ordinary = not under_torch_func()
-    rotate, mix = (_RotationStage.apply, _GeneralStage.apply) if ordinary else (_rotation_stage, _general_stage)
+    # for transforms a closed form needs bookkeeping that costs every ordinary call 35 microseconds a stage
+    closed = not is_transformed()
+    rotate, mix = (_RotationStage.apply, _GeneralStage.apply) if closed else (_rotation_stage, _general_stage)
     for stage in range(first, first + count):
         if geometry.variant == "rotation":
             lower, upper = rotation_index(stage, geometry.width, x.device)

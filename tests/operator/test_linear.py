@@ -5,6 +5,7 @@ import functools
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from spmconvert.errors import BackendError, OptionError
@@ -122,10 +123,16 @@ def test_compile_without_graph_breaks(design, training):
 @pytest.mark.parametrize("design", DESIGNS[:4], ids=ids)
 @pytest.mark.parametrize("tokens", [2, CHUNK_TOKENS + 1])
 @pytest.mark.parametrize("backend", ["reference", "merged"])
-def test_torch_func(backend, tokens, design):
+def test_transforms(backend, tokens, design):
     layers = [SPMLinear(96, 130, backend=backend, dtype=torch.double, **design) for _ in range(2)]
     x = torch.randn(2, tokens, 96, dtype=torch.double)
     torch.testing.assert_close(torch.vmap(layers[0])(x), layers[0](x))
+    # a layer is affine
+    tangents = [torch.func.jvp(layers[0], (x,), (x,))[1]]
+    with forward_ad.dual_level():
+        tangents.append(forward_ad.unpack_dual(layers[0](forward_ad.make_dual(x, x))).tangent)
+    for tangent in tangents:
+        torch.testing.assert_close(tangent + layers[0].bias, layers[0](x))
     # a layer for each batch
     stacked = {name: parameter.detach() for name, parameter in torch.func.stack_module_state(layers)[0].items()}
     call = functools.partial(torch.func.functional_call, layers[0])

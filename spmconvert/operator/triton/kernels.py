@@ -15,17 +15,17 @@ this program touches: the activations that training keeps, or a scratch slot of 
 Triton has no addressable shared memory, and a tile of rows that is cut twice in different directions cannot stay in
 registers while the blocks stream through.
 
-Names shared by all kernels: PASS is (batches, columns, rows, inner, block), TILE is (batches, tokens, rows, columns) of a
-tile, powers of two; SOURCE and TARGET are the features of what is read and written, PRECISION is ``tl.dot``'s for float32.
-The number of tokens is not specialised on, so that a new length never compiles anything. UPCAST exists for Triton's
-interpreter, which computes bfloat16 wrongly: numbers become float32 right after the load.
+Names shared by the kernels that see tokens: PASS is (batches, columns, rows, inner, block), TILE is (batches, tokens, rows,
+columns) of a tile, powers of two; SOURCE and TARGET are the features of what is read and written, PRECISION is ``tl.dot``'s
+for float32. The number of tokens is not specialised on, so that a new length never compiles anything. UPCAST exists for
+Triton's interpreter, which computes bfloat16 wrongly: numbers become float32 right after the load.
 
 ``merge_kernel`` and ``merge_gradient_kernel`` turn stages into blocks and gradients of blocks into gradients of stages.
 In PyTorch that is some 250 launches a layer and step at width 1024, here one a group each way. A program owns columns of a
 block, in registers; a stage exchanges rows by the exclusive or of bits, as ``tl.sort`` does, which is exact. The backward
 runs the stages again from the start for every stage: k²/2 exchanges in registers instead of k blocks in memory.
 
-This module imports Triton when it is imported; ``triton_ops`` does that at the first launch.
+This module imports Triton when it is imported; ``launches`` does that at the first launch.
 """
 
 import triton

@@ -1,11 +1,11 @@
 """Which Triton kernels run for a layer: tokens through its passes, and the gradient of its blocks.
 
-Up to ``tiles.FEW_TOKENS`` tokens every pass is one launch of a kernel without padding; two passes over rows of up to
-``tiles.FUSED_WIDTH`` coordinates run in one launch; otherwise a pass is a launch. All sizes follow from shapes and from
-tiles that ``tuning`` never times during a capture, so a launch sequence can be captured in a CUDA graph: no host
-synchronisation, no data-dependent allocation.
-What remains of ``expand`` and ``fold`` is done by loads modulo the features and by a narrow second output, the tail, that
-is added at the end.
+Up to ``tiles.FEW_TOKENS`` tokens every forward pass is one launch of a kernel without padding; two passes may run in one
+launch (``tiles.fuses``); otherwise a pass is a launch. All sizes follow from shapes and from tiles that ``tuning`` never
+times during a capture, so a launch sequence can be captured in a CUDA graph: no host synchronisation, no data-dependent
+allocation.
+What remains of ``expand`` and ``fold`` is done by loads modulo the features and by a second output, the tail, that is
+folded and added at the end.
 
 The gradient of the blocks is summed over tokens in two steps: programs that share the tokens each write a part of their
 own, and the parts are added afterwards, so that results are the same in every run, which atomic additions are not.

@@ -1,7 +1,7 @@
 """Merging stages into blocks by Triton kernels, as ``torch.library`` operators with gradients.
 
 The same blocks as ``merged.merge_stages``, in one launch a group instead of about ten a stage. In training that is done
-at every step, and at widths below ten thousand the launches would take longer than the products they prepare.
+at every step, and the launches would be many for what little they compute.
 
 What it gives up: it merges the general variant with single coordinates, in float32, in groups of up to
 ``tiles.MERGED_SIDE``; every other layer is merged by ``merged.merge_stages``. A second derivative is computed there too.
@@ -13,15 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.operator.dispatch import refuse_vmap
 from spmconvert.operator.geometry import Geometry, MergeGroup
 from spmconvert.operator.merged import MergePlan, absorb_features, merge_groups_apart, merge_stages
 from spmconvert.operator.triton import tiles
 from spmconvert.operator.triton.launches import launch
+from spmconvert.operator.triton.refusals import refuse_batched_gradients, refuse_transforms
 
 
 def merge_stages_triton(weight: Tensor, scale_in: Tensor, scale_out: Tensor, plan: MergePlan) -> list[Tensor]:
-    """Merge the stages and both diagonals into blocks; the arguments and the result of ``merged.merge_stages``."""
+    """Merge the stages and both diagonals into blocks; the arguments and the result of ``merged.merge_stages``.
+
+    Raises:
+        BackendError: under a transform.
+    """
+    refuse_transforms()
     geometry = plan.geometry
     single = geometry.variant == "general" and geometry.block == 1 and weight.dtype != torch.float64
     if not single or max(group.middle for group in plan.groups) > tiles.MERGED_SIDE:
@@ -133,5 +138,4 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 
 
 merge.register_autograd(_backward, setup_context=_save)
-merge.register_vmap(refuse_vmap)
-merge_backward.register_vmap(refuse_vmap)
+merge_backward.register_vmap(refuse_batched_gradients)

@@ -1,13 +1,13 @@
 """The Triton backend as ``torch.library`` operators, with output shapes and gradients; ``launches`` runs the kernels.
 
-``torch.compile`` and ``torch.export`` see two opaque operators with known output shapes, so they neither break nor trace
-the launches. ``mix`` runs all passes of a layer over its tokens; ``mix_backward`` runs the transposed passes for the
+``torch.compile`` and ``torch.export`` see opaque operators with known output shapes, so they neither break nor trace the
+launches. ``mix`` runs all passes of a layer over its tokens; ``mix_backward`` runs the transposed passes for the
 gradient of the input, and sums output gradient times input over the tokens for the gradient of the blocks. From the
-blocks to the stages the gradient goes through the merge, see ``merge_ops``.
+blocks to the stages the gradient goes through the merge, see ``merge``.
 
-What it gives up: float64 and integers are refused; a second derivative is computed by plain PyTorch operations;
-``torch.vmap`` is refused, because the tokens are the batch, and ``torch.func.grad`` and its kin are, by torch, for every
-operator of this kind. A dense plan has no passes, and its one matrix product is left to ``torch.nn.functional.linear``.
+What it gives up: float64 and integers are refused, and so are transforms (``refusals``); a second derivative is computed
+by plain PyTorch operations. A dense plan has no passes, and its one matrix product is left to
+``torch.nn.functional.linear``.
 """
 
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from spmconvert.errors import BackendError
-from spmconvert.operator.dispatch import refuse_vmap
 from spmconvert.operator.merged import MergePlan
 from spmconvert.operator.reference import expand, fold
 from spmconvert.operator.triton.launches import block_gradient, run_passes
+from spmconvert.operator.triton.refusals import refuse_batched_gradients, refuse_transforms
 from spmconvert.operator.triton.tiles import Pass
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -31,8 +31,9 @@ def apply_blocks_triton(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None
     """Run merged blocks; the arguments and the result of ``merged.apply_blocks``.
 
     Raises:
-        BackendError: when the dtype is not float32, float16 or bfloat16.
+        BackendError: when the dtype is not float32, float16 or bfloat16, or under a transform.
     """
+    refuse_transforms()
     if x.dtype not in DTYPES:
         found = str(x.dtype).removeprefix("torch.")
         raise BackendError(
@@ -173,5 +174,4 @@ def _differentiable_backward(
 
 
 mix.register_autograd(_backward, setup_context=_save)
-mix.register_vmap(refuse_vmap)
-mix_backward.register_vmap(refuse_vmap)
+mix_backward.register_vmap(refuse_batched_gradients)

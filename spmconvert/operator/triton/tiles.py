@@ -5,9 +5,9 @@ interleave in memory (``inner > 1``) takes as many neighbouring batches as fill 
 takes few batches and more tokens; and float32 is multiplied on the ordinary units, where large tiles only cost registers.
 
 Every entry compiles without spills and within the shared memory of both architectures that are checked (sm_80 and
-sm_90); ``tests/operator/test_kernels_compile.py`` proves that, and the shared memory that stands beside it. The
-first entry of a kind is the largest that was found; it runs where nothing can be timed. Nothing here has been timed: which
-entry is the fastest is found on the device (``tuning``).
+sm_90); ``tests/operator/triton/test_kernels_compile.py`` proves that, and the shared memory that stands beside it. The
+first entry of a kind runs where nothing can be timed. Nothing here has been timed: which entry is the fastest is found on
+the device (``tuning``).
 """
 
 from collections.abc import Sequence

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from spmconvert.errors import BackendError
 from spmconvert.operator import geometry as geometry_module
@@ -272,27 +273,61 @@ def test_results_are_the_same_in_every_run():
     assert torch.equal(*runs)
 
 
-def test_refusals(merge_by_triton):
-    layer = SPMLinear(66, 66, backend="triton")
+def test_dtypes_that_are_refused():
     with pytest.raises(BackendError, match="input is float64"):
-        layer(torch.ones(2, 66, dtype=torch.double))
-    x, plan = torch.ones(2, 66), layer.plan
-    parameters = [p.detach() for p in (layer.weight.view(-1, 2, layer.geometry.width), layer.scale_in, layer.scale_out)]
-    groups = [n for g in plan.groups for n in (g.first_stage, g.stages, g.outer, g.middle, g.inner)]
-    blocks = merge_ops.merge(*parameters, groups)
-    shape = [66, 66, 1, *(group.inner for group in plan.groups)]
-    weights = {"weight": torch.stack([layer.weight.detach()] * 3)}
-    in_vmap = [
-        lambda: torch.vmap(layer)(torch.ones(3, 2, 66)),
-        lambda: torch.vmap(lambda weight: torch.func.functional_call(layer, weight, (x,)))(weights),
-        lambda: torch.vmap(lambda g: triton_ops.mix_backward(g, x, blocks, [], shape, True, False))(torch.ones(3, 2, 66)),
-        lambda: torch.vmap(lambda g: merge_ops.merge_backward([g, blocks[1]], *parameters, groups))(blocks[0][None]),
-    ]
-    for run in in_vmap:
-        with pytest.raises(BackendError, match=r"vmap; put the batch into the tokens, or use backend merged or reference"):
-            run()
-    # and what the message says does run
-    batches = torch.randn(3, 2, 66)
-    expected = layer(batches)
+        SPMLinear(66, 66, backend="triton")(torch.ones(2, 66, dtype=torch.double))
+
+
+def by_forward_mode(layer, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(layer(forward_ad.make_dual(x, x))).tangent + layer.bias
+
+
+# every one gives the outputs of an affine layer
+TRANSFORMS = {
+    "vmap": lambda layer, x: torch.vmap(layer)(x),
+    "jvp": lambda layer, x: torch.func.jvp(layer, (x,), (x,))[1] + layer.bias,
+    "jacrev": lambda layer, x: x @ torch.func.jacrev(layer)(x[0]).t() + layer.bias,
+    "forward mode": by_forward_mode,
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(66, 66), (8, 8)], ids=str)
+def test_transforms_are_refused_and_run_by_the_backends_that_the_error_names(transform, shape):
+    layer = SPMLinear(*shape, backend="triton")
+    x = torch.randn(3, shape[0])
+    with pytest.raises(BackendError, match=r"put a batch into the tokens, or use backend merged or reference"):
+        TRANSFORMS[transform](layer, x)
+    expected = layer(x)
     for layer.backend in ("merged", "reference"):
-        torch.testing.assert_close(torch.vmap(layer)(batches), expected)
+        torch.testing.assert_close(TRANSFORMS[transform](layer, x), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_are_neither_made_nor_run_under_a_transform():
+    plan = merge_plan(Geometry.create(66, 66))
+    x, *parameters, _ = (p.detach().float() for p in tensors(plan.geometry, 3))
+    blocks = merge_stages(*parameters, plan)
+    for call in (
+        lambda scale: merge_stages_triton(parameters[0] * scale, *parameters[1:], plan)[0],
+        lambda scale: apply_blocks_triton(x * scale, blocks, None, plan),
+    ):
+        with pytest.raises(BackendError, match=r"cannot run under torch\.func"):
+            torch.func.jvp(call, (torch.ones(()),), (torch.ones(()),))
+
+
+def test_batched_gradients_are_refused_and_run_by_the_backend_that_the_error_names(merge_by_triton):
+    layer = SPMLinear(66, 66, backend="triton")
+    x, grads = torch.randn(3, 66, requires_grad=True), torch.randn(2, 3, 66)
+
+    def batched(outputs, leaf, given):
+        return torch.vmap(lambda grad: torch.autograd.grad(outputs, leaf, grad)[0])(given)
+
+    expected = [torch.autograd.grad(layer(x), x, grad)[0] for grad in grads]
+    with pytest.raises(BackendError, match="take one at a time, or use backend reference"):
+        batched(layer(x), x, grads)
+    blocks = merge_stages_triton(layer.weight, layer.scale_in, layer.scale_out, layer.plan)
+    with pytest.raises(BackendError, match="take one at a time, or use backend reference"):
+        batched(blocks, layer.weight, [torch.ones(2, *block.shape) for block in blocks])
+    layer.backend = "reference"
+    torch.testing.assert_close(batched(layer(x), x, grads), torch.stack(expected))
