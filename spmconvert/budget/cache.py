@@ -60,22 +60,22 @@ class CurveCache:
     shared: dict[str, Any]
 
     @classmethod
-    def of(cls, source: Checkpoint, recipe: Recipe, form: CacheIdentity) -> "CurveCache":
-        """Where the curves of a conversion are, or will be."""
+    def of(cls, source: Checkpoint, recipe: Recipe, identity: CacheIdentity, text: str | None) -> "CurveCache":
+        """Where the curves of a conversion are, or will be; ``text`` is the hash of its calibration text."""
         calibration = recipe.calibration
         shared = {
             "version": CURVE_VERSION,
             "source": source.sha256(),
-            "form": asdict(form),
+            "identity": asdict(identity),
             "calibration": calibration.model_dump(exclude={"file"}),
             "seed": recipe.seed,
             "budget": recipe.budget.model_dump(include={"sensitivity", "iterations"}),
             "weighted": recipe.weights_fits,
         }
-        if calibration.file is not None:
-            shared["text"] = hashlib.sha256(calibration.file.read_bytes()).hexdigest()
+        if text is not None:
+            shared["text"] = text
             shared["tokenizer"] = tokenizer_hash(source.directory)
-        response = (RESPONSE,) if measures_response(form, recipe) else ()
+        response = (RESPONSE,) if measures_response(identity, recipe) else ()
         return cls((*recipe.budget.structures, *response), shared)
 
     def files(self, layer: LayerPlan) -> dict[str, Path]:
@@ -85,11 +85,11 @@ class CurveCache:
         return {part: cache_directory("curves") / f"{digest[:32]}.json" for part, digest in digests.items()}
 
 
-def measures_response(form: CacheIdentity, recipe: Recipe) -> bool:
+def measures_response(identity: CacheIdentity, recipe: Recipe) -> bool:
     """Whether losses are scaled by what a model with one replaced layer loses; see ``spmconvert.budget.response``."""
     if recipe.budget.sensitivity != "gradient":
         return recipe.budget.sensitivity == "kl"
-    return objective_of(form.architecture) != "hidden"
+    return objective_of(identity.architecture) != "hidden"
 
 
 def read_part(file: Path) -> list[Any] | None:

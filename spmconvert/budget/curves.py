@@ -52,9 +52,11 @@ def check_measurable(recipe: Recipe) -> None:
         )
 
 
-def read_curves(source: Checkpoint, plan: ConversionPlan, recipe: Recipe, form: CacheIdentity) -> Curves | None:
-    """Curves of an earlier run, or None where one is missing."""
-    cache = CurveCache.of(source, recipe, form)
+def read_curves(
+    source: Checkpoint, plan: ConversionPlan, recipe: Recipe, identity: CacheIdentity, text: str | None
+) -> Curves | None:
+    """Curves of an earlier run, or None where one is missing; ``text`` is the hash of the calibration text."""
+    cache = CurveCache.of(source, recipe, identity, text)
     parts_by_layer = [{part: read_part(file) for part, file in cache.files(layer).items()} for layer in plan.layers]
     if any(content is None for parts in parts_by_layer for content in parts.values()):
         return None
@@ -65,7 +67,7 @@ def measure_curves(
     source: Checkpoint,
     plan: ConversionPlan,
     recipe: Recipe,
-    form: CacheIdentity,
+    identity: CacheIdentity,
     rows: CalibrationRows | None,
     load_dense: Callable[[], Any],
     calibrating: Callable[[int, int], None],
@@ -77,7 +79,7 @@ def measure_curves(
         source: the checkpoint.
         plan: its targeted layers.
         recipe: with a budget.
-        form: of the model that ``load_dense`` gives.
+        identity: of the model that ``load_dense`` gives.
         rows: calibration rows, or None without data.
         load_dense: loads the dense model on the device to fit on.
         calibrating: told how many calibration batches are through, and of how many.
@@ -90,7 +92,7 @@ def measure_curves(
     """
     check_measurable(recipe)
     check_cache("curves")
-    cache = CurveCache.of(source, recipe, form)
+    cache = CurveCache.of(source, recipe, identity, None if rows is None else rows.file_sha256)
     model: Any = None
     candidates: dict[str, tuple[Candidate, ...]] = {}
     weighted = recipe.predicts_loss or recipe.weights_fits

@@ -81,7 +81,8 @@ def convert(
         bool | None, typer.Option("--sequential/--independent", help="Fit layers on what converted ones feed them.")
     ] = None,
     calib: Annotated[
-        str | None, typer.Option(help="Text file (.txt, .jsonl) whose activations weight the fit, or none.")
+        str | None,
+        typer.Option(help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none."),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options replace single values of it.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe, repeatable.")] = None,
@@ -119,15 +120,16 @@ def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_js
     from spmconvert.budget.cache import CacheIdentity
     from spmconvert.budget.curves import check_measurable, read_curves
     from spmconvert.commands.convert import default_output, open_plan
-    from spmconvert.data.documents import read_documents
+    from spmconvert.data.documents import content_hash, read_documents
 
     source, plan, _ = open_plan(model, recipe)
+    text = None
     if recipe.calibration.file is not None:
-        read_documents(recipe.calibration.file)
+        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
     choice = budgets = None
     if recipe.budget.limits:
         check_measurable(recipe)
-        curves = read_curves(source, plan, recipe, CacheIdentity.of_checkpoint(source, device))
+        curves = read_curves(source, plan, recipe, CacheIdentity.of_checkpoint(source, device), text)
         if curves is None:
             raise OptionError(
                 "designs for a budget follow from measurements that have not been made yet; run the command once without "

@@ -136,7 +136,7 @@ def convert(
     resolved = _load_and_settle(resolved, plan, rows, dense)
     # a budget is spent later; until then the output may be as large as the source
     needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
-    fingerprint = _fingerprint(source, resolved)
+    fingerprint = _fingerprint(source, resolved, rows)
     with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed) as target:
         run = FitRun(source, dense, plan, resolved, rows, target, listener)
         choice = _spend_budget(run) if budgeted else None
@@ -207,7 +207,7 @@ def _load_and_settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows
                 sequential = is_chain(model, container, batch)
     settled = {"output_weighting": recipe.weights_fits, "sequential": sequential}
     calibration = recipe.calibration
-    if calibration.file is not None:
+    if calibration.file is not None and not calibration.is_dataset:
         # a relative path would mean another place to the commands that come later
         calibration = calibration.model_copy(update={"file": calibration.file.resolve()})
     return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled), "calibration": calibration})
@@ -232,14 +232,13 @@ def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) 
     return recipe_from_keywords(changes, None if recipe is None else Path(recipe))
 
 
-def _fingerprint(source: Checkpoint, recipe: Recipe) -> str:
+def _fingerprint(source: Checkpoint, recipe: Recipe, rows: CalibrationRows | None) -> str:
     """Everything that decides about the bytes of the output."""
-    text = "" if recipe.calibration.file is None else hashlib.sha256(recipe.calibration.file.read_bytes()).hexdigest()
     parts = (
         source.sha256(),
         recipe.model_dump_json(exclude={"calibration": {"file"}, "finetune": True}),
-        text,
-        "" if recipe.calibration.file is None else tokenizer_hash(source.directory),
+        "" if rows is None else rows.file_sha256,
+        "" if rows is None else tokenizer_hash(source.directory),
         __version__,
     )
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

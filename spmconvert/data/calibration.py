@@ -5,7 +5,6 @@ on one that a budget chose designs by: what is chosen as the least on some rows 
 becomes rows is in ``spmconvert.data.tokens``.
 """
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.data.documents import read_documents
+from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import Calibration, Recipe
@@ -31,7 +30,7 @@ class CalibrationRows:
         unused: rows of the text that were not drawn.
         padding: token id that fills short rows in a batch.
         batch_size: rows a batch.
-        file_sha256: hash of the text file.
+        file_sha256: hash of the text file, or of the documents of a dataset.
     """
 
     fitted: list[Tensor]
@@ -96,5 +95,5 @@ def load_rows(
         unused=drawn[fitted_end:],
         padding=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
         batch_size=calibration.batch_size,
-        file_sha256=hashlib.sha256(calibration.file.read_bytes()).hexdigest(),
+        file_sha256=content_hash(calibration.file, documents),
     )

@@ -3,15 +3,17 @@
 Documents shorter than a few words (headings, captions) are left out where there are longer ones.
 """
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from spmconvert.errors import CalibrationError, OptionError, first_line
+from spmconvert.recipe.recipe import DATASET_PREFIX
+from spmconvert.system.files import file_hash
 
 SHORTEST_DOCUMENT = 64
 PLAIN_SUFFIXES = ("", ".txt", ".md", ".raw", ".tokens")
-DATASET_PREFIX = "datasets:"
 
 
 def read_documents(source: Path | str, column: str = "text") -> list[str]:
@@ -40,6 +42,25 @@ def read_documents(source: Path | str, column: str = "text") -> list[str]:
     if not stripped:
         raise CalibrationError(f"text file {source} is empty; give a text of at least a few hundred lines")
     return [document for document in stripped if len(document) >= SHORTEST_DOCUMENT] or stripped
+
+
+def content_hash(source: Path | str, documents: list[str] | None = None) -> str:
+    """SHA-256 of a text: of its file's bytes, or of the documents of a dataset, which has no file.
+
+    Args:
+        source: as for ``read_documents``.
+        documents: what it holds, where that has been read already.
+
+    Raises:
+        CalibrationError: when it cannot be read.
+    """
+    if str(source).startswith(DATASET_PREFIX):
+        joined = "\n".join(read_documents(source) if documents is None else documents)
+        return hashlib.sha256(joined.encode()).hexdigest()
+    try:
+        return file_hash(Path(source))
+    except OSError as error:
+        raise CalibrationError(f"text file {source} cannot be read: {error.strerror}; check the path") from None
 
 
 def _lines(file: Path) -> list[str]:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from spmconvert.data.documents import DATASET_PREFIX, read_documents
+from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows, tokenizer_hash
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.recipe.recipe import Training
@@ -163,7 +163,7 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
         )
     tokenizer = load_tokenizer(directory)
     masking = _masking(config, tokenizer, training.seed)
-    digest = _content_hash(source, documents)
+    digest = content_hash(source, documents)
     length = row_length(config, training.block_size)
     splits = _split(len(documents), training)
     numbers = f"{config.architectures} {length} {training.column} {training.held_out} {training.seed}"
@@ -229,13 +229,7 @@ def _load_tensors(file: Path, config: Any, training: Training) -> TrainingData:
     if config.is_encoder_decoder and "decoder_input_ids" not in tensors:
         raise CalibrationError(f"{file} has no decoder_input_ids, which {config.model_type} needs; add them")
     parts = [TensorRows(tensors, tuple(chosen)) for chosen in _split(count, training).values()]
-    return TrainingData(parts[0], parts[1], hashlib.sha256(file.read_bytes()).hexdigest())
-
-
-def _content_hash(source: str, documents: list[str]) -> str:
-    if source.startswith(DATASET_PREFIX):
-        return hashlib.sha256("\n".join(documents).encode()).hexdigest()
-    return hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    return TrainingData(parts[0], parts[1], content_hash(file))
 
 
 def _masking(config: Any, tokenizer: Any, seed: int) -> Masking | None:

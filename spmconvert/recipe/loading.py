@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from spmconvert.errors import RecipeError
-from spmconvert.recipe.recipe import Budget, Calibration, Fit, LayerDesign, Override, Recipe, Training
+from spmconvert.recipe.recipe import DATASET_PREFIX, Budget, Calibration, Fit, LayerDesign, Override, Recipe, Training
 
 
 def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
@@ -106,8 +106,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise RecipeError(f"recipe {path} cannot be read: {error}; fix the file") from None
     calibration = table.get("calibration")
-    if isinstance(calibration, dict) and isinstance(calibration.get("file"), str):
-        calibration["file"] = str(path.parent / calibration["file"])
+    if isinstance(calibration, dict) and isinstance(text := calibration.get("file"), str):
+        calibration["file"] = text if text.startswith(DATASET_PREFIX) else str(path.parent / text)
     return table
 
 

@@ -13,6 +13,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from spmconvert.operator.geometry import Variant
 from spmconvert.units import parse_size
 
+# what names a dataset of the hub in the place of a text file: datasets:ID[:CONFIGURATION[:SPLIT]]
+DATASET_PREFIX = "datasets:"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -56,7 +58,8 @@ class Calibration(_Table):
     """The text whose activations weight the fit.
 
     Attributes:
-        file: text (.txt, one document a line; .jsonl with a ``text`` key); None fits in the Frobenius norm.
+        file: text (.txt, one document a line; .jsonl or .parquet with a ``text`` key; ``datasets:ID``); None fits in the
+            Frobenius norm.
         rows: number of documents, or of packed blocks for causal models, that are used.
         tokens: longest row, in tokens.
         batch_size: rows per forward pass.
@@ -69,6 +72,11 @@ class Calibration(_Table):
     tokens: Annotated[int, Field(ge=2)] = 128
     batch_size: Annotated[int, Field(ge=1)] = 16
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the text is a dataset and not a file."""
+        return str(self.file).startswith(DATASET_PREFIX)
 
 
 class Fit(_Table):

@@ -9,7 +9,6 @@ Quality is never measured on rows that a fit or a finetune has used. A text is k
 What it gives up: a copy of a used text with one changed byte is another text to this module.
 """
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,9 +18,8 @@ from torch import Tensor
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.data.calibration import CalibrationRows, load_rows
-from spmconvert.data.documents import read_documents
+from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.tokens import load_tokenizer, row_length, token_rows
-from spmconvert.errors import CalibrationError
 from spmconvert.recipe.loading import recorded_recipe
 from spmconvert.reporting.schema import NotMeasured
 
@@ -66,10 +64,7 @@ def evaluation_rows(
         CalibrationError: when the file cannot be read as a text.
     """
     what = f"quality on {file.name}"
-    try:
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    except OSError as error:
-        raise CalibrationError(f"text file {file} cannot be read: {error.strerror}; check the path") from None
+    digest = content_hash(file)
     if any(run.get("data_sha256") == digest for run in converted.provenance.get("finetune", [])):
         return NotMeasured(
             what=what,

@@ -18,6 +18,7 @@ from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.commands.report import report
 from spmconvert.data.calibration import calibration_rows, load_rows
+from spmconvert.data.documents import content_hash
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
 from spmconvert.fit import run as fit_run
 from spmconvert.fit.sequential import calling_order, on_one_path
@@ -130,11 +131,11 @@ def test_curves_are_measured_once(checkpoints, text, cache):
     assert not loaded
     assert again == first
     form = CacheIdentity.of_checkpoint(source, "cpu")
-    assert read_curves(source, plan, recipe, form) == first
+    assert read_curves(source, plan, recipe, form, content_hash(text)) == first
     # one lost curve is measured again, to the same numbers
     next(iter((cache / "curves").glob("*.json"))).unlink()
-    assert read_curves(source, plan, recipe, form) is None
-    assert read_curves(source, plan, recipe, replace(form, dtype="bfloat16")) is None
+    assert read_curves(source, plan, recipe, form, content_hash(text)) is None
+    assert read_curves(source, plan, recipe, replace(form, dtype="bfloat16"), content_hash(text)) is None
     repaired, loaded, *_ = curves_of(checkpoints, text, **LITTLE)
     assert loaded == [1]
     assert repaired == first

@@ -6,6 +6,7 @@ import pytest
 
 from spmconvert.budget.cache import CacheIdentity, CurveCache
 from spmconvert.commands.convert import open_plan, resolve_recipe
+from spmconvert.data.documents import content_hash
 
 DECIDING = {"keep": 0.5, "calibration.rows": 16, "budget.iterations": 4}
 # each alone; another layer, structure, model or tokenizer is told apart elsewhere
@@ -24,8 +25,9 @@ def names(directory, **changes):
     """Files of the first layer's curves, by part."""
     recipe = resolve_recipe(None, {**DECIDING, **changes})
     source, plan, _ = open_plan(str(directory), recipe)
-    found = CurveCache.of(source, recipe, CacheIdentity.of_checkpoint(source, "cpu")).files(plan.layers[0])
-    return {part: file.name for part, file in found.items()}
+    text = None if recipe.calibration.file is None else content_hash(recipe.calibration.file)
+    cache = CurveCache.of(source, recipe, CacheIdentity.of_checkpoint(source, "cpu"), text)
+    return {part: file.name for part, file in cache.files(plan.layers[0]).items()}
 
 
 def assert_no_file_is_shared(some, others):

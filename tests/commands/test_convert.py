@@ -299,3 +299,33 @@ def test_public_names():
         assert getattr(spmconvert, name) is not None
     with pytest.raises(AttributeError):
         _ = spmconvert.nothing
+
+
+def test_a_dataset_calibrates_as_its_text_does(checkpoints, text, tmp_path, monkeypatch, run):
+    import datasets
+
+    rows = datasets.Dataset.from_dict({"text": text.read_text().splitlines()})
+    asked = []
+    monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: asked.append((given, options)) or rows)
+    changes = {"rank": 2, **QUICK}
+    name = "datasets:owner/name:part:validation"
+    by_name = spmconvert.convert(checkpoints["gpt2"], tmp_path / "name", calib=name, **changes)
+    by_file = spmconvert.convert(checkpoints["gpt2"], tmp_path / "file", calib=text, **changes)
+    assert asked[0] == (("owner/name", "part"), {"split": "validation"})
+    assert raw_tensors(tmp_path / "name") == raw_tensors(tmp_path / "file")
+    assert by_name.held_out_rows == by_file.held_out_rows
+    recorded = json.loads((tmp_path / "name" / "spm.json").read_text())
+    assert recorded["recipe"]["calibration"]["file"] == name
+    (tmp_path / "r.toml").write_text(
+        f'[calibration]\nfile = "{name}"\nrows = 24\n[fit]\niterations = 8\n[design]\nrank = 2\n'
+    )
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "recipe", recipe=tmp_path / "r.toml")
+    assert raw_tensors(tmp_path / "recipe") == raw_tensors(tmp_path / "name")
+    # its unseen rows measure, and it can be measured for a budget
+    found = spmconvert.report(tmp_path / "name", data=name, baselines=True, seconds=0, rows=4)
+    assert "rows that the conversion did not use; it fitted 24" in found.quality[0].rows_from
+    assert len(found.candidates) == 4
+    quick = [f"--set={key}={value}" for key, value in {**QUICK, "budget.iterations": 2}.items()]
+    command = ["convert", checkpoints["gpt2"], "-o", tmp_path / "keep", "--calib", name, "--keep", "0.5", *quick]
+    assert run(*command, "--structures", "lowrank")[0] == 0
+    assert run(*command, "--structures", "lowrank", "--dry-run")[0] == 0
