@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from spmconvert.checkpoint.writer import RUN_FILE, STATE_FILE, partial_directory
+from spmconvert.checkpoint.places import RUN_FILE, STATE_FILE, partial_directory
 from spmconvert.errors import CorruptCheckpointError
 
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from spmconvert.cli import console, progress, views
+from spmconvert.cli.preview import dry_run_of
 from spmconvert.cli.processes import run_in_processes
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
@@ -106,61 +107,13 @@ def convert(
     }
     resolved = recipe_from_keywords(given, recipe)
     if dry_run:
-        _dry_run(model, resolved, output, device, as_json)
+        dry_run_of(model, resolved, output, device, as_json=as_json)
     else:
         _convert(model, resolved, output, device, resume, force, as_json)
 
 
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
-
-
-def _dry_run(model: str, recipe: Recipe, output: Path | None, device: str, as_json: bool) -> None:
-    from spmconvert.budget.allocation import allocate, choice_record, compare_budgets, describe_choice
-    from spmconvert.budget.cache import CacheIdentity
-    from spmconvert.budget.curves import check_measurable, read_curves
-    from spmconvert.commands.convert import default_output, open_plan
-    from spmconvert.data.documents import content_hash, read_documents
-
-    source, plan, _ = open_plan(model, recipe)
-    text = None
-    if recipe.calibration.file is not None:
-        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
-    choice = budgets = None
-    if recipe.budget.limits:
-        check_measurable(recipe)
-        curves = read_curves(source, plan, recipe, CacheIdentity.of_checkpoint(source, device), text)
-        if curves is None:
-            raise OptionError(
-                "designs for a budget follow from measurements that have not been made yet; run the command once without "
-                "--dry-run, then a dry run shows any budget"
-            )
-        allocation = allocate(curves, recipe.budget)
-        plan, choice = allocation.plan, allocation.choice
-        # a largest error has curves of its own, by which no share is chosen
-        budgets = None if recipe.budget.max_error is not None else compare_budgets(curves)
-    destination = str(output or default_output(model))
-    if as_json:
-        calibrated = recipe.calibration.file is not None
-        console.data(
-            {
-                "output": destination,
-                "layers": views.plan_rows(plan),
-                "left_alone": [asdict(skipped) for skipped in plan.selection.skipped],
-                "output_bytes": plan.output_bytes,
-                "predicted_seconds": plan.predicted_seconds(recipe),
-                "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
-                "allocation": choice and choice_record(choice, recipe.budget),
-                "budgets": budgets,
-                "recipe": recipe.model_dump(mode="json", exclude={"finetune"}),
-            }
-        )
-    else:
-        views.show_plan(plan, recipe, destination)
-        if choice is not None:
-            views.show_spent(describe_choice(choice, recipe.budget))
-        if budgets is not None:
-            views.show_budgets(budgets, recipe.budget.loss_name)
 
 
 def _convert(

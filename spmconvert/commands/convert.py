@@ -22,8 +22,9 @@ from spmconvert.budget.curves import measure_curves
 from spmconvert.budget.knapsack import Choice
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
+from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
-from spmconvert.checkpoint.writer import CHOICE_FILE, OutputDirectory, check_apart, check_output
+from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows, calibration_rows
 from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.errors import OptionError, OutputError

@@ -24,7 +24,8 @@ from torch import Tensor
 from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
-from spmconvert.checkpoint.writer import OutputDirectory, check_apart, check_output
+from spmconvert.checkpoint.places import check_apart, check_output
+from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import FitError, OptionError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import load

@@ -23,8 +23,9 @@ from spmconvert.checkpoint.converted import Converted, open_converted, open_sour
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
 from spmconvert.checkpoint.names import resolve_name
+from spmconvert.checkpoint.places import STATE_FILE, check_apart, finish_commit
 from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory, check_apart, finish_commit
+from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.training import TrainingData, load_training_data
 from spmconvert.distill.distributed import make_accelerator, prepare_student, share_snapshot
 from spmconvert.distill.guide import Guide

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from spmconvert.checkpoint.headers import read_headers
+from spmconvert.checkpoint.places import check_apart
 from spmconvert.checkpoint.reader import open_checkpoint
-from spmconvert.checkpoint.writer import OutputDirectory, check_apart
+from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import (
     CheckpointError,
     CorruptCheckpointError,

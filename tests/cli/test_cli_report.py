@@ -6,7 +6,8 @@ import shutil
 import pytest
 
 from spmconvert import errors
-from spmconvert.checkpoint.writer import STATE_FILE, OutputDirectory
+from spmconvert.checkpoint.places import STATE_FILE
+from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.commands.convert import convert
 from tests.support import assert_refused
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import spmconvert
-from spmconvert.checkpoint import writer
+from spmconvert.checkpoint import places, writer
 from spmconvert.commands import finetune as finetuning
 from spmconvert.commands.finetune import finetune, store_teacher_logits
 from spmconvert.errors import BackendError, CheckpointError, OptionError, OutputError
@@ -153,7 +153,7 @@ def test_a_result_that_was_killed_on_its_way_into_place_is_found_again(converted
 
     def killed_in_commit(output):
         # the first call, at the beginning, has nothing to do
-        if (tmp_path / ".m.partial" / writer.COMMIT_FILE).exists():
+        if (tmp_path / ".m.partial" / places.COMMIT_FILE).exists():
             raise KeyboardInterrupt
         return False
 
@@ -161,7 +161,7 @@ def test_a_result_that_was_killed_on_its_way_into_place_is_found_again(converted
         if moment == "before the last rename":
             patch.setattr(writer, "finish_commit", killed_in_commit)
         else:
-            patch.setattr(writer.shutil, "rmtree", killed)
+            patch.setattr(places.shutil, "rmtree", killed)
         with pytest.raises(KeyboardInterrupt):
             finetune(tmp_path / "m", **options)
     assert (tmp_path / "m").exists() == (moment == "after it")

@@ -186,3 +186,15 @@ def test_a_run_that_stays_above_its_start_ends_there(make_run, monkeypatch, loss
     assert bool(run.state.stopped) == (steps < 20)
     if run.state.stopped:
         assert run.state.stopped.endswith(f"to {losses[steps // 5]:.4g} at step {steps}")
+
+
+@pytest.mark.parametrize(("batch", "processes", "accumulation"), [(9, 2, 4), (16, 1, 3), (7, 3, 2), (8, 2, 4), (5, 1, 5)])
+def test_every_process_has_as_many_parts(batch, processes, accumulation):
+    rows = list(range(batch))
+    parts = [list(loop._parts(rows[process::processes], accumulation)) for process in range(processes)]
+    # sharded parameters are gathered once a part, by all processes together
+    assert {len(of_process) for of_process in parts} == {accumulation}
+    assert sorted(row for of_process in parts for part in of_process for row in part) == rows
+    sizes = [len(part) for of_process in parts for part in of_process]
+    assert max(sizes) - min(sizes) <= 2
+    assert min(sizes) >= 1
