@@ -69,7 +69,7 @@ def alone(converted, text, tmp_path_factory):
 
 @pytest.mark.parametrize("how", ["replicated", "sharded"])
 def test_two_processes_equal_one(session, alone, how):
-    place, out = session
+    place, _ = session
     one, two = (spmconvert.load(directory).state_dict() for directory in (alone, place / how))
     for name, expected in one.items():
         difference = (two[name] - expected).abs().max()
