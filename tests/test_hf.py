@@ -27,18 +27,6 @@ from spmconvert.hf import SPMConfig
 from spmconvert.model.swap import copy_sharing_tensors, replace_module, swap_layers
 
 
-@pytest.fixture(scope="module")
-def converted(checkpoints, text, tmp_path_factory):
-    root = tmp_path_factory.mktemp("converted")
-    outputs = {}
-    for name in ("gpt2", "llama", "llama-tied", "llama-bf16", "bert"):
-        options = {"layers": "0"} if name == "llama" else {}
-        changes = {"calibration.rows": 24, "fit.iterations": 10, "calib": text, **options}
-        spmconvert.convert(checkpoints[name], root / name, targets="mlp", **changes)
-        outputs[name] = root / name
-    return outputs
-
-
 def logits(model):
     ids = torch.arange(3, 19).view(2, 8)
     with torch.no_grad():
@@ -49,28 +37,58 @@ def spm_layers(model):
     return {name: module for name, module in model.named_modules() if isinstance(module, spmconvert.SPMLinear)}
 
 
+REGISTERED = """
+import importlib, os, sys
+import torch, transformers
+assert "transformers.quantizers.auto" not in sys.modules
+for order in (("spmconvert", "transformers.quantizers.auto"), ("transformers.quantizers.auto", "spmconvert")):
+    if os.fork() == 0:
+        for name in order:
+            importlib.import_module(name)
+        table = sys.modules["transformers.quantizers.auto"].AUTO_QUANTIZER_MAPPING
+        registered = "spm" in table
+        importlib.reload(importlib.import_module("spmconvert.hf"))
+        os._exit(not (registered and "spm" in table))
+    assert os.wait()[1] == 0, order
+"""
+
+
 def test_registration_is_idempotent_and_order_does_not_matter():
-    for first, second in (("spmconvert", "transformers.quantizers.auto"), ("transformers.quantizers.auto", "spmconvert")):
-        code = (
-            f"import {first}, {second}, importlib, spmconvert.hf as hf; importlib.reload(hf);"
-            "from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as m; assert 'spm' in m"
-        )
-        assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    done = subprocess.run([sys.executable, "-c", REGISTERED], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("strip", [False, True], ids=["with-config", "config-stripped"])
-@pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])
-def test_loading_without_the_import_raises(converted, tmp_path, name, strip):
-    directory = tmp_path / "copy"
-    shutil.copytree(converted[name], directory)
-    if strip:
-        config = json.loads((directory / "config.json").read_text())
+LOADED = """
+import json, sys, warnings
+warnings.simplefilter("ignore")
+from transformers import AutoModel
+errors = []
+for directory in sys.argv[1:]:
+    try:
+        AutoModel.from_pretrained(directory)
+        errors.append("")
+    except Exception as error:
+        errors.append(str(error))
+assert "spmconvert" not in sys.modules
+print(json.dumps(errors))
+"""
+
+
+def test_loading_without_the_import_raises(converted, tmp_path):
+    directories = []
+    for name in ("gpt2", "llama", "bert"):
+        stripped = tmp_path / name
+        shutil.copytree(converted[name], stripped)
+        config = json.loads((stripped / "config.json").read_text())
         del config["quantization_config"]
-        (directory / "config.json").write_text(json.dumps(config))
-    code = f"from transformers import AutoModel; AutoModel.from_pretrained({str(directory)!r})"
-    run = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert run.returncode != 0
-    assert "size mismatch" in run.stderr or "mismatched" in run.stderr or "ignore_mismatched_sizes" in run.stderr
+        (stripped / "config.json").write_text(json.dumps(config))
+        directories += [converted[name], stripped]
+    done = subprocess.run(
+        [sys.executable, "-c", LOADED, *map(str, directories)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for directory, error in zip(directories, json.loads(done.stdout), strict=True):
+        assert "size mismatch" in error or "mismatched" in error or "ignore_mismatched_sizes" in error, directory
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "llama-bf16", "bert"])
@@ -267,7 +285,7 @@ def test_layers_on_disk_are_complete(converted, tmp_path):
 
 
 def test_convert_on_load_equals_the_command(checkpoints, text, tmp_path, converted):
-    request = SPMConfig(targets="mlp", calib=str(text), **{"calibration.rows": 24, "fit.iterations": 10})
+    request = SPMConfig(targets="mlp", calib=str(text), **{"calibration.rows": 24, "fit.iterations": 20})
     model = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=request)
     torch.testing.assert_close(logits(model), logits(spmconvert.load(converted["gpt2"])), rtol=1e-3, atol=1e-3)
     model.save_pretrained(tmp_path)

@@ -66,13 +66,15 @@ def test_everything_is_on_the_disk_before_the_output_appears_and_then_its_name(t
         happened = watch_disk(monkeypatch)
         target.commit()
         final = target.final
-    renames = [index for index, (what, _) in enumerate(happened) if what == "rename"]
-    assert [happened[index][1] for index in renames] == [final]
+    renames = [path for what, path in happened if what == "rename"]
+    note, output = (happened.index(("rename", path)) for path in renames)
+    assert renames[1] == final, "the note that it begins comes first"
     written = {path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")} | {Path()}
     assert len(written) == 5, "weights, checksums, notes, their directory and the output"
-    before, after = happened[: renames[0]], happened[renames[0] + 1 :]
-    assert {path.relative_to(final) for _, path in before} == written
-    assert after == [("sync", tmp_path)]
+    synced = [path for what, path in happened[:note] if what == "sync"]
+    assert {path.relative_to(final) for path in synced if path.is_relative_to(final)} == written
+    assert happened[note + 1 : output] == [("sync", final.parent)]
+    assert happened[output + 1 :] == [("sync", tmp_path)]
 
 
 def test_what_a_run_keeps_to_go_on_from_is_on_the_disk(tmp_path, monkeypatch):

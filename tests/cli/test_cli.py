@@ -264,11 +264,11 @@ def test_cuda_where_there_is_none(run, checkpoints, tmp_path):
     assert_refused(result, errors.BackendError, "cuda", "--device cpu")
 
 
-def test_ctrl_c_says_how_to_resume(checkpoints, text, tmp_path):
-    command = [sys.executable, "-m", "spmconvert", "convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", text]
+def test_ctrl_c_says_how_to_resume(run, checkpoints, text, tmp_path):
+    command = ["convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", text]
     settings = ["--set", "calibration.rows=16", "--set", "fit.iterations=400"]
     process = subprocess.Popen(
-        [*map(str, command), *settings],
+        [sys.executable, "-m", "spmconvert", *map(str, command), *settings],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -286,7 +286,7 @@ def test_ctrl_c_says_how_to_resume(checkpoints, text, tmp_path):
     assert "--resume" in err
     assert "Traceback" not in err
     assert not (tmp_path / "o").exists()
-    assert subprocess.run([*map(str, command), *settings, "--resume"], capture_output=True, check=False).returncode == 0
+    assert run(*command, *settings, "--resume")[0] == 0
     assert (tmp_path / "o" / "config.json").exists()
 
 
