@@ -21,37 +21,36 @@ from tests.operator.test_merged import relative, tensors
 assert interprets_triton()
 
 # Every program is interpreted in Python, so layers are as small as they can be: ``small_groups`` gives a width of 12 two
-# groups. Three tokens are not few (``small_groups``), 18 are more than one tile of an interleaved pass.
+# groups and makes three tokens many. 18 tokens are more than one tile of an interleaved pass, and the second is not whole.
 # shape, tokens, dtype, (variant, block, stages), whether two passes are fused
 CASES = [
-    ((12, 12), 18, torch.float32, ("general", 1, None), False),  # blocks of 4 and of 3, neither fills a tile
-    ((12, 12), 18, torch.float16, ("rotation", 1, None), True),
+    ((12, 12), 18, torch.float32, ("general", 1, None), False),  # blocks of 4 and of 3, neither fills its tile
+    ((12, 12), 18, torch.float16, ("rotation", 1, None), True),  # two passes in one launch
     ((12, 12), 18, torch.bfloat16, ("general", 1, None), True),  # bfloat16, which the interpreter has to compute in float32
     ((8, 32), 2, torch.float16, ("general", 1, None), False),  # whole tiles of the input in the blocks, few tokens
     ((32, 8), 1, torch.float32, ("general", 1, None), False),  # whole rows of the output in the blocks, few tokens
-    ((8, 32), 18, torch.float16, ("general", 1, None), True),
-    ((10, 14), 18, torch.float16, ("general", 1, None), False),  # partial tiles
-    ((12, 8), 18, torch.float16, ("rotation", 1, None), True),  # partial rows
-    ((9, 15), 18, torch.float16, ("general", 1, None), True),  # expand and fold by themselves
-    ((15, 9), 18, torch.float32, ("general", 1, None), False),
+    ((8, 32), 18, torch.float16, ("general", 1, None), True),  # blocks that are not square, in one launch
+    ((10, 14), 18, torch.float16, ("general", 1, None), False),  # partial tiles in the blocks
+    ((12, 8), 18, torch.float16, ("rotation", 1, None), True),  # partial rows in the blocks
+    ((9, 15), 18, torch.float16, ("general", 1, None), True),  # expand and fold by themselves, in one launch
+    ((15, 9), 18, torch.float32, ("general", 1, None), False),  # and in two
     ((18, 5), 2, torch.float16, ("general", 1, None), False),  # folded more than twice, few tokens
-    ((20, 24), 18, torch.float16, ("general", 2, None), False),  # coordinates that stay together
-    ((33, 30), 18, torch.float16, ("general", 3, None), True),
+    ((20, 24), 18, torch.float16, ("general", 2, None), False),  # two coordinates that stay together
+    ((33, 30), 18, torch.float16, ("general", 3, None), True),  # three, which are no power of two
     ((12, 12), 18, torch.float32, ("general", 1, 1), False),  # one pass, and not dense
     ((24, 24), 18, torch.float16, ("general", 1, 8), True),  # two fused launches, the last pass incomplete
-    ((7, 5), 4, torch.float32, ("general", 1, None), False),  # dense
+    ((7, 5), 4, torch.float32, ("general", 1, None), False),  # dense: no pass
 ]
-# the same, with tiles so small that there are several in every direction
+# the same with ``small_tiles``, so that there are several in every direction
 TILED_CASES = [
-    (
-        (12, 12),
-        9,
-        torch.float32,
-        False,
-    ),  # tiles of batches and of tokens, the last ones incomplete; one pass shares tokens out
-    ((20, 20), 5, torch.float16, False),  # tiles of rows and of columns: blocks of 5 do not stay in one
-    ((20, 20), 9, torch.float16, True),  # the same in a fused launch, whose programs take several tiles of tokens
-    ((8, 20), 2, torch.float16, False),  # few tokens
+    # tiles of batches and of tokens, the last ones incomplete; where one tile holds all blocks, programs share the tokens
+    ((12, 12), 9, torch.float32, False),
+    # tiles of rows and of columns: blocks of 5 do not fit in one
+    ((20, 20), 5, torch.float16, False),
+    # the same in a fused launch, whose programs take several tiles of tokens
+    ((20, 20), 9, torch.float16, True),
+    # few tokens: tiles of rows
+    ((8, 20), 2, torch.float16, False),
 ]
 
 

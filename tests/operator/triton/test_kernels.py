@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.parametrize("cases", ["interpreted", "interpreted_launches"])
 def test_results_under_the_interpreter(cases):
     file = Path(__file__).with_name(f"{cases}.py")
-    # in this one process, and without the fixtures of the other tests, which build models: starting took longer than running
+    # in one process, and without the fixtures of other tests, which build models: starting took longer than running
     command = [sys.executable, "-m", "pytest", str(file), "-n", "0", "--noconftest", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
