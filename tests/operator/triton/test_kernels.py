@@ -21,7 +21,9 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.mark.parametrize("cases", ["interpreted", "interpreted_launches"])
 def test_results_under_the_interpreter(cases):
-    command = [sys.executable, "-m", "pytest", f"tests/operator/{cases}.py", "-p", "no:cacheprovider"]
+    file = Path(__file__).with_name(f"{cases}.py")
+    # in one process, and without the fixtures of other tests, which build models: starting took longer than running
+    command = [sys.executable, "-m", "pytest", str(file), "-n", "0", "--noconftest", "-p", "no:cacheprovider"]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
