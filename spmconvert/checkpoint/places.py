@@ -107,7 +107,7 @@ def finish_commit(output: Path) -> bool:
     note = partial / COMMIT_FILE
     if not note.is_file():
         return False
-    aside = json.loads(note.read_text(encoding="utf-8"))["aside"]
+    aside = _put_aside(note, output)
     final = partial / FINAL_DIRECTORY
     if final.exists():
         if output.exists():
@@ -121,6 +121,22 @@ def finish_commit(output: Path) -> bool:
     with suppress(OSError):
         remove_working_directory(partial)
     return True
+
+
+def _put_aside(note: Path, output: Path) -> str | None:
+    """Name of the old output that a run has put aside, or None where there was none.
+
+    Raises:
+        OutputError: when the note is not one of this tool.
+    """
+    try:
+        aside = json.loads(note.read_text(encoding="utf-8"))["aside"]
+    except (ValueError, KeyError, TypeError):
+        aside = ""
+    # the name is removed with all that is below it
+    if aside is not None and not re.fullmatch(rf"\.{re.escape(output.name)}\.[0-9a-f]{{16}}\.old", str(aside)):
+        raise OutputError(f"{note} is damaged; move {note.parent} away, after a look at what is in it")
+    return None if aside is None else str(aside)
 
 
 def is_working_directory(partial: Path) -> bool:

@@ -1,6 +1,7 @@
 """The output directory: complete or absent, locked, and never over something that was there."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -93,8 +94,6 @@ def _umask():
 
 
 def test_shards_and_index(tmp_path):
-    import json
-
     with directory(tmp_path / "out") as target:
         target.write_weights(entries(TENSORS), shard_bytes=24)
         target.commit()
@@ -264,6 +263,21 @@ def test_outputs_are_apart_from_what_a_run_reads(tmp_path, output, source, relat
     else:
         with pytest.raises(OptionError, match=f"{output} {relation} the text .*-o"):
             check_apart(tmp_path / output, reads)
+
+
+@pytest.mark.parametrize("aside", ["../precious", "precious", ".out.0123456789abcdef.old/../precious", "", 3])
+def test_only_an_output_that_was_put_aside_is_removed(tmp_path, aside):
+    (tmp_path / "home" / "precious").mkdir(parents=True)
+    (tmp_path / "precious").mkdir()
+    write(tmp_path / "home" / "out")
+    partial = tmp_path / "home" / ".out.partial"
+    partial.mkdir()
+    (partial / "run.json").write_text("{}")
+    (partial / "commit.json").write_text(json.dumps({"aside": aside}))
+    with pytest.raises(OutputError, match=r"commit\.json is damaged"):
+        write(tmp_path / "home" / "out", "new", force=True)
+    assert (tmp_path / "home" / "precious").exists()
+    assert (tmp_path / "precious").exists()
 
 
 def test_second_run_is_refused(tmp_path):
