@@ -158,7 +158,7 @@ def test_command_refuses(run, converted, checkpoints, text, tmp_path, monkeypatc
     assert_refused(run("finetune", tmp_path / "none", "--data", text), ModelNotFoundError, "no directory")
     assert_refused(run("finetune", checkpoints["gpt2"], "--data", text), CheckpointError, "not a converted checkpoint")
     assert_refused(run("finetune", converted["gpt2"], "--data", tmp_path / "none.txt"), CalibrationError, "cannot be read")
-    monkeypatch.chdir(converted["gpt2"].parent)
+    monkeypatch.chdir(converted["bert"].parent)
     assert_refused(run("finetune", "--data", text), OptionError, "bert, gpt2")
     monkeypatch.chdir(tmp_path)
     assert_refused(run("finetune", "--data", text), OptionError, "no converted checkpoint")
