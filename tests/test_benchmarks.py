@@ -70,6 +70,7 @@ def test_operator(run, tmp_path):
     assert "96 x 96" in out
 
 
+@pytest.mark.xdist_group("interpreted")
 def test_operator_rotated(interpreted):
     out, results = interpreted
     forward, both = results["operator"]["rows"]
@@ -118,6 +119,7 @@ def test_scripts_refuse_a_device_that_is_not_there(script):
     assert "no CUDA device" in done.stderr
 
 
+@pytest.mark.xdist_group("interpreted")
 def test_fit_time(interpreted):
     out, results = interpreted
     assert "merged/this" in out

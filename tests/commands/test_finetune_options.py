@@ -1,45 +1,130 @@
 """What a finetune can be asked for: stages, averages, stored logits, precision, logs, and the place of its output."""
 
 import json
+import math
 import shutil
 
 import pytest
 import torch
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import spmconvert
 from spmconvert.checkpoint import places, writer
 from spmconvert.commands import finetune as finetuning
 from spmconvert.commands.finetune import finetune, store_teacher_logits
+from spmconvert.data.training import load_training_data
 from spmconvert.errors import BackendError, CheckpointError, OptionError, OutputError
+from spmconvert.recipe.recipe import Training
 from tests.support import QUICK, SHORT, files_of, raw_tensors
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"layerwise": 10},
-        {"guided": 0.5},
-        {"ema": 0.9},
-        {"temperature": 2.0, "cross_entropy": 0.5},
-        {"hidden_states": 0.5, "layer_outputs": 0.5},
-        {"precision": "bf16"},
-        {"gradient_checkpointing": True},
-    ],
-    ids=str,
-)
-def test_option_helps_and_is_recorded(converted, text, tmp_path, changes):
-    result = finetune(converted["gpt2"], tmp_path / "o", data=text, **{**SHORT, "steps": 30}, **changes)
-    assert result.best_loss < result.start_loss
-    assert not result.stopped
-    recorded = json.loads((tmp_path / "o" / "spm.json").read_text())["finetune"][0]
-    assert changes.items() <= recorded["recipe"].items()
-    assert len(recorded["curve"]) == 30
+class Watched:
+    """A finetune of the tiny GPT-2 with what it reported: the records of its steps and of its measurements."""
+
+    def __init__(self, converted, text, output, **changes):
+        records = []
+        self.result = finetune(converted["gpt2"], output, data=text, report=records.append, **{**SHORT, **changes})
+        self.steps = [record for record in records if "loss" in record]
+        self.measured = [record for record in records if "held_out_loss" in record]
+        self.losses = [record["loss"] for record in self.steps]
+        recorded = json.loads((output / "spm.json").read_text())["finetune"][0]
+        assert changes.items() <= recorded["recipe"].items()
+        assert recorded["curve"] == pytest.approx(self.losses, rel=1e-4)
+        assert not self.result.stopped
+        assert self.result.best_loss < self.result.start_loss
 
 
-def test_gradient_checkpointing_changes_nothing(converted, text, tmp_path):
-    plain = finetune(converted["gpt2"], tmp_path / "a", data=text, **SHORT)
-    thrifty = finetune(converted["gpt2"], tmp_path / "b", data=text, gradient_checkpointing=True, **SHORT)
-    assert plain.best_loss == pytest.approx(thrifty.best_loss, rel=1e-3)
+@pytest.fixture(scope="module")
+def plain(converted, text, tmp_path_factory):
+    """The run that the options change."""
+    return Watched(converted, text, tmp_path_factory.mktemp("plain") / "o")
+
+
+def test_guided_steps_begin_at_the_teacher(converted, text, tmp_path, plain):
+    guided = Watched(converted, text, tmp_path / "o", guided=0.5)
+    # nothing but the converted layers tells the student from it, and they are replaced at first
+    assert guided.losses[0] < 1e-5 * plain.losses[0]
+    assert guided.losses[3] < 0.5 * plain.losses[3]
+    assert guided.losses[6] > 0.7 * plain.losses[6], "the second half is not guided"
+    assert guided.result.start_loss == plain.result.start_loss
+
+
+def test_an_average_is_measured_and_the_training_goes_on_without_it(converted, text, tmp_path, plain):
+    averaged = Watched(converted, text, tmp_path / "o", ema=0.9)
+    assert averaged.losses == plain.losses
+    # behind the parameters, and the loss falls
+    found, last = (run.measured[-1]["held_out_loss"] for run in (averaged, plain))
+    assert last < found < averaged.result.start_loss
+    parameters, average = (spmconvert.load(run.result.output).state_dict() for run in (plain, averaged))
+    assert any(not torch.equal(parameters[name], average[name]) for name in parameters)
+
+
+def test_distributions_are_matched_at_a_temperature(converted, checkpoints, text, tmp_path):
+    found = Watched(converted, text, tmp_path / "o", temperature=2.0)
+    student, teacher = (spmconvert.load(place).eval() for place in (converted["gpt2"], checkpoints["gpt2"]))
+    rows = load_training_data(str(text), converted["gpt2"], student.config, Training(**SHORT)).held_out
+    ids = torch.stack([rows[index] for index in range(SHORT["evaluation_rows"])])
+    with torch.no_grad():
+        own, wanted = ((model(ids).logits / 2).log_softmax(-1) for model in (student, teacher))
+    expected = 4 * (wanted.exp() * (wanted - own)).sum(-1).mean().item()
+    assert found.result.start_loss == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_texts_own_tokens_are_matched_beside(converted, text, tmp_path, plain):
+    found = Watched(converted, text, tmp_path / "o", cross_entropy=0.5)
+    entropy = math.log(plain.measured[0]["perplexity"])
+    assert found.result.start_loss == pytest.approx(plain.result.start_loss + 0.5 * entropy, rel=1e-4)
+    assert found.measured[-1]["perplexity"] < plain.measured[0]["perplexity"]
+
+
+def test_states_and_outputs_of_layers_are_matched_beside(converted, text, tmp_path, plain):
+    found = Watched(converted, text, tmp_path / "o", hidden_states=0.5, layer_outputs=0.25)
+    first = found.steps[0]
+    assert min(first["hidden_states"], first["layer_outputs"]) > 0
+    assert first["kl"] == pytest.approx(plain.losses[0], rel=1e-4)
+    assert first["loss"] == pytest.approx(
+        first["kl"] + 0.5 * first["hidden_states"] + 0.25 * first["layer_outputs"], rel=1e-4
+    )
+    last = found.steps[-1]
+    assert last["hidden_states"] < first["hidden_states"]
+
+
+def test_products_in_half_precision_give_about_the_same_loss(converted, text, tmp_path, plain):
+    found = Watched(converted, text, tmp_path / "o", precision="bf16")
+    assert found.losses[0] != plain.losses[0]
+    assert found.losses[0] == pytest.approx(plain.losses[0], rel=0.05)
+    assert {p.dtype for p in spmconvert.load(tmp_path / "o").parameters()} == {torch.float32}
+
+
+def test_gradient_checkpointing_computes_twice_what_comes_out_the_same(converted, text, tmp_path, plain, monkeypatch):
+    forward, calls = GPT2MLP.forward, []
+
+    def counted(*arguments):
+        # the teacher and measurements need no gradient
+        calls.append(torch.is_grad_enabled())
+        return forward(*arguments)
+
+    monkeypatch.setattr(GPT2MLP, "forward", counted)
+    thrifty = Watched(converted, text, tmp_path / "o", gradient_checkpointing=True)
+    assert thrifty.losses == pytest.approx(plain.losses, rel=1e-5)
+    # two blocks, forward and again in the backward pass
+    assert sum(calls) == 2 * 2 * len(thrifty.steps)
+
+
+def test_a_compiled_student_learns_the_same(converted, text, tmp_path, plain, monkeypatch):
+    calls = []
+
+    def compiled(function):
+        def call(*arguments, **options):
+            calls.append(torch.is_grad_enabled())
+            return function(*arguments, **options)
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    found = Watched(converted, text, tmp_path / "o", compile=True)
+    assert sum(calls) == len(found.steps), "every step runs what was compiled"
+    assert found.losses == plain.losses
 
 
 def test_layerwise_stage_comes_first_and_is_measured(converted, text, tmp_path):
@@ -52,39 +137,23 @@ def test_layerwise_stage_comes_first_and_is_measured(converted, text, tmp_path):
     assert [entry["step"] for entry in result.history[:2]] == [0, 0], "measured before and after it"
 
 
-@pytest.mark.parametrize("at", ["layer", "step"])
-def test_all_stages_resume_to_the_same_bytes(converted, text, tmp_path, at):
+def test_all_stages_resume_to_the_same_bytes(converted, text, tmp_path):
     options = {**SHORT, "layerwise": 6, "guided": 0.8, "ema": 0.8, "train": "norms"}
     finetune(converted["gpt2"], tmp_path / "whole", data=text, **options)
 
-    def interrupt(record):
-        if record.get("matched") == 3 if at == "layer" else record["step"] == 7 and "loss" in record:
+    def stop_at_layer(record):
+        if record.get("matched") == 3:
             raise KeyboardInterrupt
 
-    def tolerant(record):
-        if at == "step" and "layer" in record:
-            return
-        interrupt(record)
-
-    with pytest.raises(KeyboardInterrupt):
-        finetune(converted["gpt2"], tmp_path / "cut", data=text, report=tolerant, **options)
-    finetune(converted["gpt2"], tmp_path / "cut", data=text, resume=True, **options)
-    assert files_of(tmp_path / "whole") == files_of(tmp_path / "cut")
-    logs = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("whole", "cut")]
-    steps = [[json.loads(line)["step"] for line in log if '"loss"' in line] for log in logs]
-    assert steps[0] == steps[1] == list(range(1, 13)), "the log has every step once"
-
-
-def test_compiled_student_learns_the_same(converted, text, tmp_path, monkeypatch):
-    compiled = []
-
-    def watched(function):
-        compiled.append(function)
-        return function
-
-    monkeypatch.setattr(torch, "compile", watched)
-    finetune(converted["gpt2"], tmp_path / "o", data=text, compile=True, **SHORT)
-    assert len(compiled) == 1
+    for stop in (stop_at_layer, stop_at(7)):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(converted["gpt2"], tmp_path / "cut", data=text, report=stop, **options)
+        finetune(converted["gpt2"], tmp_path / "cut", data=text, resume=True, **options)
+        assert files_of(tmp_path / "whole") == files_of(tmp_path / "cut")
+        logs = [(tmp_path / f"{name}.jsonl").read_text().splitlines() for name in ("whole", "cut")]
+        steps = [[json.loads(line)["step"] for line in log if '"loss"' in line] for log in logs]
+        assert steps[0] == steps[1] == list(range(1, 13)), "the log has every step once"
+        shutil.rmtree(tmp_path / "cut")
 
 
 def stop_at(step):
@@ -95,11 +164,10 @@ def stop_at(step):
     return report
 
 
-def test_stored_logits_take_the_teachers_place(converted, text, tmp_path):
+def test_stored_logits_take_the_teachers_place(converted, text, tmp_path, plain):
     store_teacher_logits(converted["gpt2"], tmp_path / "logits", data=text, words=96, **SHORT)
-    with_teacher = finetune(converted["gpt2"], tmp_path / "a", data=text, **SHORT)
     stored = finetune(converted["gpt2"], tmp_path / "b", data=text, teacher_logits=tmp_path / "logits", **SHORT)
-    assert stored.best_loss == pytest.approx(with_teacher.best_loss, rel=0.02), "all words were stored"
+    assert stored.best_loss == pytest.approx(plain.result.best_loss, rel=0.02), "all words were stored"
     with pytest.raises(KeyboardInterrupt):
         finetune(converted["gpt2"], tmp_path / "d", data=text, report=stop_at(10), **SHORT)
     with pytest.raises(OutputError, match="other settings"):

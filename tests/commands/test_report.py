@@ -23,6 +23,9 @@ from spmconvert.reporting.schema import NotMeasured, read_report
 from spmconvert.reporting.summary import findings, key_figures
 from tests.support import QUICK
 
+# one worker makes the report that both files read
+pytestmark = pytest.mark.xdist_group("report")
+
 
 def with_finetune(directory, digest):
     file = directory / "spm.json"

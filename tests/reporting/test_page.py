@@ -9,6 +9,8 @@ from spmconvert.reporting.html import render
 from spmconvert.reporting.plots import plots, timing_plot
 from spmconvert.reporting.schema import FinetuneRecord, Latency, TimingRow, TrainingPoint
 
+# one worker makes the report that two files read
+pytestmark = pytest.mark.xdist_group("report")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "headless_shell")
 WIDTHS = {"desktop": 1200, "phone": 360}
 
