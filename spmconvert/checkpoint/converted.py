@@ -42,24 +42,24 @@ class Converted:
             CorruptCheckpointError: when the checkpoint has no tensors of the layer.
         """
         modules = {name.rpartition(".")[0] for name in self.tensors}
-        found = resolve_name(layer, modules, shared_prefix(self.layers, modules))
-        assert found is not None, "the shared prefix resolves every layer of the map"
-        return found
+        stored = resolve_name(layer, modules, shared_prefix(self.layers, modules))
+        assert stored is not None, "the shared prefix resolves every layer of the map"
+        return stored
 
 
-def open_source(converted: Converted, place: str | None) -> Checkpoint:
+def open_source(converted: Converted, teacher: str | None) -> Checkpoint:
     """The dense checkpoint that a conversion started from, checked by its recorded hash.
 
     Args:
         converted: the conversion.
-        place: another place of the source; None for the recorded one.
+        teacher: another place of the source; None for the recorded one.
 
     Raises:
         ModelNotFoundError: when it is not there any more.
         CheckpointError: when it is another checkpoint.
     """
     recorded = converted.provenance["source"]
-    source = open_checkpoint(place or recorded["name"], revision=None if place else recorded["revision"])
+    source = open_checkpoint(teacher or recorded["name"], revision=None if teacher else recorded["revision"])
     if source.sha256() != recorded["sha256"]:
         raise CheckpointError(
             f"{source.directory} is not the checkpoint that {converted.directory} was converted from (another hash); "
@@ -97,17 +97,19 @@ def open_converted(directory: Path) -> Converted:
     return Converted(directory, config, layers, read_headers(directory), provenance)
 
 
-def only_converted(place: Path) -> Path:
+def only_converted(directory: Path) -> Path:
     """The only converted checkpoint in a directory, for commands that are given none.
 
     Raises:
         OptionError: when there is none, or more than one.
     """
-    found = [path.parent for path in sorted(place.glob(f"*/{PROVENANCE_FILE}")) if not path.parent.name.startswith(".")]
-    if len(found) == 1:
-        return found[0]
-    what = f"has {', '.join(path.name for path in found)}" if found else "has no converted checkpoint"
-    raise OptionError(f"no directory is given and {place} {what}; name the one you mean")
+    checkpoints = [
+        path.parent for path in sorted(directory.glob(f"*/{PROVENANCE_FILE}")) if not path.parent.name.startswith(".")
+    ]
+    if len(checkpoints) == 1:
+        return checkpoints[0]
+    what = f"has {', '.join(path.name for path in checkpoints)}" if checkpoints else "has no converted checkpoint"
+    raise OptionError(f"no directory is given and {directory} {what}; name the one you mean")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

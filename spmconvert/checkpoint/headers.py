@@ -99,7 +99,7 @@ def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
         raise _corrupt(index, "has no weight_map") from None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise _corrupt(index, "has a weight_map that is not a table of file names")
-    found: dict[str, TensorEntry] = {}
+    tensors: dict[str, TensorEntry] = {}
     for shard in sorted(set(weight_map.values())):
         if Path(shard).name != shard or "\\" in shard or shard in ("", ".", ".."):
             raise _corrupt(index, f"names the file {shard!r}, which is not beside it")
@@ -108,11 +108,11 @@ def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
         for name, entry in read_header(directory / shard).items():
             if weight_map.get(name) != shard:
                 raise _corrupt(index, f"does not say that tensor {name} is in {shard}")
-            found[name] = entry
+            tensors[name] = entry
     for name, shard in weight_map.items():
-        if name not in found:
+        if name not in tensors:
             raise _corrupt(index, f"says that tensor {name} is in {shard}, which does not have it")
-    return found
+    return tensors
 
 
 def _corrupt(file: Path, what: str) -> CorruptCheckpointError:

@@ -133,7 +133,7 @@ class Checkpoint:
     def _check_inside(self, path: Path) -> None:
         """Refuse a link out of the checkpoint; the hub's cache keeps the files of a commit as links to blobs beside it."""
         roots = [self.directory.resolve()]
-        roots += [place.parent / "blobs" for place in roots[0].parents if place.name == "snapshots"]
+        roots += [parent.parent / "blobs" for parent in roots[0].parents if parent.name == "snapshots"]
         if not any(path.resolve().is_relative_to(root) for root in roots):
             raise CheckpointError(
                 f"{path} is a link to {path.resolve()}, outside of the checkpoint; put the file itself there, or remove it"
@@ -215,9 +215,9 @@ def tokenizer_place(checkpoint: Checkpoint) -> Path:
 def hub_commit(directory: Path) -> str | None:
     """The commit of a directory in the hub's cache, ``models--owner--name/snapshots/COMMIT/...``, or None elsewhere."""
     parts = directory.absolute().parts
-    for place, part in enumerate(parts[:-2]):
-        if part.startswith("models--") and parts[place + 1] == "snapshots":
-            return parts[place + 2]
+    for index, part in enumerate(parts[:-2]):
+        if part.startswith("models--") and parts[index + 1] == "snapshots":
+            return parts[index + 2]
     return None
 
 

@@ -185,27 +185,14 @@ def finetune(
     chosen = directory or only_converted(Path.cwd())
     console.silence_libraries()
     began = time.monotonic()
+    where = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_device": teacher_device, "device": device}
+    how = {"shard": shard, "tracker": tracker, "in_place": in_place, "force": force, "resume": resume}
     try:
         if store_logits is not None:
             _store_logits(chosen, store_logits, data, training, teacher, device)
             return console.data({"output": str(store_logits)}) if as_json else None
         with progress.TrainingProgress(training.steps) as watch:
-            result = run(
-                chosen,
-                output,
-                data=data,
-                recipe=training,
-                teacher=teacher,
-                teacher_logits=teacher_logits,
-                teacher_device=teacher_device,
-                device=device,
-                shard=shard,
-                tracker=tracker,
-                in_place=in_place,
-                force=force,
-                resume=resume,
-                report=watch.show,
-            )
+            result = run(chosen, output, data=data, recipe=training, report=watch.show, **where, **how)
     except KeyboardInterrupt:
         console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None

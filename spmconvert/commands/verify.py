@@ -99,9 +99,9 @@ def _shapes(converted: Converted) -> Check:
         for part, parameter in layer_from_spec(spec, device="meta").named_parameters():
             expected[f"{prefix}.{part}"] = tuple(parameter.shape)
     for name, shape in expected.items():
-        found = converted.tensors.get(name)
-        if found is None or found.shape != shape:
-            what = "is missing" if found is None else f"is {found.shape}"
+        entry = converted.tensors.get(name)
+        if entry is None or entry.shape != shape:
+            what = "is missing" if entry is None else f"is {entry.shape}"
             return Check("shapes", "FAILED", f"tensor {name} {what}, the layer map says {shape}")
     return Check("shapes", "ok", f"{len(expected)} tensors of {len(converted.layers)} layers are as the layer map says")
 
@@ -142,17 +142,17 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
 
 
 def _runs(converted: Converted) -> list[Check]:
-    """Load the checkpoint in a fresh process, and compare its answer with the recorded one."""
+    """Load the checkpoint in a fresh process, and compare its answer with the recorded entry."""
     report = _report(converted)
     record = None if report is None else report.recorded_output
     tokens = None if record is None else list(record.tokens)
-    found = run_fresh("spmconvert.commands.verify:loaded", str(converted.directory), tokens)
-    loads = Check("fresh process", "ok", f"loads as {found['architecture']} with {found['layers']} SPM layers")
+    answer = run_fresh("spmconvert.commands.verify:loaded", str(converted.directory), tokens)
+    loads = Check("fresh process", "ok", f"loads as {answer['architecture']} with {answer['layers']} SPM layers")
     if record is None:
         remedy = "no report has recorded outputs of these weights; run spmconvert report first"
         return [loads, Check("recorded outputs", "skipped", remedy)]
     largest = max(abs(value) for value in record.values)
-    difference = max(abs(a - b) for a, b in zip(found["values"], record.values, strict=True)) / (largest or 1)
+    difference = max(abs(a - b) for a, b in zip(answer["values"], record.values, strict=True)) / (largest or 1)
     outcome: Outcome = "ok" if difference <= record.tolerance else "FAILED"
     detail = f"largest difference {difference:.2g} of the largest value, tolerance {record.tolerance:g}"
     return [loads, Check("recorded outputs", outcome, detail)]
@@ -181,14 +181,14 @@ def _report(converted: Converted) -> Report | None:
     return report if report.model.weights_sha256 == converted.checkpoint().sha256() else None
 
 
-def _same_bytes(one: TensorEntry, other: TensorEntry) -> bool:
-    if (one.dtype, one.shape, one.nbytes) != (other.dtype, other.shape, other.nbytes):
+def _same_bytes(entry: TensorEntry, other: TensorEntry) -> bool:
+    if (entry.dtype, entry.shape, entry.nbytes) != (other.dtype, other.shape, other.nbytes):
         return False
-    with one.file.open("rb") as first, other.file.open("rb") as second:
-        first.seek(one.start)
+    with entry.file.open("rb") as first, other.file.open("rb") as second:
+        first.seek(entry.start)
         second.seek(other.start)
-        for start in range(0, one.nbytes, CHUNK):
-            size = min(CHUNK, one.nbytes - start)
+        for start in range(0, entry.nbytes, CHUNK):
+            size = min(CHUNK, entry.nbytes - start)
             if first.read(size) != second.read(size):
                 return False
     return True

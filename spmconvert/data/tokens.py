@@ -79,7 +79,7 @@ def _counts_from_padding(config: Any, positions: int) -> bool:
     except ValueError as error:
         raise CheckpointError(f"transformers has no model for a {type(config).__name__}: {first_line(error)}") from None
     embeddings = [module for module in modules if isinstance(module, torch.nn.Embedding)]
-    return any(one.num_embeddings == positions and one.padding_idx is not None for one in embeddings)
+    return any(layer.num_embeddings == positions and layer.padding_idx is not None for layer in embeddings)
 
 
 def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, what: object) -> list[Tensor]:

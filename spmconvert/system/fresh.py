@@ -32,8 +32,8 @@ def run_fresh(function: str, *arguments: Any) -> Any:
     Raises:
         SpmconvertError: when the process ended without an answer, with its last line.
     """
-    with tempfile.TemporaryDirectory() as place:
-        answer = Path(place) / "answer.json"
+    with tempfile.TemporaryDirectory() as directory:
+        answer = Path(directory) / "answer.json"
         command = [sys.executable, "-m", "spmconvert.system.fresh", function, json.dumps(arguments), str(answer)]
         ended = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=child_environment()

@@ -55,7 +55,7 @@ def run_passes(
     widths = [p.batches * p.rows for p in passes]
     x, y = _rows(x), x.new_empty(x.shape[0], target)
     tail = x.new_empty(x.shape[0], widths[-1] - target)
-    kept: list[Tensor] = []
+    between: list[Tensor] = []
     index = 0
     while index < len(passes) and x.shape[0]:
         pair = tiles.fuses(passes[index : index + 2], x.shape[0], x.element_size())
@@ -64,21 +64,21 @@ def run_passes(
         out, rest = (y, tail) if last else (x.new_empty(x.shape[0], width), x.new_empty(x.shape[0], 0))
         job = _Job(x, out, rest, bias if last else None, transposed)
         if pair:
-            kept += _launch_fused(job, blocks[index : index + 2], passes[index : index + 2], keep=keep)
+            between += _launch_fused(job, blocks[index : index + 2], passes[index : index + 2], keep=keep)
         elif not transposed and tiles.has_few_tokens(x.shape[0], passes):
             _launch_few(job, blocks[index], passes[index])
         else:
             _launch_mix(job, blocks[index], passes[index])
-        kept += [] if last or not keep else [out]
+        between += [] if last or not keep else [out]
         x = out
         index += 1 + pair
     if not x.shape[0] and keep:
-        kept = [x.new_empty(0, width) for width in widths[:-1]]
+        between = [x.new_empty(0, width) for width in widths[:-1]]
     if tail.shape[1]:
         # one sum, which PyTorch rounds once, however often the outputs fold
         folded = fold(tail, target) if tail.shape[1] > target else tail
         y[:, : folded.shape[1]] += folded
-    return y, kept
+    return y, between
 
 
 def block_gradient(grad: Tensor, x: Tensor, p: Pass, dtype: torch.dtype) -> Tensor:
@@ -89,8 +89,8 @@ def block_gradient(grad: Tensor, x: Tensor, p: Pass, dtype: torch.dtype) -> Tens
     arguments = {"grad": grad, "x": x, "tokens": x.shape[0], "grad_stride": grad.stride(0), "x_stride": x.stride(0)}
     constants: dict[str, Any] = {"PASS": tuple(p), "SOURCE": x.shape[1], "TARGET": grad.shape[1], **_arithmetic(x)}
 
-    def run(found: Tiles) -> Tensor:
-        (tile,) = found
+    def run(chosen: Tiles) -> Tensor:
+        (tile,) = chosen
         items = _items(p, tile) * tiles.count(p.columns, tile.columns)
         shares = tiles.token_shares(tile, items, x.shape[0], _multiprocessors(x))
         parts = x.new_empty(shares, p.batches, p.rows, p.columns, dtype=torch.float32)
@@ -123,8 +123,8 @@ class _Job(NamedTuple):
 def _launch_few(job: _Job, w: Tensor, p: Pass) -> None:
     constants: dict[str, Any] = {"PASS": tuple(p), **job.features()}
 
-    def run(found: Tiles) -> None:
-        (tile,) = found
+    def run(chosen: Tiles) -> None:
+        (tile,) = chosen
         grid = (_items(p, tile), job.x.shape[0])
         launch("few_tokens_kernel", grid, {**job.arguments(), "w": w}, {**constants, "TILE": tile.sizes}, tile)
 
@@ -136,8 +136,8 @@ def _launch_mix(job: _Job, w: Tensor, p: Pass) -> None:
     arguments = {**job.arguments(), "w": w, "tokens": x.shape[0]}
     constants: dict[str, Any] = {"PASS": tuple(p), "TRANSPOSED": job.transposed, **job.features(), **_arithmetic(x)}
 
-    def run(found: Tiles) -> None:
-        (tile,) = found
+    def run(chosen: Tiles) -> None:
+        (tile,) = chosen
         items = _items(p, tile)
         grid = (items, tiles.token_shares(tile, items, x.shape[0], _multiprocessors(x)))
         launch("mix_kernel", grid, arguments, {**constants, "TILE": tile.sizes}, tile)
@@ -153,8 +153,8 @@ def _launch_fused(job: _Job, blocks: Sequence[Tensor], pair: Sequence[Pass], *, 
     constants: dict[str, Any] = {"PASS": tuple(first), "NEXT_PASS": tuple(second), "HIDDEN": width, "KEEP": keep}
     constants |= {**job.features(), "TRANSPOSED": job.transposed, **_arithmetic(x)}
 
-    def run(found: Tiles) -> Tensor:
-        tile, next_tile = found
+    def run(chosen: Tiles) -> Tensor:
+        tile, next_tile = chosen
         programs = min(tiles.count(x.shape[0], tile.tokens), tiles.programs(tile, _multiprocessors(x)))
         hidden = x.new_empty(x.shape[0] if keep else programs * tile.tokens, width)
         sizes = {"TILE": tile.sizes, "NEXT_TILE": next_tile.sizes}

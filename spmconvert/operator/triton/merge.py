@@ -50,15 +50,15 @@ def merge(weight: Tensor, scale_in: Tensor, scale_out: Tensor, groups: Sequence[
         [batches, middle, middle] for each group, float32.
     """
     weight, scale_in, scale_out = weight.contiguous(), scale_in.contiguous(), scale_out.contiguous()
-    found = _groups(groups)
+    parsed = _groups(groups)
     merged = []
-    for index, group in enumerate(found):
+    for index, group in enumerate(parsed):
         batches = group.outer * group.inner
         blocks = weight.new_empty(batches, group.middle, group.middle)
         arguments = {
             "weight": weight,
             "scale_in": scale_in if index == 0 else None,
-            "scale_out": scale_out if index == len(found) - 1 else None,
+            "scale_out": scale_out if index == len(parsed) - 1 else None,
             "blocks": blocks,
         }
         tile = tiles.merge_tile(group.middle)
@@ -74,16 +74,16 @@ def merge_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of weight, scale_in and scale_out from those of the blocks; arguments as in ``merge``."""
     weight, scale_in, scale_out = weight.contiguous(), scale_in.contiguous(), scale_out.contiguous()
-    found = _groups(groups)
-    shares = max(tiles.count(group.middle, tiles.merge_tile(group.middle).columns) for group in found)
+    parsed = _groups(groups)
+    shares = max(tiles.count(group.middle, tiles.merge_tile(group.middle).columns) for group in parsed)
     # a group with fewer tiles of columns than the largest leaves parts untouched
     parts = [torch.zeros(shares, *p.shape, dtype=p.dtype, device=p.device) for p in (weight, scale_in, scale_out)]
-    for index, (group, grad) in enumerate(zip(found, grads, strict=True)):
+    for index, (group, grad) in enumerate(zip(parsed, grads, strict=True)):
         arguments = {
             "grad": grad.contiguous(),
             "weight": weight,
             "scale_in": scale_in if index == 0 else None,
-            "scale_out": scale_out if index == len(found) - 1 else None,
+            "scale_out": scale_out if index == len(parsed) - 1 else None,
             "grad_weight": parts[0],
             "grad_in": parts[1],
             "grad_out": parts[2],
@@ -133,8 +133,8 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         weight.view(stages, 2, width, 1, 1), scale_in, scale_out, Geometry(width, width, width, stages), _groups(ctx.groups)
     )
     wanted = [p for p, needed in zip(tensors, ctx.needs_input_grad, strict=False) if needed]
-    found = iter(torch.autograd.grad(blocks, wanted, grads, create_graph=True))
-    return (*(next(found) if needed else None for needed in ctx.needs_input_grad[:3]), None)
+    gradients = iter(torch.autograd.grad(blocks, wanted, grads, create_graph=True))
+    return (*(next(gradients) if needed else None for needed in ctx.needs_input_grad[:3]), None)
 
 
 merge.register_autograd(_backward, setup_context=_save)
