@@ -61,7 +61,7 @@ def test_nothing_is_read_from_the_terminal():
 @pytest.mark.parametrize("path", ["", ":", None])
 def test_modules_beside_a_checkpoint_are_not_imported_in_a_fresh_process(planted, monkeypatch, path):
     monkeypatch.chdir(planted)
-    monkeypatch.delenv("PYTHONPATH") if path is None else monkeypatch.setenv("PYTHONPATH", path)
+    monkeypatch.delenv("PYTHONPATH", raising=False) if path is None else monkeypatch.setenv("PYTHONPATH", path)
     with pytest.raises(SpmconvertError, match="No module named 'spmconvert_planted'"):
         run_fresh("spmconvert_planted:anything")
     # and none in the processes that it starts
