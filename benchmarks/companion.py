@@ -22,7 +22,7 @@ from benchmarks.environment import environment
 from benchmarks.scores import packaged_model
 from spmconvert.fit import problem
 from spmconvert.fit.error import measure_error
-from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.solver import fit_
 from spmconvert.model.loading import load
 from spmconvert.operator.linear import SPMLinear

@@ -16,7 +16,7 @@ from torch import Tensor
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.fit.error import measure_error
-from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.solver import fit_
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear

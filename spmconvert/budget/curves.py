@@ -17,7 +17,7 @@ from spmconvert.calibrate.moments import Moments, gather_moments
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.errors import OptionError
-from spmconvert.fit.lowrank import rank_at
+from spmconvert.operator.factors import rank_at
 from spmconvert.fit.solver import fit_
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear

@@ -11,7 +11,7 @@ from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.errors import FitError
 from spmconvert.fit.error import LayerError, measure_error
-from spmconvert.fit.lowrank import covariance_root, rank_at, truncated_svd
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.sequential import Regression
 from spmconvert.fit.solver import fit_
 from spmconvert.model.swap import layer_from_spec

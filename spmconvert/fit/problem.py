@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.calibrate.metric import OutputMetric
-from spmconvert.fit.lowrank import factors_on, left_singular_vectors, metric_weighted
+from spmconvert.operator.factors import factors_on, left_singular_vectors, metric_weighted
 from spmconvert.operator.linear import SPMLinear
 
 # of subspace iteration, after which the companion is the truncated SVD but for vectors of nearly equal energy

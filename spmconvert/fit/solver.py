@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.errors import FitError, OptionError
-from spmconvert.fit.lowrank import covariance_root
+from spmconvert.operator.factors import covariance_root
 from spmconvert.fit.problem import Best, Problem
 from spmconvert.fit.start import can_factorise, hierarchical_start_, random_start_
 from spmconvert.operator.linear import SPMLinear

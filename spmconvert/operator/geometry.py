@@ -60,7 +60,6 @@ class Geometry:
         stages: number of stages, L in the paper.
         variant: ``general`` (free 2 x 2 mixers) or ``rotation`` (one angle a pair).
         block: coordinates per block; a general stage mixes a pair of blocks by a dense 2 block x 2 block matrix.
-        rank: rank of the low-rank companion, 0 for none.
 
     Raises:
         OptionError: when a number is outside its range, or the width does not fit the other numbers.
@@ -72,11 +71,10 @@ class Geometry:
     stages: int
     variant: Variant = "general"
     block: int = 1
-    rank: int = 0
 
     def __post_init__(self) -> None:
         """Refuse a geometry that no layer can have."""
-        for name, lowest in (("in_features", 1), ("out_features", 1), ("stages", 0), ("block", 1), ("rank", 0)):
+        for name, lowest in (("in_features", 1), ("out_features", 1), ("stages", 0), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise OptionError(f"{name} is {value!r}; it must be an integer of at least {lowest}")
@@ -87,9 +85,6 @@ class Geometry:
         largest = max(self.in_features, self.out_features)
         if self.width < largest or self.width % self.block:
             raise OptionError(f"width is {self.width}; it must be a multiple of block {self.block} and at least {largest}")
-        if self.rank > min(self.in_features, self.out_features):
-            smallest = min(self.in_features, self.out_features)
-            raise OptionError(f"rank is {self.rank}; it can be at most min(in_features, out_features) = {smallest}")
 
     @classmethod
     def create(
@@ -99,14 +94,13 @@ class Geometry:
         stages: int | None = None,
         variant: Variant = "general",
         block: int = 1,
-        rank: int = 0,
     ) -> "Geometry":
         """Choose the width, and the number of stages where none is given: one pass over all strides."""
         if block < 1 or min(in_features, out_features) < 1:
             raise OptionError(f"in_features {in_features}, out_features {out_features} and block {block} must be >= 1")
         width = padded_width(max(in_features, out_features), block)
         chosen = stage_period(width // block) if stages is None else stages
-        return cls(in_features, out_features, width, chosen, variant, block, rank)
+        return cls(in_features, out_features, width, chosen, variant, block)
 
     @property
     def blocks(self) -> int:
@@ -124,29 +118,18 @@ class Geometry:
             return (self.stages, 1, self.pairs)
         return (self.stages, 2, self.blocks, self.block, self.block)
 
-    def parameter_count(self, *, bias: bool) -> int:
-        """Number of stored parameters: stages, both diagonals, companion and bias."""
-        companion = self.rank * (self.in_features + self.out_features)
-        return math.prod(self.weight_shape()) + 2 * self.width + companion + (self.out_features if bias else 0)
-
-    def describe(self) -> str:
-        """The design in words: stages, variant, block and rank."""
-        if not self.stages:
-            return f"rank {self.rank} and a diagonal" if self.rank else "a diagonal"
-        parts = [f"{self.stages} stage{'s' * (self.stages > 1)}, {self.variant}"]
-        parts += [f"block {self.block}"] if self.block > 1 else []
-        parts += [f"rank {self.rank}"] if self.rank else []
-        return ", ".join(parts)
+    def parameter_count(self) -> int:
+        """Number of stored parameters: stages and both diagonals."""
+        return math.prod(self.weight_shape()) + 2 * self.width
 
     def flops_per_token(self) -> int:
         """Floating-point operations a token costs in the merged form, two for a multiply and an add."""
         groups = merge_groups(self.blocks, self.stages)
-        companion = 2 * self.rank * (self.in_features + self.out_features)
         if not groups:
-            return 2 * self.width + companion
+            return 2 * self.width
         merged = 2 * self.width * self.block * sum(group.middle for group in groups)
         one_matrix = len(groups) == 1 and groups[0].outer == groups[0].inner == 1
-        return (2 * self.in_features * self.out_features if one_matrix else merged) + companion
+        return 2 * self.in_features * self.out_features if one_matrix else merged
 
 
 def stage_period(blocks: int) -> int:

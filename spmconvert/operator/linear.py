@@ -1,65 +1,56 @@
-"""SPMLinear: the layer that takes the place of nn.Linear.
+"""SPMLinear: the layer that takes the place of nn.Linear, a bias and a sum of terms.
 
-It owns the parameters and their initialisation and chooses who computes; the arithmetic is in ``reference``, ``merged`` and
-``triton``. The stages are one parameter called ``weight`` with three or more dimensions: model code that initialises
-``module.weight`` keeps working, and a program that does not know this layer fails on the shape instead of loading
-something random. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
+Every term is a child named after its kind. All of them write into one output: on a CPU without gradients a chunk of tokens
+at a time, while that is in cache; otherwise one after the other, low rank in place. The bias belongs to low rank's ``up``
+where there is one, so that low rank alone is two ordinary layers, and to this module otherwise.
 
-Calls that train no stage keep the merged blocks for the next one until a parameter changes; ``kept`` says how a change is
-seen. ``train()``, ``eval()``, conversions (``.to``) and ``load_state_dict`` drop them at once, copies and pickles leave
-them behind.
-
-What it gives up: writes through ``parameter.data`` are not seen, so call ``train()`` or ``eval()`` after such a write.
-Graphs made by ``torch.compile`` merge at every call.
+``weight`` is a mark that holds no parameter: it is three-dimensional, so a program that does not know this layer fails on
+its shape instead of loading something random, and model code that asks for ``module.weight.dtype`` keeps working.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from spmconvert.operator.dispatch import Backend, resolve_backend
-from spmconvert.operator.geometry import Geometry, Variant
-from spmconvert.operator.kept import KeptBlocks, Merge, can_be_kept
-from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages
-from spmconvert.operator.reference import is_transformed, reference_forward
-from spmconvert.operator.triton.merge import merge_stages_triton
-from spmconvert.operator.triton.mix import apply_blocks_triton
+from spmconvert.operator.chunks import CHUNK_TOKENS
+from spmconvert.operator.design import Design, staged_design
+from spmconvert.operator.dispatch import Backend
+from spmconvert.operator.reference import is_transformed
+from spmconvert.operator.terms.lowrank import LowRank, LowRankModule
+from spmconvert.operator.terms.module import TermModule
+from spmconvert.operator.terms.term import Term
+
+MARK_SHAPE = (1, 1, 1)
 
 
 class SPMLinear(nn.Module):
-    """A linear layer whose matrix is fold · D_out · B_L ··· B_1 · D_in · expand, plus a low-rank companion.
+    """A linear layer whose matrix is a sum of terms.
 
     Args:
         in_features: size of each input.
         out_features: size of each output.
         bias: whether the layer has a bias.
-        stages: number of stages; None for one pass over all strides.
-        variant: ``general`` or ``rotation``.
-        block: coordinates per block.
-        rank: rank of the companion, 0 for none.
-        width: number of mixed coordinates; None chooses it. A checkpoint names it.
-        backend: ``auto``, ``reference``, ``merged`` or ``triton``.
+        terms: what the matrix is the sum of; None for the stages and the rank that ``numbers`` give.
+        backend: who computes SPM stages: ``auto``, ``reference``, ``merged`` or ``triton``.
         device: device of the parameters.
-        dtype: dtype of the parameters. It may be wider than that of the inputs, in which the output comes back: blocks
-            are merged in float32 or wider and rounded once. The reference rounds the parameters instead.
+        dtype: dtype of the parameters. It may be wider than that of the inputs, in which the output comes back.
+        **numbers: ``stages``, ``variant``, ``block`` and ``rank``, as ``staged_design`` takes them.
 
     Shape:
         input [..., in_features] -> output [..., out_features]
 
     Attributes:
-        weight: stages, [stages, 2, blocks, block, block] (general) or [stages, 1, width // 2] (rotation, in radians).
-        scale_in: D_in, [width].
-        scale_out: D_out, [width].
-        low_rank_in: V of the companion, [rank, in_features], or None.
-        low_rank_out: U of the companion, [out_features, rank], or None.
-        bias: [out_features], or None.
+        design: the terms in integers.
+        weight: the mark, [1, 1, 1]; no parameter.
+        bias: [out_features], or None; None too where ``lowrank.up`` holds it, see ``held_bias``.
 
     Raises:
-        OptionError: when the numbers do not describe a layer.
+        OptionError: when the numbers do not describe a layer, or are given beside terms.
     """
+
+    weight: Tensor
 
     def __init__(
         self,
@@ -67,135 +58,122 @@ class SPMLinear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        stages: int | None = None,
-        variant: Variant = "general",
-        block: int = 1,
-        rank: int = 0,
-        width: int | None = None,
+        terms: Sequence[Term] | None = None,
         backend: Backend = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **numbers: Any,
     ) -> None:
         super().__init__()
-        geometry = Geometry.create(in_features, out_features, stages, variant, block, rank)
-        if width is not None:
-            geometry = Geometry(in_features, out_features, width, geometry.stages, variant, block, rank)
-        self.geometry = geometry
-        self.plan = merge_plan(geometry)
+        if terms is not None and numbers:
+            raise TypeError(f"terms and {', '.join(numbers)} are both given")
+        if terms is None:
+            design = staged_design(in_features, out_features, **numbers)
+        else:
+            design = Design(in_features, out_features, tuple(terms))
+        self.design = design
         self.in_features, self.out_features = in_features, out_features
-        self.backend: Backend = backend
-        resolve_backend("auto" if backend == "triton" else backend, "cpu")
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
-
-        self.weight = empty(*geometry.weight_shape())
-        self.scale_in = empty(geometry.width)
-        self.scale_out = empty(geometry.width)
-        self.low_rank_in = empty(rank, in_features) if rank else None
-        self.low_rank_out = empty(out_features, rank) if rank else None
-        self.bias = empty(out_features) if bias else None
-        self._cache: KeptBlocks | None = None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Start from rows of random rotations, which keep the inputs' variance; companion and bias start without effect."""
-        geometry = self.geometry
-        with torch.no_grad():
-            angles = torch.empty_like(self.weight[:, 0]).uniform_(-torch.pi, torch.pi)
-            if geometry.variant == "rotation":
-                self.weight[:, 0] = angles
+        self.register_buffer("weight", torch.zeros(MARK_SHAPE, device=device, dtype=dtype))
+        for term in design.terms:
+            if isinstance(term, LowRank):
+                self.add_module(term.kind, LowRankModule(term, bias=bias, device=device, dtype=dtype))
             else:
-                # rows of a random orthogonal 2 x 2 matrix, spread over dense mixers where block > 1
-                self.weight[:, 0] = angles.cos() * geometry.block**-0.5
-                self.weight[:, 1] = angles.sin() * geometry.block**-0.5
-            self.scale_in.fill_(1.0)
-            self.scale_out.fill_((geometry.out_features / geometry.width) ** 0.5)
-            if self.low_rank_in is not None and self.low_rank_out is not None:
-                self.low_rank_in.normal_(std=geometry.in_features**-0.5)
-                self.low_rank_out.zero_()
-            if self.bias is not None:
-                self.bias.zero_()
+                self.add_module(term.kind, term.build(backend=backend, device=device, dtype=dtype))
+        self.bias = None
+        if bias and design.bias_name == "bias":
+            self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
+        # read at every call
+        self._only_low_rank = design.only_low_rank
+        self._kinds = tuple(term.kind for term in design.terms)
+        if len(self._kinds) > 1 and self.low_rank is not None:
+            with torch.no_grad():
+                self.low_rank.up.weight.zero_()
+
+    @property
+    def term_modules(self) -> list[TermModule]:
+        """The terms, in the order of the design."""
+        return [self._modules[kind] for kind in self._kinds]  # type: ignore[misc]
+
+    @property
+    def low_rank(self) -> LowRankModule | None:
+        """The low-rank term, or None."""
+        return self._modules.get("lowrank")  # type: ignore[return-value]
+
+    @property
+    def held_bias(self) -> nn.Parameter | None:
+        """The layer's bias, wherever it is."""
+        low_rank = self.low_rank
+        return self.bias if low_rank is None else low_rank.up.bias
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., in_features] -> [..., out_features], in the dtype of x or of autocast."""
         device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        if self._only_low_rank and (casts or x.dtype == self._buffers["weight"].dtype):  # type: ignore[union-attr]
+            y: Tensor = self._modules["lowrank"](x)  # type: ignore[misc]
+            return y
+        if casts and x.dtype != torch.float64:
             with torch.autocast(device, enabled=False):
                 return self._run(x.to(torch.get_autocast_dtype(device)))
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
-        # read once: a parametrization computes them at every access
-        parameters = (self.weight, self.scale_in, self.scale_out)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        compiles = torch.compiler.is_compiling()
-        step_tokens = tokens.shape[0] if trains and not compiles else None
-        backend = resolve_backend(self.backend, x.device.type, tokens=step_tokens)
-        # an empty chain has nothing to merge: the operator is a diagonal
-        if backend == "reference" or self.geometry.stages == 0:
-            y = reference_forward(tokens, *parameters, self.geometry)
-            y = y if bias is None else y + bias
-        else:
-            by_triton = backend == "triton"
-            merge = merge_stages_triton if by_triton else merge_stages
-            keeps = not trains and not compiles and can_be_kept(self, parameters)
-            blocks = (self._kept_blocks if keeps else self._new_blocks)(x.dtype, merge, parameters)
-            y = (apply_blocks_triton if by_triton else apply_blocks)(tokens, blocks, bias, self.plan)
-        if self.low_rank_in is not None and self.low_rank_out is not None:
-            # in place: nothing else reads y, and a sum beside it would be one more pass over the outputs
-            add_product = torch.addmm if is_transformed() else Tensor.addmm_
-            y = add_product(y, linear(tokens, self.low_rank_in.to(x.dtype)), self.low_rank_out.to(x.dtype).t())
+        y = self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
         return y.view(*x.shape[:-1], self.out_features)
 
-    def _new_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-        return [block.to(dtype) for block in merge(*parameters, self.plan)]
+    def _may_chunk(self, x: Tensor) -> bool:
+        low_rank = self.low_rank
+        return (
+            x.device.type == "cpu"
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+            and not is_transformed()
+            and (low_rank is None or low_rank.is_plain)
+        )
 
-    def _kept_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-        kept = self._cache
-        if kept is None or not kept.serve(dtype, merge, parameters):
-            # blocks made inside inference mode could not be used outside of it
-            with torch.inference_mode(False), torch.no_grad():
-                kept = KeptBlocks.of(self._new_blocks(dtype, merge, parameters), dtype, merge, parameters)
-            self._cache = kept
-        return kept.blocks
+    def _in_chunks(self, x: Tensor) -> Tensor:
+        first, *others = self.term_modules
+        bias = self.held_bias
+        bias = None if bias is None else bias.to(x.dtype)
+        y = x.new_empty(x.shape[0], self.out_features)
+        for rows, target in zip(x.split(CHUNK_TOKENS), y.split(CHUNK_TOKENS), strict=True):
+            first.write_(rows, bias, target)
+            for term in others:
+                term.add_(rows, target)
+        return y
+
+    def _summed(self, x: Tensor) -> Tensor:
+        low_rank = self.low_rank
+        plain = low_rank is None or low_rank.is_plain
+        bias = self.held_bias if plain else None
+        bias = None if bias is None else bias.to(x.dtype)
+        if self._only_low_rank:
+            assert low_rank is not None
+            return low_rank.biased(x, bias) if plain else low_rank(x)
+        first, *others = (term for term in self.term_modules if term is not low_rank)
+        y = first.biased(x, bias)
+        for term in others:
+            y = y + term(x)
+        if low_rank is not None:
+            y = low_rank.added_to(x, y) if plain else y + low_rank(x)
+        return y
 
     def to_dense(self) -> Tensor:
-        """The matrix the layer multiplies by, [out_features, in_features], differentiable, companion included."""
-        identity = torch.eye(self.in_features, dtype=self.weight.dtype, device=self.weight.device)
-        dense = reference_forward(identity, self.weight, self.scale_in, self.scale_out, self.geometry).t()
-        if self.low_rank_in is not None and self.low_rank_out is not None:
-            dense = dense + self.low_rank_out @ self.low_rank_in
-        return dense
+        """The matrix the layer multiplies by, [out_features, in_features], differentiable."""
+        first, *others = (term.matrix() for term in self.term_modules)
+        for matrix in others:
+            first = first + matrix
+        return first
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Drop the cached blocks with every conversion: tensors with weak references cannot be swapped for others."""
-        self._cache = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        """Drop the cached blocks: tensors with weak references cannot be swapped, which is one way to load."""
-        self._cache = None
-        super()._load_from_state_dict(*arguments, **options)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode and drop the cached blocks."""
-        self._cache = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache out of pickles and copies."""
-        return {**self.__dict__, "_cache": None}
+    def drop_cache_(self) -> Self:
+        """Forget what the terms keep between calls, after a write that is not seen (through ``parameter.data``)."""
+        for term in self.term_modules:
+            term.drop_cache_()
+        return self
 
     def extra_repr(self) -> str:
-        """Shape, design, and the share of the dense parameters that is left."""
-        g = self.geometry
-        kept = g.parameter_count(bias=False) / (g.in_features * g.out_features)
-        parts = [f"in_features={g.in_features}, out_features={g.out_features}, bias={self.bias is not None}"]
-        parts.append(f"width={g.width}, stages={g.stages}, variant={g.variant}")
-        parts += [f"block={g.block}"] if g.block != 1 else []
-        parts += [f"rank={g.rank}"] if g.rank else []
-        parts.append(f"kept={kept:.1%}")
-        return ", ".join(parts)
+        """Shape, terms, and the share of the dense parameters that is left."""
+        kept = self.design.parameter_count(bias=False) / (self.in_features * self.out_features)
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.held_bias is not None}"
+        return f"{shape}, terms={self.design.describe()}, kept={kept:.1%}"

@@ -33,12 +33,10 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.functional import linear, pad
 
+from spmconvert.operator.chunks import CHUNK_TOKENS
 from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
 from spmconvert.operator.reference import apply_stages, expand, fold, is_transformed
 
-# not a power of two: the copy that ends a chunk reads with a stride of a digit times the chunk, and strides that are
-# powers of two fall on few cache sets; at width 1024, 128 tokens take 1.4 times as long as 136
-CHUNK_TOKENS = 136
 
 
 @dataclass(frozen=True)
@@ -235,6 +233,15 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
         return y if bias is None else y + bias
     chunked: Tensor = _ChunkedApply.apply(x, bias, plan, torch.is_grad_enabled(), *blocks)
     return chunked
+
+
+def write_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan: MergePlan, y: Tensor) -> None:
+    """Run merged blocks on a chunk of tokens and write over y, without gradients; arguments as for ``apply_blocks``."""
+    if plan.dense:
+        weight = blocks[0].t()
+        torch.mm(x, weight, out=y) if bias is None else torch.addmm(bias, x, weight, out=y)
+    else:
+        _write(_fold_rest(_mix(x, blocks, plan), plan), bias, y)
 
 
 def _saved_through_hooks() -> bool:

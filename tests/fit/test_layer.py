@@ -10,7 +10,7 @@ from spmconvert.data.calibration import load_rows
 from spmconvert.errors import FitError
 from spmconvert.fit import layer as layer_fit
 from spmconvert.fit.layer import fit_layer
-from spmconvert.fit.lowrank import covariance_root, truncated_svd
+from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.recipe.loading import recipe_from_keywords
 
 

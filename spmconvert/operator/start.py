@@ -7,14 +7,24 @@ rows, as here, it is also the stable order on noisy targets. It ignores the cova
 and in_features = out_features = width; everywhere else the start is random.
 """
 
+from typing import Protocol
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from spmconvert.operator.geometry import Geometry, stage_period
-from spmconvert.operator.linear import SPMLinear
 
 
-def random_start_(layer: SPMLinear, seed: int) -> None:
+class StagedLayer(Protocol):
+    """Whoever holds the parameters of stages."""
+
+    geometry: Geometry
+    weight: nn.Parameter
+    scale_in: nn.Parameter
+    scale_out: nn.Parameter
+
+
+def random_start_(layer: StagedLayer, seed: int) -> None:
     """Fill the layer in place with random rotations and unit diagonals, the same for the same seed on any machine."""
     generator = torch.Generator().manual_seed(seed)
     geometry = layer.geometry
@@ -37,7 +47,7 @@ def can_factorise(geometry: Geometry) -> bool:
     return square and geometry.variant == "general" and geometry.stages >= stage_period(geometry.blocks)
 
 
-def hierarchical_start_(layer: SPMLinear, weight: Tensor) -> None:
+def hierarchical_start_(layer: StagedLayer, weight: Tensor) -> None:
     """Factorise weight [width, width] into the layer's first pass of stages, in place; further stages are the identity.
 
     Only for layers that ``can_factorise`` accepts.
@@ -62,7 +72,7 @@ def hierarchical_start_(layer: SPMLinear, weight: Tensor) -> None:
         layer.weight[period - 1] = remainder @ layer.weight[period - 1]
 
 
-def identity_stages_(layer: SPMLinear, first: int) -> None:
+def identity_stages_(layer: StagedLayer, first: int) -> None:
     """Make all stages from ``first`` on the identity, in place."""
     with torch.no_grad():
         layer.weight[first:] = 0

@@ -12,7 +12,7 @@ U has orthonormal columns (without a metric) and V the scale; factors of equal s
 import torch
 from torch import Tensor
 
-from spmconvert.calibrate.metric import OutputMetric
+from spmconvert.operator.terms.module import OutputNorm
 
 # added to the covariance, as a share of its mean diagonal, so that dead channels and few rows stay factorisable
 RIDGE = 1e-6
@@ -54,7 +54,7 @@ def left_singular_vectors(weight: Tensor, root: Tensor, rank: int) -> Tensor:
     return torch.linalg.qr(whitened @ right)[0].float()
 
 
-def truncated_svd(weight: Tensor, root: Tensor, rank: int, metric: OutputMetric | None = None) -> tuple[Tensor, Tensor]:
+def truncated_svd(weight: Tensor, root: Tensor, rank: int, metric: OutputNorm | None = None) -> tuple[Tensor, Tensor]:
     """The best factors U [out_features, rank] and V [rank, in_features] of rank r in the whitened norm.
 
     Args:
@@ -67,12 +67,12 @@ def truncated_svd(weight: Tensor, root: Tensor, rank: int, metric: OutputMetric 
     return factors_on(left_singular_vectors(metric_weighted(weight, metric), root, rank), weight, metric)
 
 
-def metric_weighted(weight: Tensor, metric: OutputMetric | None) -> Tensor:
+def metric_weighted(weight: Tensor, metric: OutputNorm | None) -> Tensor:
     """C^(1/2) W for a weight [out_features, in_features]."""
     return weight if metric is None else metric.root(weight.t()).t()
 
 
-def factors_on(basis: Tensor, weight: Tensor, metric: OutputMetric | None) -> tuple[Tensor, Tensor]:
+def factors_on(basis: Tensor, weight: Tensor, metric: OutputNorm | None) -> tuple[Tensor, Tensor]:
     """Factors U [out_features, rank], V [rank, in_features] of a weight's projection.
 
     Args:

@@ -1,0 +1,232 @@
+"""SPM stages: fold · D_out · B_L ··· B_2 · B_1 · D_in · expand, the paper's operator extended to any sizes and to blocks.
+
+The module owns the parameters and their initialisation and chooses who computes; the arithmetic is in ``reference``,
+``merged`` and ``triton``. There are no buffers: pairings follow from integers, so nothing can come back uninitialised.
+
+Calls that train no stage keep the merged blocks for the next one until a parameter changes; ``kept`` says how a change is
+seen. What it gives up: writes through ``parameter.data`` are not seen, so call ``train()`` or ``eval()`` after such a
+write. Graphs made by ``torch.compile`` merge at every call.
+
+Fitted by a gradient through the merged form, from random rotations, or from the hierarchical factorisation where the
+layer can be a plain butterfly (``start``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from spmconvert.operator.dispatch import Backend, resolve_backend
+from spmconvert.operator.geometry import Geometry, Variant
+from spmconvert.operator.kept import KeptBlocks, Merge, can_be_kept
+from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages, write_blocks
+from spmconvert.operator.reference import reference_forward
+from spmconvert.operator.start import can_factorise, hierarchical_start_, random_start_
+from spmconvert.operator.terms.module import LeastSquares, TermModule, root_mean_square
+from spmconvert.operator.terms.term import Term
+from spmconvert.operator.triton.merge import merge_stages_triton
+from spmconvert.operator.triton.mix import apply_blocks_triton
+
+# passes over all strides that a budget tries, and sizes of blocks for a single stage
+PASSES = (1, 2)
+
+
+@dataclass(frozen=True)
+class Stages(Term):
+    """Stages of one width; see ``Geometry`` for the fields.
+
+    Raises:
+        OptionError: when the numbers describe no layer.
+    """
+
+    kind: ClassVar[str] = "spm"
+
+    width: int = 0
+    stages: int = 0
+    variant: Variant = "general"
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse numbers that no layer can have."""
+        object.__setattr__(self, "_geometry", Geometry(*self._numbers()))
+
+    def _numbers(self) -> tuple[int, int, int, int, Variant, int]:
+        return self.in_features, self.out_features, self.width, self.stages, self.variant, self.block
+
+    @property
+    def geometry(self) -> Geometry:
+        """The same numbers with all that follows from them."""
+        found: Geometry = self.__dict__["_geometry"]
+        return found
+
+    @classmethod
+    def of(cls, geometry: Geometry) -> Self:
+        """The term of a geometry."""
+        g = geometry
+        return cls(g.in_features, g.out_features, g.width, g.stages, g.variant, g.block)
+
+    def parameter_count(self) -> int:
+        """Stages and both diagonals."""
+        return self.geometry.parameter_count()
+
+    def flops_per_token(self) -> int:
+        """In the merged form."""
+        return self.geometry.flops_per_token()
+
+    def describe(self) -> str:
+        """For example ``11 stages, general, block 4``."""
+        if not self.stages:
+            return "a diagonal"
+        block = f", block {self.block}" if self.block > 1 else ""
+        return f"{self.stages} stage{'s' * (self.stages > 1)}, {self.variant}{block}"
+
+    def build(
+        self, *, backend: Backend = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "StagesModule":
+        """The module, from rows of random rotations."""
+        return StagesModule(self, backend=backend, device=device, dtype=dtype)
+
+    @classmethod
+    def designs(cls, in_features: int, out_features: int, parameters: int) -> list[Self]:
+        """Passes of single coordinates, and the widest blocks whose single stage is small enough."""
+        period = Geometry.create(in_features, out_features).stages
+        geometries = [Geometry.create(in_features, out_features, passes * period) for passes in PASSES]
+        blocks = [2**power for power in range(1, min(in_features, out_features).bit_length() - 1)]
+        wide = [Geometry.create(in_features, out_features, 1, "general", block) for block in blocks]
+        fitting = [geometry for geometry in wide if geometry.parameter_count() <= parameters]
+        geometries += fitting[-1:]
+        return [cls.of(geometry) for geometry in geometries if geometry.parameter_count() <= parameters]
+
+
+class StagesModule(TermModule):
+    """The stages with their parameters.
+
+    Attributes:
+        weight: stages, [stages, 2, blocks, block, block] (general) or [stages, 1, width // 2] (rotation, in radians).
+        scale_in: D_in, [width].
+        scale_out: D_out, [width].
+        backend: who computes.
+    """
+
+    term: Stages
+
+    def __init__(
+        self,
+        term: Stages,
+        *,
+        backend: Backend = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(term)
+        self.geometry = term.geometry
+        self.plan = merge_plan(term.geometry)
+        self.backend: Backend = backend
+        resolve_backend("auto" if backend == "triton" else backend, "cpu")
+        self.weight = nn.Parameter(torch.empty(term.geometry.weight_shape(), device=device, dtype=dtype))
+        self.scale_in = nn.Parameter(torch.empty(term.width, device=device, dtype=dtype))
+        self.scale_out = nn.Parameter(torch.empty(term.width, device=device, dtype=dtype))
+        self._cache: KeptBlocks | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start from rows of random rotations, which keep the inputs' variance."""
+        geometry = self.geometry
+        with torch.no_grad():
+            angles = torch.empty_like(self.weight[:, 0]).uniform_(-torch.pi, torch.pi)
+            if geometry.variant == "rotation":
+                self.weight[:, 0] = angles
+            else:
+                # rows of a random orthogonal 2 x 2 matrix, spread over dense mixers where block > 1
+                self.weight[:, 0] = angles.cos() * geometry.block**-0.5
+                self.weight[:, 1] = angles.sin() * geometry.block**-0.5
+            self.scale_in.fill_(1.0)
+            self.scale_out.fill_((geometry.out_features / geometry.width) ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the stages to x [tokens, in_features] -> [tokens, out_features]."""
+        return self.biased(x, None)
+
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same plus a bias [out_features], which costs nothing extra where blocks are merged."""
+        # read once: a parametrization computes them at every access
+        parameters = (self.weight, self.scale_in, self.scale_out)
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+        compiles = torch.compiler.is_compiling()
+        step_tokens = x.shape[0] if trains and not compiles else None
+        backend = resolve_backend(self.backend, x.device.type, tokens=step_tokens)
+        # an empty chain has nothing to merge: the operator is a diagonal
+        if backend == "reference" or self.geometry.stages == 0:
+            y = reference_forward(x, *parameters, self.geometry)
+            return y if bias is None else y + bias
+        by_triton = backend == "triton"
+        merge = merge_stages_triton if by_triton else merge_stages
+        keeps = not trains and not compiles and can_be_kept(self, parameters)
+        blocks = (self._kept_blocks if keeps else self._new_blocks)(x.dtype, merge, parameters)
+        return (apply_blocks_triton if by_triton else apply_blocks)(x, blocks, bias, self.plan)
+
+    def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        """Write the stages of a chunk of tokens and a bias over y."""
+        parameters = (self.weight, self.scale_in, self.scale_out)
+        merges = resolve_backend(self.backend, x.device.type) == "merged" and self.geometry.stages > 0
+        if not merges or x.device.type != "cpu" or not can_be_kept(self, parameters):
+            y.copy_(self.biased(x, bias))
+        else:
+            write_blocks(x, self._kept_blocks(x.dtype, merge_stages, parameters), bias, self.plan, y)
+
+    def _new_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+        return [block.to(dtype) for block in merge(*parameters, self.plan)]
+
+    def _kept_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
+        kept = self._cache
+        if kept is None or not kept.serve(dtype, merge, parameters):
+            # blocks made inside inference mode could not be used outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                kept = KeptBlocks.of(self._new_blocks(dtype, merge, parameters), dtype, merge, parameters)
+            self._cache = kept
+        return kept.blocks
+
+    def reference(self, x: Tensor) -> Tensor:
+        """Stage by stage."""
+        return reference_forward(x, self.weight, self.scale_in, self.scale_out, self.geometry)
+
+    def scale_parameter(self) -> nn.Parameter:
+        """The diagonal on the outputs' side."""
+        return self.scale_out
+
+    def start_(self, problem: LeastSquares, seed: int) -> None:
+        """The hierarchical factorisation of a square matrix, random rotations otherwise."""
+        if can_factorise(self.geometry):
+            hierarchical_start_(self, problem.weight)
+        else:
+            random_start_(self, seed)
+
+    def unknowns(self) -> list[tuple[nn.Parameter, float]]:
+        """Mixers are stepped relative to their size; diagonals and angles have size one by construction."""
+        mixers = root_mean_square(self.weight) * 2**0.5 if self.geometry.variant == "general" else 1.0
+        return [(self.weight, mixers), (self.scale_in, 1.0), (self.scale_out, 1.0)]
+
+    def drop_cache_(self) -> None:
+        """Forget the merged blocks."""
+        self._cache = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Drop the cached blocks with every conversion: tensors with weak references cannot be swapped for others."""
+        self._cache = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        """Drop the cached blocks: tensors with weak references cannot be swapped, which is one way to load."""
+        self._cache = None
+        super()._load_from_state_dict(*arguments, **options)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and drop the cached blocks."""
+        self._cache = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cache out of pickles and copies."""
+        return {**self.__dict__, "_cache": None}
