@@ -16,7 +16,7 @@ What it gives up: a program that never imports spmconvert cannot load the checkp
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
     register_quantization_config,
@@ -155,7 +155,7 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def _check_complete(model: nn.Module) -> None:
-    """Every SPM parameter must have come from the checkpoint.
+    """Every tensor of an SPM layer must have come from the checkpoint.
 
     Raises:
         CorruptCheckpointError: when one was missing or had another shape.
@@ -163,19 +163,21 @@ def _check_complete(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, SPMLinear):
             continue
-        for part, parameter in module.named_parameters():
-            if not (getattr(parameter, "_is_hf_initialized", False) or _on_disk(module, part)):
+        for part, tensor in module.state_dict(keep_vars=True).items():
+            if not (getattr(tensor, "_is_hf_initialized", False) or _on_disk(module, part)):
                 raise CorruptCheckpointError(
-                    f"tensor {name}.{part} {tuple(parameter.shape)} is missing from the checkpoint or has another shape; "
+                    f"tensor {name}.{part} {tuple(tensor.shape)} is missing from the checkpoint or has another shape; "
                     "download it again or convert again"
                 )
 
 
-def _on_disk(module: SPMLinear, part: str) -> bool:
-    """Whether accelerate keeps a parameter on disk, in the right shape, and reads it whenever the layer runs."""
-    parameter = module.get_parameter(part)
+def _on_disk(layer: SPMLinear, part: str) -> bool:
+    """Whether accelerate keeps a tensor on disk, in the right shape, and reads it whenever its module runs."""
+    owner, _, name = part.rpartition(".")
+    module = layer.get_submodule(owner)
+    tensor: Tensor = getattr(module, name)
     weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    return parameter.is_meta and weights is not None and part in weights and weights[part].shape == parameter.shape
+    return tensor.is_meta and weights is not None and name in weights and weights[name].shape == tensor.shape
 
 
 def _register() -> None:

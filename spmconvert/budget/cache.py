@@ -1,6 +1,6 @@
-"""Where measured curves are kept: one file a layer and structure, named by everything that decides about it.
+"""Where measured curves are kept: one file a layer and part, named by everything that decides about it.
 
-That is the checkpoint, class and dtype of the model, layer, calibration text and rows, kind of sensitivity and structure.
+That is the checkpoint, class and dtype of the model, layer, calibration text and rows, and kind of sensitivity.
 Nothing is ever deleted: a changed text or a new version leaves the old files behind.
 """
 
@@ -19,9 +19,9 @@ from spmconvert.system.caches import cache_directory
 from spmconvert.system.files import write_whole
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 6
-# name of what is measured beside the curves of all structures
-RESPONSE = "response"
+CURVE_VERSION = 7
+# low rank at every rank, designs that were fitted, and the model's response to errors
+LOW_RANK, TERMS, RESPONSE = "lowrank", "terms", "response"
 
 
 @dataclass(frozen=True)
@@ -49,14 +49,16 @@ class CacheIdentity:
 
 @dataclass(frozen=True)
 class CurveCache:
-    """Where curves are kept by structure, and the model's response to errors beside them.
+    """Where curves are kept by part.
 
     Attributes:
-        parts: structures, and the response where it is measured.
+        parts: what is kept of a layer.
+        structures: kinds of terms that the recipe allows.
         shared: what decides about the curves of all layers.
     """
 
     parts: tuple[str, ...]
+    structures: tuple[str, ...]
     shared: dict[str, Any]
 
     @classmethod
@@ -76,7 +78,7 @@ class CurveCache:
             shared["text"] = text
             shared["tokenizer"] = tokenizer_hash(source.directory)
         response = (RESPONSE,) if measures_response(identity, recipe) else ()
-        return cls((*recipe.budget.structures, *response), shared)
+        return cls((LOW_RANK, TERMS, *response), recipe.budget.structures, shared)
 
     def files(self, layer: LayerPlan) -> dict[str, Path]:
         """Files of a layer by part."""
@@ -92,13 +94,12 @@ def measures_response(identity: CacheIdentity, recipe: Recipe) -> bool:
     return objective_of(identity.architecture) != "hidden"
 
 
-def read_part(file: Path) -> list[Any] | None:
+def read_part(file: Path) -> Any:
     """What was kept, or None where it has to be measured: there is no file, or it is damaged."""
     try:
-        content: list[Any] = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return content
 
 
 def write_part(file: Path, content: Any) -> None:

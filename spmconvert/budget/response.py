@@ -9,11 +9,11 @@ Predictions for encoders are left as they are: errors in several blocks do not a
 worse. Both are tabled in benchmarks/results/choices.md.
 
 What it gives up: errors of several layers at once, which cost more than their sum; a forward pass of both models for each
-candidate.
+candidate. In a model of many layers only a part of each role is measured, and the others lie between.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,13 +24,15 @@ from torch.nn.functional import normalize
 from spmconvert.errors import CalibrationError
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
 from spmconvert.outputs.losses import class_loss
-from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_positions
+from spmconvert.outputs.objective import class_logits, objective_for, pooled, real_positions
 from spmconvert.outputs.words import compare_words, has_plain_head, word_head, word_states
 
 # shares of a layer's parameters that its low-rank candidates keep
 MEASURED_SHARES = (0.04, 0.3)
-# rows of 128 tokens determine a divergence to a few per cent
-MEASURED_ROWS = 16
+# rows of 128 tokens determine a divergence to several per cent
+MEASURED_ROWS = 8
+# layers that are measured; responses of one role change smoothly over the depth
+MOST_MEASURED = 24
 _LEAST = 1e-12
 
 
@@ -49,6 +51,16 @@ class Response:
         """Sort what was measured; differences that rounding hides count as tiny."""
         return cls(tuple(sorted((max(a, _LEAST), max(b, _LEAST)) for a, b in points)))
 
+    def mixed(self, other: "Response", share: float) -> "Response":
+        """Geometric mean of the points of two responses, ``share`` of the other's."""
+        pairs = zip(self.points, other.points, strict=True)
+        return Response(
+            tuple(
+                (math.exp((1 - share) * math.log(a) + share * math.log(c)), math.exp((1 - share) * math.log(b) + share * math.log(d)))
+                for (a, b), (c, d) in pairs
+            )
+        )
+
     def loss(self, predicted: float) -> float:
         """The prediction times a factor that is interpolated on logarithmic scales and constant outside."""
         (low, measured_low), (high, measured_high) = self.points[0], self.points[-1]
@@ -58,49 +70,93 @@ class Response:
         return predicted * math.exp(first + min(max(position, 0.0), 1.0) * (last - first))
 
 
-@torch.no_grad()
-def divergence(model: Any, name: str, replacement: nn.Module, batches: Iterable[dict[str, Any]]) -> float:
-    """Mean divergence of a model's output, in the unit of its curvature, when one layer is replaced.
+class Divergences:
+    """Mean divergence of a model's output when one layer is replaced, in the unit of its curvature.
 
     Args:
         model: the dense model, which is left alone.
-        name: the layer.
-        replacement: what takes its place.
-        batches: keyword arguments of the model.
-
-    Returns:
-        KL a word or class; for an encoder the squared distance of a row's mean hidden state at unit length.
-
-    Raises:
-        CalibrationError: when it is not finite.
+        batches: keyword arguments of the model; what it puts out for them is computed once.
     """
-    student = copy_sharing_tensors(model)
-    replace_module(student, name, replacement.eval())
-    objective = objective_for(model.config, type(model).__name__)
-    total = positions = 0.0
-    plain_head: bool | None = None
-    for batch in batches:
-        if objective == "logits" and plain_head is None:
-            plain_head = has_plain_head(model, batch)
-        loss, count = _distance(student, model, objective, batch, plain_head=bool(plain_head))
-        total, positions = total + loss.item(), positions + count
-    if not math.isfinite(total):
-        raise CalibrationError.not_finite(f"outputs of the model with layer {name} replaced", name)
-    return total / positions
+
+    @torch.no_grad()
+    def __init__(self, model: Any, batches: Sequence[dict[str, Any]]) -> None:
+        self._model, self._batches = model, batches
+        self._objective = objective_for(model.config, type(model).__name__)
+        self._plain_head = self._objective == "logits" and has_plain_head(model, batches[0])
+        self._targets = [self._output(model, batch) for batch in batches]
+
+    @torch.no_grad()
+    def of(self, name: str, replacement: nn.Module) -> float:
+        """With ``replacement`` in the place of the layer.
+
+        Returns:
+            KL a word or class; for an encoder the squared distance of a row's mean hidden state at unit length.
+
+        Raises:
+            CalibrationError: when it is not finite.
+        """
+        student = copy_sharing_tensors(self._model)
+        replace_module(student, name, replacement.eval())
+        total = positions = 0.0
+        for batch, target in zip(self._batches, self._targets, strict=True):
+            found = self._output(student, batch)
+            total += self._distance(student, found, target).item()
+            positions += len(found)
+        if not math.isfinite(total):
+            raise CalibrationError.not_finite(f"outputs of the model with layer {name} replaced", name)
+        return total / positions
+
+    def _output(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """What is compared, [positions, ...]."""
+        if self._objective == "logits":
+            return real_positions(word_states(model, model, batch, plain_head=self._plain_head)[0], batch)
+        output = model(**batch)
+        if self._objective == "hidden":
+            return normalize(pooled(output[0], batch).float(), dim=-1)
+        return class_logits(output, batch)
+
+    def _distance(self, student: Any, found: Tensor, target: Tensor) -> Tensor:
+        if self._objective == "logits":
+            head, target_head = (word_head(model, plain_head=self._plain_head) for model in (student, self._model))
+            return compare_words(found, head, (target,), target_head)[0]
+        if self._objective == "hidden":
+            return (found - target).square().sum()
+        return class_loss(found, target, scores=self._objective == "scores")
 
 
-def _distance(
-    student: Any, teacher: Any, objective: Objective, batch: dict[str, Any], *, plain_head: bool
-) -> tuple[Tensor, int]:
-    """The sum over the positions of a batch, and their number."""
-    if objective == "logits":
-        both = [word_states(model, model, batch, plain_head=plain_head)[0] for model in (student, teacher)]
-        states, targets = (real_positions(model_states, batch) for model_states in both)
-        head, target_head = (word_head(model, plain_head=plain_head) for model in (student, teacher))
-        return compare_words(states, head, (targets,), target_head)[0], len(states)
-    outputs = [model(**batch) for model in (student, teacher)]
-    if objective == "hidden":
-        vectors, target_vectors = (normalize(pooled(output[0], batch).float(), dim=-1) for output in outputs)
-        return (vectors - target_vectors).square().sum(), len(vectors)
-    logits, target_logits = (class_logits(output, batch) for output in outputs)
-    return class_loss(logits, target_logits, scores=objective == "scores"), len(logits)
+def measured_sample(names: Sequence[str]) -> list[str]:
+    """Layers whose response is measured: all of a few, of many a part that is spread over the depth of every role."""
+    roles: dict[str, list[str]] = {}
+    for name in names:
+        roles.setdefault(role_of(name), []).append(name)
+    share = max(2, MOST_MEASURED // len(roles))
+    chosen = set()
+    for members in roles.values():
+        if len(members) <= share:
+            chosen |= set(members)
+        else:
+            chosen |= {members[round(step * (len(members) - 1) / (share - 1))] for step in range(share)}
+    return [name for name in names if name in chosen]
+
+
+def role_of(name: str) -> str:
+    """A layer's name without the numbers in it: the same for one projection in every block."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def between(names: Sequence[str], measured: Mapping[str, Response]) -> dict[str, Response]:
+    """Responses of all layers: measured ones, and between two of a role their factors, interpolated over depth."""
+    found = dict(measured)
+    roles: dict[str, list[str]] = {}
+    for name in names:
+        roles.setdefault(role_of(name), []).append(name)
+    for members in roles.values():
+        known = [index for index, name in enumerate(members) if name in measured]
+        for index, name in enumerate(members):
+            if name in found:
+                continue
+            below = max(other for other in known if other < index)
+            above = min(other for other in known if other > index)
+            share = (index - below) / (above - below)
+            found[name] = measured[members[below]].mixed(measured[members[above]], share)
+    return found

@@ -24,51 +24,89 @@ from torch.nn.functional import log_softmax, normalize
 
 from spmconvert.calibrate.statistics import attended
 from spmconvert.errors import CalibrationError
+from spmconvert.outputs.losses import CHUNK_TOKENS
 from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_positions
+from spmconvert.outputs.words import has_plain_head, word_head, word_states
 
 _SEED_OFFSET = 7919
 # largest norm of a position's gradient, in medians of its batch
 CLIP = 3.0
 
 
-def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[str, Any]], seed: int) -> dict[str, Tensor]:
-    """Curvature of the model's output with respect to the outputs of layers.
+class Curvatures:
+    """Curvature of a model's output with respect to the outputs of layers, added up batch by batch.
 
     Args:
         model: the dense model, in float32; gradients of its parameters are left alone.
         names: layers, by module name.
-        batches: keyword arguments of the model.
         seed: seed of the probes.
-
-    Returns:
-        By name, a matrix [out_features, out_features], float32, on the CPU. Together with a layer's input moments it
-        predicts the loss a position of the model's output.
-
-    Raises:
-        CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
     """
-    objective = objective_for(model.config, type(model).__name__)
-    generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
-    sums: dict[str, Tensor] = {}
-    positions = 0
-    trainable = [p for p in model.parameters() if p.requires_grad]
+
+    def __init__(self, model: Any, names: Sequence[str], seed: int) -> None:
+        self._model, self._names = model, names
+        self._objective = objective_for(model.config, type(model).__name__)
+        self._generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
+        self._plain_head: bool | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._positions = 0
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Run a batch, keyword arguments of the model, forwards and backwards."""
+        if self._objective == "logits" and self._plain_head is None:
+            self._plain_head = has_plain_head(self._model, batch)
+        with _frozen(self._model), _differentiated(self._model, self._names) as leaves, torch.enable_grad():
+            self._positions += self._probe(batch)
+        for name, layer_leaves in leaves.items():
+            for leaf in layer_leaves:
+                _add(self._sums, name, leaf.grad, batch)
+
+    def result(self) -> dict[str, Tensor]:
+        """By name, a matrix [out_features, out_features], float32, on the CPU.
+
+        Together with a layer's input moments it predicts the loss a position of the model's output.
+
+        Raises:
+            CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
+        """
+        factor = 1.0 if self._objective == "hidden" else 0.5
+        return {name: _checked(name, self._sums.pop(name, None)).mul_(factor / self._positions) for name in self._names}
+
+    def _probe(self, batch: dict[str, Any]) -> int:
+        """Differentiate a random scalar of the output; returns the number of positions that it sums over."""
+        if not self._plain_head:
+            probe, count = _probe(self._model(**batch), self._objective, batch, self._generator)
+            probe.backward()
+            return count
+        # a few positions at a time: logits of all of them would be the largest tensors
+        states = real_positions(word_states(self._model, self._model, batch, plain_head=True)[0], batch)
+        head, gradients = word_head(self._model, plain_head=True), []
+        for chunk in states.detach().split(CHUNK_TOKENS):
+            leaf = chunk.requires_grad_()
+            _drawn_words(head(leaf), self._generator).backward()
+            gradients.append(leaf.grad)
+        states.backward(torch.cat(gradients))
+        return len(states)
+
+
+def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[str, Any]], seed: int) -> dict[str, Tensor]:
+    """The curvatures of all batches, as ``Curvatures`` gives them."""
+    curvatures = Curvatures(model, names, seed)
+    for batch in batches:
+        curvatures.add(batch)
+    return curvatures.result()
+
+
+@contextmanager
+def _frozen(model: Any) -> Iterator[None]:
+    """No parameter needs a gradient for a while."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trainable:
         parameter.requires_grad_(False)
     try:
-        for batch in batches:
-            with _differentiated(model, names) as leaves, torch.enable_grad():
-                output = model(**batch)
-                probe, count = _probe(output, objective, batch, generator)
-                probe.backward()
-            positions += count
-            for name, layer_leaves in leaves.items():
-                for leaf in layer_leaves:
-                    _add(sums, name, leaf.grad, batch)
+        yield
     finally:
         for parameter in trainable:
             parameter.requires_grad_(True)
-    factor = 1.0 if objective == "hidden" else 0.5
-    return {name: _checked(name, sums.get(name)) * (factor / positions) for name in names}
 
 
 @contextmanager
@@ -99,12 +137,17 @@ def _probe(output: Any, objective: Objective, batch: dict[str, Any], generator: 
         directions = torch.randn(means.shape, generator=generator, dtype=torch.float32).to(means.device)
         return (means * directions).sum(), len(means)
     logits = real_positions(output.logits, batch) if objective == "logits" else class_logits(output, batch)
-    log_probabilities = log_softmax(logits.float(), dim=-1)
     if objective == "scores":
         directions = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
         return logits.float().mul(directions).sum(), len(logits)
+    return _drawn_words(logits, generator), len(logits)
+
+
+def _drawn_words(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Sum of the log-probabilities of words or classes drawn from logits [positions, classes]."""
+    log_probabilities = log_softmax(logits.float(), dim=-1)
     drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
-    return log_probabilities.gather(-1, drawn.to(logits.device)).sum(), len(logits)
+    return log_probabilities.gather(-1, drawn.to(logits.device)).sum()
 
 
 def _add(sums: dict[str, Tensor], name: str, gradient: Tensor | None, batch: dict[str, Any]) -> None:

@@ -1,18 +1,30 @@
-"""What calibration rows say about layers, gathered together: input moments on each part of the rows, and output metrics."""
+"""What calibration rows say about layers: input moments on each part of the rows, output metrics, and where they are kept.
+
+One run over the rows serves everything that asks for moments: curves, designs and final fits. They are written to a folder
+a layer at a time, so that a resumed run takes the same numbers, and only the layer at work is in memory.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spmconvert.calibrate.curvature import gather_curvatures
+from spmconvert.calibrate.curvature import Curvatures
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.model.loading import in_float32
-from spmconvert.plan.plan import LayerPlan
+from spmconvert.plan.plan import LayerPlan, statistics_groups
+from spmconvert.system.files import save_whole
+
+PARTS = ("fitted", "choosing", "held_out")
+# tokens of a backward pass: what it keeps of every layer is the largest thing in memory
+GRADIENT_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -21,66 +33,139 @@ class Moments:
 
     Attributes:
         fitted: moments of its inputs on the rows that are fitted.
-        measured: the same on the rows that errors are measured on: held out, or there to choose designs.
+        held_out: the same on the rows that errors are measured on.
+        choosing: the same on the rows that choose designs, None where the recipe names them.
         metric: what errors of its outputs cost, where that was asked for.
     """
 
     fitted: ActivationStatistics
-    measured: ActivationStatistics
+    held_out: ActivationStatistics
+    choosing: ActivationStatistics | None = None
     metric: OutputMetric | None = None
 
     @classmethod
     def isotropic(cls, in_features: int) -> "Moments":
         """What stands in for data when there is none."""
         moments = ActivationStatistics.isotropic(in_features)
-        return cls(moments, moments)
+        return cls(moments, moments, moments)
 
     def to(self, device: torch.device | str) -> "Moments":
         """The same on another device."""
+        choosing = None if self.choosing is None else self.choosing.to(device)
         metric = None if self.metric is None else self.metric.to(device)
-        return Moments(self.fitted.to(device), self.measured.to(device), metric)
+        return Moments(self.fitted.to(device), self.held_out.to(device), choosing, metric)
+
+
+class MomentStore:
+    """A folder with the moments of every layer.
+
+    Args:
+        folder: made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name, "fitted").exists()
+
+    def read(self, name: str) -> Moments:
+        """The moments of a layer that was gathered."""
+        statistics = {part: self._part(name, part) for part in PARTS}
+        fitted, held_out = statistics["fitted"], statistics["held_out"]
+        assert fitted is not None and held_out is not None
+        return Moments(fitted[0], held_out[0], statistics["choosing"] and statistics["choosing"][0], fitted[1])
+
+    def write(self, name: str, part: str, statistics: ActivationStatistics, metric: OutputMetric | None = None) -> None:
+        """Keep one part of a layer's moments; the fitted one comes last."""
+        tensors = {"rows": torch.tensor(statistics.rows), "mean": statistics.mean, "scatter": statistics.scatter}
+        if metric is not None:
+            tensors |= {"vectors": metric.vectors, "values": metric.values}
+            tensors["level"] = torch.tensor(metric.level, dtype=torch.float64)
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_whole(self._file(name, part), lambda temporary: save_file(contiguous, temporary))
+
+    def _part(self, name: str, part: str) -> tuple[ActivationStatistics, OutputMetric | None] | None:
+        file = self._file(name, part)
+        if not file.exists():
+            return None
+        found = load_file(file)
+        metric = None
+        if "vectors" in found:
+            metric = OutputMetric(found["vectors"], found["values"], found["level"].item())
+        return ActivationStatistics(int(found["rows"]), found["mean"], found["scatter"]), metric
+
+    def _file(self, name: str, part: str) -> Path:
+        return self._folder / f"{sha256(name.encode()).hexdigest()[:32]}.{part}.safetensors"
 
 
 def gather_moments(
-    model: Any,
+    model: Callable[[], Any],
     layers: Sequence[LayerPlan],
     rows: CalibrationRows,
+    store: MomentStore,
     report: Callable[[int, int], None],
     *,
-    choosing: bool = False,
     weighted: bool = False,
     seed: int = 0,
-) -> dict[str, Moments]:
-    """Run the calibration rows through the model and return the moments of the layers by name.
+) -> None:
+    """Run the calibration rows through the model and keep the moments of all layers that are not kept yet.
 
     Args:
-        model: the dense model.
+        model: gives the dense model, where anything is missing.
         layers: whose inputs are wanted.
         rows: of the calibration text.
-        report: told how many batches are through, and of how many.
-        choosing: measure on the rows that choose designs, in place of the held-out ones.
+        store: where moments are kept.
+        report: told how many rows are through, and of how many.
         weighted: measure what errors of the outputs cost, too; takes a backward pass over the fitted rows.
         seed: seed of that measurement.
     """
-    names = [layer.target.name for layer in layers]
-    measuring_rows = rows.choosing if choosing else rows.held_out
-    fitted_batches, measuring_batches = (-(-len(part) // rows.batch_size) for part in (rows.fitted, measuring_rows))
-    total = (2 if weighted else 1) * fitted_batches + measuring_batches
+    groups = [
+        [layer.target.name for layer in group]
+        for group in statistics_groups(layers, weighted=weighted)
+        if any(layer.target.name not in store for layer in group)
+    ]
+    total = len(groups) * sum(len(getattr(rows, part)) for part in PARTS)
     done = 0
 
-    def counted(part: list[Tensor]) -> Iterator[dict[str, Any]]:
+    def counted(part: list[Tensor], size: int) -> Iterator[dict[str, Any]]:
         nonlocal done
-        for batch in rows.batches(part, model):
-            yield batch
-            done += 1
+        for first in range(0, len(part), size):
+            yield next(rows.batches(part[first : first + size], model()))
+            done += len(part[first : first + size])
             report(done, total)
 
-    fitted = collect(model, names, counted(rows.fitted))
-    measured = collect(model, names, counted(measuring_rows))
-    curvatures = {}
-    if weighted:
-        # gradients of a model in half precision round to nothing where they are small
-        with in_float32(model):
-            curvatures = gather_curvatures(model, names, counted(rows.fitted), seed)
-    metrics = {name: OutputMetric.of(curvature) for name, curvature in curvatures.items()}
-    return {name: Moments(fitted[name], measured[name], metrics.get(name)) for name in names}
+    for names in groups:
+        for part in ("choosing", "held_out"):
+            drawn = getattr(rows, part)
+            if drawn:
+                for name, statistics in collect(model(), names, counted(drawn, rows.batch_size)).items():
+                    store.write(name, part, statistics)
+        for name, statistics, metric in _fitted(model(), names, rows, counted, weighted=weighted, seed=seed):
+            store.write(name, "fitted", statistics, metric)
+
+
+def _fitted(
+    model: Any,
+    names: Sequence[str],
+    rows: CalibrationRows,
+    counted: Callable[[list[Tensor], int], Iterator[dict[str, Any]]],
+    *,
+    weighted: bool,
+    seed: int,
+) -> Iterator[tuple[str, ActivationStatistics, OutputMetric | None]]:
+    """Moments on the fitted rows, with metrics from the same run."""
+    if not weighted:
+        for name, statistics in collect(model, names, counted(rows.fitted, rows.batch_size)).items():
+            yield name, statistics, None
+        return
+    longest = max(len(row) for row in rows.fitted)
+    size = min(rows.batch_size, max(1, GRADIENT_TOKENS // longest))
+    # gradients of a model in half precision round to nothing where they are small
+    with in_float32(model):
+        curvatures = Curvatures(model, names, seed)
+        gathered = collect(model, names, counted(rows.fitted, size), curvatures.add)
+        found = curvatures.result()
+    for name in names:
+        yield name, gathered.pop(name), OutputMetric.of(found.pop(name))

@@ -9,10 +9,12 @@ cancel the variance. What it gives up: everything above second order.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from spmconvert.errors import CalibrationError
 
@@ -90,25 +92,34 @@ def recording(
     Yields:
         Statistics by layer name, on the CPU, filled while the model runs.
     """
-    gathered: dict[str, ActivationStatistics] = {}
-
-    def hook_for(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
-            batch = ActivationStatistics.of(attended(arguments[0], mask()))
-            batch.mean, batch.scatter = batch.mean.cpu(), batch.scatter.cpu()
-            if name in gathered:
-                gathered[name].merge_(batch)
-            else:
-                gathered[name] = batch
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook_for(name)) for name in names]
+    recorder = _Recorder(mask)
+    handles = [model.get_submodule(name).register_forward_pre_hook(partial(recorder.record, name)) for name in names]
     try:
-        yield gathered
+        yield recorder.gathered
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Recorder:
+    """Adds up what goes into layers; one that is called with the very tensor of the call before it computes nothing anew."""
+
+    def __init__(self, mask: Callable[[], Tensor | None]) -> None:
+        self.gathered: dict[str, ActivationStatistics] = {}
+        self.mask = mask
+        self.last: tuple[TensorWeakRef, int, ActivationStatistics] | None = None
+
+    def record(self, name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
+        batch = self._statistics(arguments[0])
+        if name not in self.gathered:
+            self.gathered[name] = ActivationStatistics.empty(len(batch.mean))
+        self.gathered[name].merge_(batch)
+
+    def _statistics(self, inputs: Tensor) -> ActivationStatistics:
+        if self.last is None or self.last[0]() is not inputs or self.last[1] != inputs._version:
+            batch = ActivationStatistics.of(attended(inputs, self.mask())).to("cpu")
+            self.last = (TensorWeakRef(inputs), inputs._version, batch)
+        return self.last[2]
 
 
 def attended(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -119,8 +130,15 @@ def attended(x: Tensor, mask: Tensor | None) -> Tensor:
     return rows[mask.reshape(-1).bool().to(rows.device)]
 
 
-def collect(model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, Any]]) -> dict[str, ActivationStatistics]:
+def collect(
+    model: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[dict[str, Any]],
+    step: Callable[[dict[str, Any]], None] | None = None,
+) -> dict[str, ActivationStatistics]:
     """Run the model over batches of keyword arguments and return the statistics of the named layers.
+
+    ``step`` runs the model on a batch where more is to come of it than statistics; otherwise it runs without gradients.
 
     Where all layers are in the base model only that is run: the logits of a large vocabulary would be the largest tensor.
 
@@ -137,7 +155,10 @@ def collect(model: nn.Module, names: Sequence[str], batches: Iterable[dict[str, 
         with torch.no_grad(), recording(model, names, lambda: current["mask"]) as gathered:
             for batch in batches:
                 current["mask"] = batch.get("attention_mask")
-                runner(**batch)
+                if step is None:
+                    runner(**batch)
+                else:
+                    step(batch)
     finally:
         model.train(was_training)
     for name in names:

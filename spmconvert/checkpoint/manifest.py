@@ -10,16 +10,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmconvert.errors import CheckpointError, OptionError
-from spmconvert.operator.geometry import Geometry
+from spmconvert.operator.design import Design
 from spmconvert.version import __version__
 
 QUANT_METHOD = "spm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PROVENANCE_FILE = "spm.json"
 CHECKSUM_FILE = "checksums.sha256"
 # what a report leaves beside the weights; it describes these weights and no others
 REPORT_FILES = ("report.json", "report.html")
-LAYER_KEYS = ("in", "out", "n", "stages", "variant", "block", "rank", "bias", "fan_in_fan_out", "dtype")
+LAYER_KEYS = ("in", "out", "terms", "bias", "fan_in_fan_out", "dtype")
 DTYPES = (None, "float32", "bfloat16", "float16")
 
 
@@ -28,22 +28,22 @@ class LayerSpec:
     """One entry of the layer map.
 
     Attributes:
-        geometry: shape and design of the layer.
+        design: sizes and terms of the layer.
         bias: whether the layer has a bias.
         fan_in_fan_out: whether the dense layer stored its weight as [in_features, out_features] (Conv1D).
         dtype: dtype that the layer keeps whatever the rest of the model is loaded in; None follows the model.
     """
 
-    geometry: Geometry
+    design: Design
     bias: bool
     fan_in_fan_out: bool = False
     dtype: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The entry as plain JSON values."""
-        g = self.geometry
-        values = (g.in_features, g.out_features, g.width, g.stages, g.variant, g.block, g.rank)
-        return dict(zip(LAYER_KEYS, (*values, self.bias, self.fan_in_fan_out, self.dtype), strict=True))
+        sizes = (self.design.in_features, self.design.out_features)
+        values = (*sizes, self.design.to_json(), self.bias, self.fan_in_fan_out, self.dtype)
+        return dict(zip(LAYER_KEYS, values, strict=True))
 
     @classmethod
     def from_json(cls, name: str, entry: object) -> "LayerSpec":
@@ -60,16 +60,26 @@ class LayerSpec:
         for key in ("bias", "fan_in_fan_out"):
             if not isinstance(entry[key], bool):
                 raise CheckpointError(f"layer {name} in quantization_config has {key} {entry[key]!r}; it is true or false")
-        numbers = (entry[key] for key in ("in", "out", "n", "stages", "variant", "block", "rank"))
         try:
-            geometry = Geometry(*numbers)
+            design = Design.from_json(_size(entry, "in"), _size(entry, "out"), entry["terms"])
         except OptionError as error:
             raise CheckpointError(f"layer {name} in quantization_config describes no layer: {error}") from None
-        return cls(geometry, entry["bias"], entry["fan_in_fan_out"], entry["dtype"])
+        return cls(design, entry["bias"], entry["fan_in_fan_out"], entry["dtype"])
 
     def parameter_count(self) -> int:
         """Number of parameters of the layer, bias included."""
-        return self.geometry.parameter_count(bias=self.bias)
+        return self.design.parameter_count(bias=self.bias)
+
+    def stored_bytes(self, item_bytes: int) -> int:
+        """Bytes of the layer's tensors in a file, stored in a dtype of ``item_bytes``."""
+        return self.design.stored_bytes(item_bytes, bias=self.bias)
+
+
+def _size(entry: dict[str, Any], key: str) -> int:
+    value = entry[key]
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise OptionError(f"{key} is {value!r}; it must be an integer of at least 1")
+    return value
 
 
 def quantization_config(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
@@ -83,13 +93,17 @@ def quantization_config(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
 
 
 def check_format_version(version: object) -> None:
-    """Refuse a checkpoint written in a later format.
+    """Refuse a checkpoint written in another format.
 
     Raises:
         CheckpointError: when the version is not one this package reads.
     """
-    if not isinstance(version, int) or not 1 <= version <= FORMAT_VERSION:
+    if version == 1:
         raise CheckpointError(
-            f"the checkpoint has format_version {version!r}, this spmconvert reads up to {FORMAT_VERSION}; "
+            "the checkpoint has format_version 1, which was never released and is not read any more; convert its source again"
+        )
+    if version != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format_version {version!r}, this spmconvert reads {FORMAT_VERSION}; "
             "upgrade spmconvert"
         )

@@ -95,7 +95,7 @@ def show_plan(plan: "ConversionPlan", recipe: "Recipe", output: str) -> None:
         table.add_row(
             row["layer"],
             f"{row['in_features']} x {row['out_features']}",
-            layer.spec.geometry.describe(),
+            layer.spec.design.describe(),
             f"{count(row['parameters_before'])} -> {count(row['parameters_after'])}",
             f"{size(row['bytes_before'])} -> {size(row['bytes_after'])}",
             f"{count(row['flops_per_token_before'])} -> {count(row['flops_per_token_after'])}",

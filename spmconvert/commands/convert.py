@@ -269,9 +269,9 @@ def _output_tensors(run: FitRun) -> Iterator[tuple[str, int, Callable[[], Tensor
             yield name, entry.nbytes, partial(run.source.read, name)
             continue
         layer = replaced[name]
-        shapes = dict(layer_from_spec(layer.spec, device="meta").named_parameters())
-        for part, parameter in shapes.items():
-            size = parameter.numel() * DTYPE_BYTES[layer.stored_dtype]
+        item = DTYPE_BYTES[layer.stored_dtype]
+        for part, tensor in layer_from_spec(layer.spec, device="meta").state_dict().items():
+            size = tensor.numel() * (item if tensor.is_floating_point() else tensor.itemsize)
             yield f"{layer.prefix}.{part}", size, partial(_stored_tensor, run.target, layer.target.name, part)
 
 

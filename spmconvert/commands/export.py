@@ -147,34 +147,35 @@ Entry = tuple[str, int, Callable[[], Tensor]]
 
 
 def _dense_tensors(converted: Converted, switches: tuple[str, ...]) -> list[Entry]:
-    """Name, bytes and reader of every dense tensor, each layer where its stages were."""
+    """Name, bytes and reader of every dense tensor, each layer where its mark was."""
     source = converted.checkpoint()
     layers = {converted.stored_prefix(name): name for name in converted.layers}
+    inside = tuple(f"{prefix}." for prefix in layers)
     tensors: list[Entry] = []
     for name, entry in converted.tensors.items():
         prefix, _, part = name.rpartition(".")
-        if prefix not in layers:
+        if not name.startswith(inside):
             tensors.append((name, entry.nbytes, partial(source.read, name)))
-        elif part == "weight":
+        elif prefix in layers and part == "weight":
             tensors += _dense_layer(converted, prefix, converted.layers[layers[prefix]])
     return tensors + (_zero_biases(converted, switches, layers) if switches else [])
 
 
 def _dense_layer(converted: Converted, prefix: str, spec: LayerSpec) -> list[Entry]:
-    source, g = converted.checkpoint(), spec.geometry
+    source, design = converted.checkpoint(), spec.design
     dtype = SAFETENSORS_DTYPES[converted.tensors[f"{prefix}.weight"].dtype]
 
     def matrix() -> Tensor:
         layer = layer_from_spec(spec).float()
-        layer.load_state_dict({part: source.read(f"{prefix}.{part}") for part, _ in layer.named_parameters()})
+        layer.load_state_dict({part: source.read(f"{prefix}.{part}") for part in layer.state_dict()})
         with torch.no_grad():
             dense = layer.to_dense()
         return (dense.t() if spec.fan_in_fan_out else dense).to(getattr(torch, dtype))
 
-    entries: list[Entry] = [(f"{prefix}.weight", DTYPE_BYTES[dtype] * g.in_features * g.out_features, matrix)]
+    entries: list[Entry] = [(f"{prefix}.weight", DTYPE_BYTES[dtype] * design.in_features * design.out_features, matrix)]
     if spec.bias:
-        bias = f"{prefix}.bias"
-        entries.append((bias, converted.tensors[bias].nbytes, partial(source.read, bias)))
+        held = f"{prefix}.{design.bias_name}"
+        entries.append((f"{prefix}.bias", converted.tensors[held].nbytes, partial(source.read, held)))
     return entries
 
 

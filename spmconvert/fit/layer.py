@@ -103,9 +103,9 @@ def fit_layer(
         aim = (moved.weight, moved.bias, moved.inputs)
     result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric)
     dense = (weight, bias)
-    unrounded_error = measure_error(dense, (_matrix(layer), layer.bias), statistics)
+    unrounded_error = measure_error(dense, (_matrix(layer), layer.held_bias), statistics)
     layer = layer.to(getattr(torch, plan.stored_dtype))
-    stored = (_matrix(layer), layer.bias)
+    stored = (_matrix(layer), layer.held_bias)
     left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
     error, baseline_error = (
         measure_error(dense, replacement, known.measured) for replacement in (stored, (left @ right, baseline_bias))
@@ -144,7 +144,7 @@ def _record(
         name=plan.target.name,
         in_features=plan.target.in_features,
         out_features=plan.target.out_features,
-        design=plan.spec.geometry.describe(),
+        design=plan.spec.design.describe(),
         dense_parameters=plan.dense_parameters,
         parameters=plan.parameters,
         fitted_error=fitted.relative,
@@ -173,7 +173,7 @@ def whitened_svd(
         U [out_features, rank], V [rank, in_features] with no more parameters than the layer's, and the bias.
     """
     out_features, in_features = weight.shape
-    rank = rank_at(spec.geometry.parameter_count(bias=False), in_features, out_features)
+    rank = rank_at(spec.design.parameter_count(bias=False), in_features, out_features)
     left, right = truncated_svd(weight, covariance_root(statistics.covariance), rank)
     return left, right, statistics.corrected_bias(weight, left @ right, bias) if spec.bias else None
 
@@ -183,4 +183,4 @@ def _matrix(layer: SPMLinear) -> Tensor:
     """The matrix of a layer with its parameters as they are, float32."""
     identity = torch.eye(layer.in_features, dtype=torch.float32, device=layer.weight.device)
     wide: Tensor = layer(identity)
-    return (wide - layer.bias.float() if layer.bias is not None else wide).t()
+    return (wide if layer.held_bias is None else wide - layer.held_bias.float()).t()

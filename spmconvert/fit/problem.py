@@ -1,121 +1,146 @@
-"""The least-squares problem of one layer, in the unknowns of its stages; a companion is eliminated from it.
+"""The least-squares problem of one layer, in the unknowns of the terms that a gradient fits; low rank is eliminated from it.
 
 Minimised is E‖(W - S)(x - μ)‖² = ‖R (W - S)ᵀ‖² with RᵀR = Σ, the centred second moment of the inputs, so the rows of R
 are the only tokens, in_features of them however long the calibration text was. Target and rows are scaled to unit size, so
 that one step size serves every layer. Where an ``OutputMetric`` says how much output directions matter, the squared error
 is taken in that metric.
 
-A companion is no unknown of the solver. Given the stages, the best one is the truncated SVD of what they leave, so the
-error is what that SVD leaves, a function of the stages alone (variable projection, Golub and Pereyra 1973); its gradient
-needs only the left singular vectors, which follow the stages by one step of subspace iteration each. Stepping the
-companion's factors with the stages instead loses the SVD in the first steps and is slow to find it again (at half of the
-parameters 1.6 times the loss of low rank alone, instead of 0.93).
+Low rank beside other terms is no unknown of the solver. Given the others, the best one is the truncated SVD of what they
+leave, so the error is what that SVD leaves, a function of the others alone (variable projection, Golub and Pereyra 1973);
+its gradient needs only the left singular vectors, which follow by one step of subspace iteration each. Stepping the
+factors along instead loses the SVD in the first steps and is slow to find it again (at half of the parameters 1.6 times
+the loss of low rank alone, instead of 0.93).
 
-What the stages put where the companion is would cost nothing then, since the companion takes it off again, and it drifts:
-both parts of a layer of all-MiniLM-L6-v2 ended 53 times as large as their sum, which no half precision survives. So it is
+What the other terms put where low rank is would cost nothing then, since low rank takes it off again, and it drifts: both
+parts of a layer of all-MiniLM-L6-v2 ended 53 times as large as their sum, which no half precision survives. So it is
 penalised, a little: the error rises by 0.4 %, and the parts stay about as large as the whole. The tables are in
 benchmarks/results/choices.md.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.operator.factors import factors_on, left_singular_vectors, metric_weighted
-from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.terms.lowrank import LowRankModule
+from spmconvert.operator.terms.module import LeastSquares, TermModule
 
-# of subspace iteration, after which the companion is the truncated SVD but for vectors of nearly equal energy
+# of subspace iteration, after which low rank is the truncated SVD but for vectors of nearly equal energy
 SETTLING_STEPS = 4
-# weight of the squared outputs that stages have along the companion's directions
+# weight of the squared outputs that other terms have along low rank's directions
 DUPLICATION_PENALTY = 1e-3
-_STAGES = ("weight", "scale_in", "scale_out")
 
 
 class Problem:
-    """The scaled least-squares problem of one layer; the parameters of its stages are the unknowns."""
+    """The scaled least-squares problem of one layer.
 
-    def __init__(self, layer: SPMLinear, weight: Tensor, root: Tensor, metric: OutputMetric | None) -> None:
-        target = root @ weight.float().t()
-        self.layer, self.metric = layer, metric
-        self.input_size = root.square().mean().sqrt().clamp_min(1e-30)
-        self.target_size = target.square().mean().sqrt()
-        self.rows = root / self.input_size
-        self.target = target / self.target_size
-        # left singular vectors of what the companion takes over, in the metric: [out_features, rank]
+    Args:
+        free: the terms that a gradient fits; their parameters are the unknowns.
+        low_rank: the term that is eliminated, or None.
+        wanted: what they should add up to.
+
+    Attributes:
+        unscale: what the matrix of the free terms has to be multiplied by when the solver is through.
+    """
+
+    def __init__(self, free: Sequence[TermModule], low_rank: LowRankModule | None, wanted: LeastSquares) -> None:
+        target = wanted.root @ wanted.weight.t()
+        self.free, self.low_rank, self.wanted = free, low_rank, wanted
+        input_size = wanted.root.square().mean().sqrt().clamp_min(1e-30)
+        target_size = target.square().mean().sqrt()
+        self.rows = wanted.root / input_size
+        self.target = target / target_size
+        self.unscale = target_size / input_size
+        # left singular vectors of what low rank takes over, in the metric: [out_features, rank]
         self.basis: Tensor | None = None
         self.zero = self._weighted(self.target).square().sum()
-        self.parameters = [p for name, p in layer.named_parameters() if name in _STAGES]
+        self.parameters = [parameter for module in free for parameter, _ in module.unknowns()]
 
     def loss(self, *, follow: bool = False) -> Tensor:
-        """What the solver minimises: the error, and a penalty on what stages put where the companion is.
+        """What the solver minimises: the error, and a penalty on what free terms put where low rank is.
 
         Args:
-            follow: let the companion follow the stages by a step of subspace iteration.
+            follow: let low rank follow by a step of subspace iteration.
         """
         output = self._weighted(self._output())
         remainder = self._weighted(self.target) - output
         if follow and self.basis is not None:
             self.basis = _subspace_step(remainder.detach(), self.basis)
-        missed = self._uncompanioned(remainder).square().sum()
+        missed = self._left_over(remainder).square().sum()
         if self.basis is not None:
             missed = missed + DUPLICATION_PENALTY * (output @ self.basis).square().sum()
         return missed / self.zero
 
     def error(self) -> Tensor:
         """Squared error in the metric, relative to the target: the zero matrix has 1."""
-        return self._uncompanioned(self._weighted(self.target - self._output())).square().sum() / self.zero
+        return self._left_over(self._weighted(self.target - self._output())).square().sum() / self.zero
 
     def _weighted(self, outputs: Tensor) -> Tensor:
-        return outputs if self.metric is None else self.metric.root(outputs)
+        return outputs if self.wanted.metric is None else self.wanted.metric.root(outputs)
 
-    def _uncompanioned(self, outputs: Tensor) -> Tensor:
-        """What the companion leaves of weighted outputs."""
+    def _left_over(self, outputs: Tensor) -> Tensor:
+        """What low rank leaves of weighted outputs."""
         return outputs if self.basis is None else outputs - (outputs @ self.basis) @ self.basis.t()
 
     def _output(self) -> Tensor:
-        """Outputs of the stages alone."""
-        with bare(self.layer):
-            output: Tensor = self.layer(self.rows)
-        return output
+        """Outputs of the free terms."""
+        first, *others = (module(self.rows) for module in self.free)
+        for output in others:
+            first = first + output
+        return first
+
+    def start_(self, seed: int) -> None:
+        """Take every free term to its start, on what low rank would leave of the weight, which it would then take over."""
+        weight = self.wanted.weight / self.unscale
+        rest = weight
+        if self.low_rank is not None:
+            weighted = metric_weighted(weight, self.wanted.metric)
+            self.basis = left_singular_vectors(weighted, self.rows, self.low_rank.term.rank)
+            left, right = factors_on(self.basis, weight, self.wanted.metric)
+            rest = weight - left @ right
+        aim = LeastSquares(rest, self.rows, self.wanted.metric)
+        for index, module in enumerate(self.free):
+            module.start_(aim, seed + index)
+        if self.free and not all(module.starts_near for module in self.free):
+            self.fit_size_()
+        self.settle_()
 
     @torch.no_grad()
     def settle_(self) -> None:
-        """Take the companion to where the stages as they are want it."""
+        """Take low rank to where the free terms as they are want it."""
         if self.basis is not None:
             remainder = self._weighted(self.target - self._output())
             for _ in range(SETTLING_STEPS):
                 self.basis = _subspace_step(remainder, self.basis)
 
     @torch.no_grad()
-    def rescale_(self, factor: Tensor) -> None:
-        """Multiply the matrix of the stages by a positive factor."""
-        self.layer.scale_out.mul_(factor)
+    def rescale_(self) -> None:
+        """Take the free terms from the scaled problem to the one that was asked for."""
+        for module in self.free:
+            module.scale_parameter().mul_(self.unscale)
 
     @torch.no_grad()
     def fit_size_(self) -> None:
-        """Give the stages the size that fits best what the companion leaves."""
-        stages, wanted = (self._uncompanioned(self._weighted(outputs)) for outputs in (self._output(), self.target))
-        self.layer.scale_out.mul_((stages * wanted).sum() / stages.square().sum().clamp_min(1e-30))
-
-    def companion_basis(self, weight: Tensor, root: Tensor) -> Tensor | None:
-        """Left singular vectors of a matrix [out_features, in_features], as many as the companion has ranks."""
-        rank = self.layer.geometry.rank
-        return left_singular_vectors(metric_weighted(weight.float(), self.metric), root, rank) if rank else None
+        """Give the free terms the size that fits best what low rank leaves."""
+        output, wanted = (self._left_over(self._weighted(part)) for part in (self._output(), self.target))
+        factor = (output * wanted).sum() / output.square().sum().clamp_min(1e-30)
+        for module in self.free:
+            module.scale_parameter().mul_(factor)
 
     @torch.no_grad()
-    def set_companion_(self, weight: Tensor) -> None:
-        """Write what the basis takes over of the weight, the stages taken off, into the companion."""
-        layer = self.layer
-        if self.basis is None or layer.low_rank_in is None or layer.low_rank_out is None:
+    def set_low_rank_(self) -> None:
+        """Write what the basis takes over of the weight, the free terms taken off, into low rank."""
+        if self.basis is None or self.low_rank is None:
             return
-        with bare(layer):
-            rest = weight.float() - layer.to_dense()
-        left, right = factors_on(self.basis, rest, self.metric)
-        layer.low_rank_out.copy_(left)
-        layer.low_rank_in.copy_(right)
+        rest = self.wanted.weight - sum(module.matrix() for module in self.free)
+        self.low_rank.set_factors_(*factors_on(self.basis, rest, self.wanted.metric))
+
+    @torch.no_grad()
+    def zero_(self) -> None:
+        """Make the matrix zero."""
+        for module in (*self.free, *([self.low_rank] if self.low_rank is not None else [])):
+            module.scale_parameter().zero_()
 
     def snapshot(self) -> list[Tensor]:
         """A copy of the unknowns."""
@@ -126,17 +151,6 @@ class Problem:
         """Put a snapshot back."""
         for p, value in zip(self.parameters, values, strict=True):
             p.copy_(value)
-
-
-@contextmanager
-def bare(layer: SPMLinear) -> Iterator[None]:
-    """The layer without bias and companion."""
-    taken_off = layer.bias, layer.low_rank_in, layer.low_rank_out
-    layer.bias = layer.low_rank_in = layer.low_rank_out = None
-    try:
-        yield
-    finally:
-        layer.bias, layer.low_rank_in, layer.low_rank_out = taken_off
 
 
 def _subspace_step(rows: Tensor, basis: Tensor) -> Tensor:

@@ -130,7 +130,7 @@ def _fit_one(run: FitRun, layer: LayerPlan, moments: Moments | None, regression:
     fitted, record = fit_layer(
         layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed, regression=regression
     )
-    tensors = {name: parameter.detach().cpu().contiguous() for name, parameter in fitted.named_parameters()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.state_dict().items()}
     run.target.store_layer(layer.target.name, tensors, asdict(record))
     return record
 

@@ -1,17 +1,20 @@
-"""Fit an SPM layer to a dense one: weighted least squares through the merged form, with exact bias correction.
+"""Fit a layer's terms to a dense one: weighted least squares in the norm of the inputs, with exact bias correction.
 
-The problem itself is in ``problem``. The mean goes into the bias exactly, b' = b + (W - S) μ.
+The mean goes into the bias exactly, b' = b + (W - S) μ. Terms with a closed form are solved one after the other, each on
+what the rest leaves, for a few rounds; those without are fitted by a gradient, with low rank eliminated (``problem``).
 
-The solver is Adam with a cosine step size, then a few L-BFGS iterations; the best point seen is kept, starting with the
-start itself, so a fit is never worse than the zero matrix. Adam comes first because it gets farther in the same time: 0.567
-of the centred outputs' energy is left after 3.7 s where L-BFGS alone leaves 0.596 after 8.1 s (other step sizes, starts and
-closed-form sweeps: benchmarks/results/choices.md).
+The gradient's solver is Adam with a cosine step size, then L-BFGS; the best point seen is kept, starting with the start
+itself, so a fit is never worse than the zero matrix. Adam comes first because it gets farther in the same time: 0.567 of
+the centred outputs' energy is left after 3.7 s where L-BFGS alone leaves 0.596 after 8.1 s (other step sizes, starts and
+closed-form sweeps: benchmarks/results/choices.md). Terms that start near the end go to L-BFGS at once, which stops when it
+no longer gains.
 
 L-BFGS needs the loss scaled up: at 1e-6 curvature pairs fall below torch's threshold and every step is gradient descent.
 """
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,16 +24,21 @@ from torch import Tensor, nn
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.errors import FitError, OptionError
-from spmconvert.operator.factors import covariance_root
 from spmconvert.fit.problem import Best, Problem
-from spmconvert.fit.start import can_factorise, hierarchical_start_, random_start_
+from spmconvert.operator.factors import covariance_root
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.terms.module import LeastSquares, TermModule
 
 STEP_SIZE = 0.1
 # share of the iterations that L-BFGS gets at the end
 POLISH_SHARE = 0.1
 # a start this close to its target is exact up to rounding
 EXACT = 1e-10
+# rounds in which closed forms are solved on what the others leave, unless one gains less than this share
+ROUNDS = 6
+LEAST_GAIN = 1e-3
+# iterations of L-BFGS after which its gain is looked at
+BURST = 10
 
 
 @dataclass(frozen=True)
@@ -59,6 +67,7 @@ def fit_(
     iterations: int = 300,
     seed: int = 0,
     metric: OutputMetric | None = None,
+    root: Tensor | None = None,
 ) -> FitResult:
     """Fit a float32 layer in place, bias included.
 
@@ -67,9 +76,10 @@ def fit_(
         weight: dense weight [out_features, in_features].
         bias: dense bias [out_features], or None.
         statistics: moments of the layer's inputs.
-        iterations: most iterations of the solver; 0 keeps the start.
+        iterations: most iterations of the solver; 0 keeps the start. Closed forms take none.
         seed: seed of the start.
         metric: weighs the outputs' errors; None counts all directions alike.
+        root: ``covariance_root`` of the statistics, where it is known already.
 
     Raises:
         FitError: when weight or statistics are not finite.
@@ -82,84 +92,97 @@ def fit_(
         )
     if not (weight.isfinite().all() and statistics.scatter.isfinite().all() and statistics.mean.isfinite().all()):
         raise FitError("weight or input statistics are not finite; a least-squares fit needs finite numbers")
-    root = covariance_root(statistics.covariance)
-    problem = Problem(layer, weight, root, metric)
-    result = (1.0, 1.0, 0)
-    if problem.zero > 0:
-        with torch.enable_grad():
-            result = _solve(problem, weight, root, iterations, seed)
-    else:
-        with torch.no_grad():
-            layer.scale_out.zero_()
-    _balance_companion_(layer)
+    root = covariance_root(statistics.covariance) if root is None else root
+    wanted = LeastSquares(weight.float(), root, metric)
+    result = _fit_terms(layer, wanted, iterations, seed)
+    layer.drop_cache_()
     correct_bias_(layer, weight, bias, statistics)
     return FitResult(*result, seconds=time.perf_counter() - began)
 
 
-def _solve(problem: Problem, weight: Tensor, root: Tensor, iterations: int, seed: int) -> tuple[float, float, int]:
-    layer = problem.layer
-    # the layer's matrix maps scaled rows to scaled targets while the solver works
-    unscale = problem.target_size / problem.input_size
-    _fresh_start_(problem, weight, root, unscale, seed)
+def _fit_terms(layer: SPMLinear, wanted: LeastSquares, iterations: int, seed: int) -> tuple[float, float, int]:
+    """Fit all terms; returns the error at the start, at the end, and the iterations."""
+    if not (wanted.weight @ wanted.root.t()).any():
+        with torch.no_grad():
+            for module in layer.term_modules:
+                module.scale_parameter().zero_()
+        return 1.0, 1.0, 0
+    free = [module for module in layer.term_modules if not module.term.closed_form]
+    if not free:
+        return _solve_in_turn(layer.term_modules, wanted)
+    beside = [module for module in layer.term_modules if module.term.closed_form and module is not layer.low_rank]
+    if beside:
+        with torch.no_grad():
+            for module in (*free, *([] if layer.low_rank is None else [layer.low_rank])):
+                module.scale_parameter().zero_()
+        _solve_in_turn(beside, wanted)
+        with torch.no_grad():
+            wanted = wanted.leaving(wanted.weight - sum(module.matrix() for module in beside))
+    problem = Problem(free, layer.low_rank, wanted)
+    with torch.enable_grad():
+        return _solve(problem, iterations, seed)
+
+
+@torch.no_grad()
+def _solve_in_turn(modules: Sequence[TermModule], wanted: LeastSquares) -> tuple[float, float, int]:
+    """Solve every closed form on what the others leave, and keep the best round."""
+    matrices = [torch.zeros_like(wanted.weight) for _ in modules]
+    errors: list[float] = []
+    for _ in range(ROUNDS if len(modules) > 1 else 1):
+        before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
+        for index, module in enumerate(modules):
+            others = sum(matrix for other, matrix in enumerate(matrices) if other != index)
+            module.solve_(wanted.leaving(wanted.weight - others))
+            matrices[index] = module.matrix()
+        errors.append(_relative_error(wanted, sum(matrices)))  # type: ignore[arg-type]
+        if len(errors) > 1 and errors[-1] > errors[-2]:
+            for module, values in zip(modules, before, strict=True):
+                module.load_state_dict(values)
+            errors.pop()
+            break
+        if len(errors) > 1 and errors[-1] > (1 - LEAST_GAIN) * errors[-2]:
+            break
+    return errors[0], errors[-1], 0
+
+
+def _relative_error(wanted: LeastSquares, matrix: Tensor) -> float:
+    """Squared error in the metric, relative to the target."""
+    left, target = ((difference @ wanted.root.t()).t() for difference in (wanted.weight - matrix, wanted.weight))
+    if wanted.metric is not None:
+        left, target = wanted.metric.root(left), wanted.metric.root(target)
+    return (left.square().sum() / target.square().sum()).item()
+
+
+def _solve(problem: Problem, iterations: int, seed: int) -> tuple[float, float, int]:
+    problem.start_(seed)
     with torch.no_grad():
         start = problem.error().item()
         best = Best(problem, problem.loss().item())
     done = 0
-    # without stages the start is the best matrix of its rank; the diagonal is worth less than half a percent of the rest
-    if start > EXACT and iterations and layer.geometry.stages:
-        polish = max(1, round(POLISH_SHARE * iterations))
-        _adam(problem, best, iterations - polish)
-        best.restore_()
-        _polish(problem, best, polish)
-        done = iterations
+    if start > EXACT and iterations:
+        near = all(module.starts_near for module in problem.free)
+        polish = iterations if near else max(1, round(POLISH_SHARE * iterations))
+        if polish < iterations:
+            _adam(problem, best, iterations - polish)
+            best.restore_()
+        done = iterations - polish + _polish(problem, best, polish)
     best.restore_()
     with torch.no_grad():
         end = problem.error().item()
-    problem.rescale_(unscale)
+    problem.rescale_()
     if end < 1:
-        problem.set_companion_(weight)
+        problem.set_low_rank_()
         return start, end, done
     # nothing found that beats predicting the mean output
-    with torch.no_grad():
-        layer.scale_out.zero_()
-        if layer.low_rank_out is not None:
-            layer.low_rank_out.zero_()
+    problem.zero_()
     return start, 1.0, done
 
 
-@torch.no_grad()
-def _balance_companion_(layer: SPMLinear) -> None:
-    """Give both factors of every rank the same norm: steps of one size suit them both when they are trained further.
-
-    A weighted fit leaves them orders of magnitude apart, and a finetune at 3e-3 then never goes below its start.
-    """
-    if layer.low_rank_in is not None and layer.low_rank_out is not None:
-        inward, outward = layer.low_rank_in.norm(dim=1), layer.low_rank_out.norm(dim=0)
-        ratio = (inward / outward).sqrt()
-        ratio = ratio.where(ratio.isfinite() & (ratio > 0), 1.0)
-        layer.low_rank_out.mul_(ratio)
-        layer.low_rank_in.div_(ratio[:, None])
-
-
-def _fresh_start_(problem: Problem, weight: Tensor, root: Tensor, unscale: Tensor, seed: int) -> None:
-    layer = problem.layer
-    problem.basis = problem.companion_basis(weight, root)
-    if problem.basis is None and can_factorise(layer.geometry):
-        hierarchical_start_(layer, weight.float() / unscale)
-        with torch.no_grad():
-            if problem.loss().item() < EXACT:
-                return
-    random_start_(layer, seed)
-    problem.fit_size_()
-
-
 def _adam(problem: Problem, best: Best, steps: int) -> None:
-    layer = problem.layer
-    # mixers are stepped relative to their size; diagonals and angles have size one by construction
-    size = layer.weight.detach().square().mean().sqrt().item() * math.sqrt(2)
-    mixers = STEP_SIZE * (size or 1.0) if layer.geometry.variant == "general" else STEP_SIZE
-    diagonals = [layer.scale_in, layer.scale_out]
-    optimizer = torch.optim.Adam([{"params": [layer.weight], "lr": mixers}, {"params": diagonals, "lr": STEP_SIZE}])
+    groups = [
+        {"params": [parameter], "lr": STEP_SIZE * size} for module in problem.free for parameter, size in module.unknowns()
+    ]
+    optimizer = torch.optim.Adam(groups)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=max(1, steps))
     for _ in range(steps):
         optimizer.zero_grad()
@@ -172,10 +195,11 @@ def _adam(problem: Problem, best: Best, steps: int) -> None:
         best.offer(problem.loss(follow=True).item())
 
 
-def _polish(problem: Problem, best: Best, steps: int) -> None:
+def _polish(problem: Problem, best: Best, steps: int) -> int:
+    """Run L-BFGS until it no longer gains; returns its iterations."""
     optimizer = torch.optim.LBFGS(
         problem.parameters,
-        max_iter=steps,
+        max_iter=min(BURST, steps),
         history_size=10,
         line_search_fn="strong_wolfe",
         tolerance_grad=0,
@@ -189,17 +213,25 @@ def _polish(problem: Problem, best: Best, steps: int) -> None:
         (loss * 1e6).backward()
         return loss.item() * 1e6
 
-    optimizer.step(closure)
+    for done in range(0, steps, BURST):
+        before = best.loss
+        optimizer.step(closure)
+        if not math.isfinite(best.loss) or best.loss > (1 - LEAST_GAIN) * before:
+            return min(done + BURST, steps)
+        if problem.basis is not None:
+            problem.settle_()
+    return steps
 
 
 @torch.no_grad()
 def correct_bias_(layer: SPMLinear, weight: Tensor, bias: Tensor | None, statistics: ActivationStatistics) -> None:
     """Set the bias to b + (W - S) μ, in place, so that the mean output is exact."""
-    if layer.bias is None:
+    held = layer.held_bias
+    if held is None:
         return
     difference = weight.double() - layer.to_dense().double()
     corrected = difference @ statistics.mean.double()
-    layer.bias.copy_(corrected if bias is None else corrected + bias.double())
+    held.copy_(corrected if bias is None else corrected + bias.double())
 
 
 def fit_linear(
@@ -217,7 +249,7 @@ def fit_linear(
         statistics: moments of its inputs; None fits in the Frobenius norm and leaves the bias as it is.
         iterations: most iterations of the solver.
         seed: seed of the start.
-        **design: ``stages``, ``variant``, ``block``, ``rank`` of the layer.
+        **design: ``terms``, or ``stages``, ``variant``, ``block`` and ``rank`` of the layer.
 
     Returns:
         The layer, in the dtype and on the device of the dense one, and what the fit did.

@@ -30,18 +30,10 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
 
 def layer_from_spec(spec: LayerSpec, *, device: torch.device | str | None = None) -> SPMLinear:
     """An SPM layer of the given shape with fresh parameters, in the default dtype unless the spec pins one."""
-    g = spec.geometry
+    design = spec.design
+    dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
     return SPMLinear(
-        g.in_features,
-        g.out_features,
-        spec.bias,
-        stages=g.stages,
-        variant=g.variant,
-        block=g.block,
-        rank=g.rank,
-        width=g.width,
-        device=device,
-        dtype=None if spec.dtype is None else getattr(torch, spec.dtype),
+        design.in_features, design.out_features, spec.bias, terms=design.terms, device=device, dtype=dtype
     )
 
 
@@ -82,7 +74,7 @@ def check_shape(name: str, dense: nn.Module, spec: LayerSpec) -> None:
     Raises:
         CheckpointError: when the shapes differ.
     """
-    expected = (spec.geometry.out_features, spec.geometry.in_features)
+    expected = (spec.design.out_features, spec.design.in_features)
     shape = tuple(getattr(dense, "weight", torch.empty(0)).shape)
     if spec.fan_in_fan_out:
         shape = shape[::-1]

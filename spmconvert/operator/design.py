@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from spmconvert.errors import OptionError
-from spmconvert.operator.terms.registry import KINDS, term_from_json
+from spmconvert.operator.terms.registry import KINDS, term_from_json, term_from_options
 from spmconvert.operator.terms.term import Term
 
 
@@ -48,6 +48,15 @@ class Design:
             raise OptionError(f"terms are {entries!r}; they need a list of tables")
         return cls(in_features, out_features, tuple(term_from_json(in_features, out_features, e) for e in entries))
 
+    @classmethod
+    def from_options(cls, in_features: int, out_features: int, entries: Sequence[dict[str, Any]]) -> "Design":
+        """The terms that a recipe names; numbers that have a default may be left out.
+
+        Raises:
+            OptionError: when they describe no layer.
+        """
+        return cls(in_features, out_features, tuple(term_from_options(in_features, out_features, e) for e in entries))
+
     def to_json(self) -> list[dict[str, Any]]:
         """The terms as plain JSON values."""
         return [term.to_json() for term in self.terms]
@@ -60,6 +69,11 @@ class Design:
     def only_low_rank(self) -> bool:
         """Whether the layer is two dense products."""
         return [term.kind for term in self.terms] == ["lowrank"]
+
+    @property
+    def is_iterative(self) -> bool:
+        """Whether a solver works on it; closed forms take a few decompositions."""
+        return any(not term.closed_form for term in self.terms)
 
     @property
     def bias_name(self) -> str:

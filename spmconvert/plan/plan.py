@@ -16,7 +16,7 @@ from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
-from spmconvert.operator.geometry import Geometry
+from spmconvert.operator.design import Design, staged_design
 from spmconvert.plan.targets import Selection, Target, matches, select_targets
 from spmconvert.recipe.recipe import LayerDesign, Recipe
 
@@ -66,12 +66,12 @@ class LayerPlan:
     @property
     def bytes(self) -> int:
         """Bytes of the new layer in the checkpoint."""
-        return self.parameters * DTYPE_BYTES[self.stored_dtype]
+        return self.spec.stored_bytes(DTYPE_BYTES[self.stored_dtype])
 
     @property
     def flops(self) -> tuple[int, int]:
         """FLOPs per token of the dense and of the new layer."""
-        return 2 * self.target.in_features * self.target.out_features, self.spec.geometry.flops_per_token()
+        return 2 * self.target.in_features * self.target.out_features, self.spec.design.flops_per_token()
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ class ConversionPlan:
 
     def predicted_seconds(self, recipe: Recipe) -> float:
         """Predicted time of all fits on this machine's CPU, without the calibration run."""
-        # low rank alone takes one decomposition and no iterations
-        fitted = [layer for layer in self.layers if layer.spec.geometry.stages]
-        work = sum(3 * layer.spec.geometry.flops_per_token() * layer.target.in_features for layer in fitted)
+        # closed forms take a few decompositions and no iterations
+        fitted = [layer for layer in self.layers if layer.spec.design.is_iterative]
+        work = sum(3 * layer.spec.design.flops_per_token() * layer.target.in_features for layer in fitted)
         return recipe.fit.iterations * work / (FIT_EFFICIENCY * _product_speed())
 
     def predicted_memory(self, *, calibrated: bool) -> int:
@@ -106,7 +106,7 @@ class ConversionPlan:
             layer.target.in_features * (layer.target.in_features + 3 * layer.target.out_features) for layer in self.layers
         )
         dense = self.other_bytes + sum(layer.dense_bytes for layer in self.layers)
-        statistics = sum(2 * statistics_bytes(layer.target.in_features) for layer in self.layers)
+        statistics = sum(statistics_bytes(layer.target.in_features) for layer in self.layers)
         return 8 * largest + ((dense + min(statistics, STATISTICS_BUDGET)) if calibrated else 0)
 
 
@@ -124,7 +124,7 @@ def statistics_groups(layers: Sequence[LayerPlan], *, weighted: bool = False) ->
     group: list[LayerPlan] = []
     used = 0
     for layer in layers:
-        size = 2 * statistics_bytes(layer.target.in_features)
+        size = statistics_bytes(layer.target.in_features)
         size += statistics_bytes(layer.target.out_features) if weighted else 0
         if group and used + size > STATISTICS_BUDGET:
             yield group
@@ -190,14 +190,20 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, prefix: str, recipe: Rec
         )
     bias = _tensor_name(checkpoint, f"{target.name}.bias", prefix) if target.bias else None
     design = design_for(target, recipe)
-    geometry = Geometry.create(
-        target.in_features, target.out_features, design.stages, design.variant, design.block, design.rank
-    )
+    layer_design = _named_design(target, design)
     pinned = None if recipe.dtype in ("auto", dense_dtype) else recipe.dtype
     calibrated = recipe.calibration.file is not None
-    spec = LayerSpec(geometry, target.bias or calibrated, target.kind == "conv1d", pinned)
+    spec = LayerSpec(layer_design, target.bias or calibrated, target.kind == "conv1d", pinned)
     dense_bytes = entry.nbytes + (checkpoint.tensors[bias].nbytes if bias else 0)
     return LayerPlan(target, spec, weight, bias, pinned or dense_dtype, dense_bytes)
+
+
+def _named_design(target: Target, design: LayerDesign) -> Design:
+    """The design that a recipe names, at the size of a layer."""
+    sizes = (target.in_features, target.out_features)
+    if design.terms is not None:
+        return Design.from_options(*sizes, design.terms)
+    return staged_design(*sizes, design.stages, design.variant, design.block, design.rank)
 
 
 def _tensor_name(checkpoint: Checkpoint, name: str, prefix: str) -> str:

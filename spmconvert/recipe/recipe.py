@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from spmconvert.operator.geometry import Variant
+from spmconvert.operator.terms.registry import KINDS
 from spmconvert.units import parse_size
 
 # what names a dataset of the hub in the place of a text file: datasets:ID[:CONFIGURATION[:SPLIT]]
@@ -29,13 +30,28 @@ class LayerDesign(_Table):
         stages: number of stages; None means one pass over all strides, ceil(log2(width / block)).
         variant: ``general`` or ``rotation``.
         block: coordinates per block.
-        rank: rank of the low-rank companion.
+        rank: rank of the low-rank term.
+        terms: what the layer is a sum of, in the place of these numbers: tables with a ``kind`` and its own numbers, such as
+            ``{kind = "sparse24"}``.
     """
 
     stages: Annotated[int, Field(ge=0)] | None = None
     variant: Variant = "general"
     block: Annotated[int, Field(ge=1)] = 1
     rank: Annotated[int, Field(ge=0)] = 0
+    terms: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _terms_stand_alone(self) -> "LayerDesign":
+        numbers = self.model_fields_set & {"stages", "variant", "block", "rank"}
+        if self.terms is not None:
+            given = [name for name in sorted(numbers) if getattr(self, name) != LayerDesign.model_fields[name].default]
+            if given:
+                raise ValueError(f"terms and {', '.join(given)} are both given; name one or the other")
+            for term in self.terms:
+                if term.get("kind") not in KINDS:
+                    raise ValueError(f"a term has kind {term.get('kind')!r}; choose among {', '.join(KINDS)}")
+        return self
 
     @model_validator(mode="after")
     def _rotation_mixes_single_coordinates(self) -> "LayerDesign":
@@ -52,6 +68,7 @@ class Override(_Table):
     variant: Variant | None = None
     block: Annotated[int, Field(ge=1)] | None = None
     rank: Annotated[int, Field(ge=0)] | None = None
+    terms: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)] | None = None
 
 
 class Calibration(_Table):

@@ -120,8 +120,8 @@ def _statistics(
         used = 0
         while waiting and (not group or used <= STATISTICS_BUDGET):
             group.append(waiting.pop(0))
-            used += statistics_bytes(specs[group[-1]].geometry.in_features)
+            used += statistics_bytes(specs[group[-1]].design.in_features)
         gathered = {} if rows is None else collect(dense, group, rows.batches(rows.fitted, dense))
         for name in group:
-            statistics = gathered.get(name) or ActivationStatistics.isotropic(specs[name].geometry.in_features)
+            statistics = gathered.get(name) or ActivationStatistics.isotropic(specs[name].design.in_features)
             yield name, statistics.to(dense.device)

@@ -22,17 +22,17 @@ def replaced_layers(converted: Converted) -> tuple[Layer, ...]:
     records = {record["name"]: record for record in converted.provenance["layers"]}
     layers = []
     for name, spec in converted.layers.items():
-        g, record = spec.geometry, records[name]
+        design, record = spec.design, records[name]
         layers.append(
             Layer(
                 name=name,
-                in_features=g.in_features,
-                out_features=g.out_features,
-                design=g.describe(),
+                in_features=design.in_features,
+                out_features=design.out_features,
+                design=design.describe(),
                 dense_parameters=record["dense_parameters"],
                 parameters=record["parameters"],
-                dense_flops=2 * g.in_features * g.out_features,
-                flops=g.flops_per_token(),
+                dense_flops=2 * design.in_features * design.out_features,
+                flops=design.flops_per_token(),
                 error=record["error"],
                 baseline_error=record["baseline_error"],
                 baseline_rank=record["baseline_rank"],
@@ -47,7 +47,9 @@ def quantities(
     """Parameters, FLOPs and bytes of the replaced layers and of the whole model."""
     replaced, whole = "replaced layers", "whole model"
     recorded = converted.provenance
-    after = sum(math.prod(entry.shape) for entry in converted.tensors.values())
+    inside = tuple(f"{converted.stored_prefix(name)}." for name in converted.layers)
+    after = sum(math.prod(entry.shape) for name, entry in converted.tensors.items() if not name.startswith(inside))
+    after += sum(spec.parameter_count() for spec in converted.layers.values())
     flops = sum(layer.flops for layer in layers)
     dense_flops = sum(layer.dense_flops for layer in layers)
     all_flops = sum(2 * linear.in_features * linear.out_features for linear in find_linears(skeleton(config)))

@@ -1,11 +1,9 @@
 """Latency and memory: dense and converted in turn within one run, so that a disturbed machine disturbs both.
 
-Every round calls each model once, in an order that rotates; a cell ends after its time or ``MOST_ROUNDS``, but never before
-``FEWEST_ROUNDS``. Reported are percentiles, not the best. Peak memory is that of a fresh process which loads one model and
+Reported are percentiles, not the best. Peak memory is that of a fresh process which loads one model and
 runs it once, because a process that has run another model has no memory of its own.
 """
 
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from spmconvert.errors import SpmconvertError
 from spmconvert.outputs.probe import token_batch
 from spmconvert.reporting.schema import Latency, NotMeasured, Quantity, TimingRow
 from spmconvert.system.fresh import run_fresh
+from spmconvert.system.timing import interleaved_seconds
 
 TOKENS = (1, 16, 128, 1024)
 # tokens of the passes that compare methods and measure memory
@@ -24,8 +23,6 @@ TYPICAL_TOKENS = 128
 MEMORY_TOKENS = 1024
 PROMPT_TOKENS = 16
 NEW_TOKENS = 32
-FEWEST_ROUNDS = 5
-MOST_ROUNDS = 200
 
 
 def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, Latency]:
@@ -39,21 +36,8 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, device: 
     Returns:
         Percentiles in milliseconds, by name.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for name in names:
-        calls[name]()
-    _wait(device)
-    began = time.perf_counter()
-    for turn in range(MOST_ROUNDS):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            start = time.perf_counter()
-            calls[name]()
-            _wait(device)
-            times[name].append(1000 * (time.perf_counter() - start))
-        if turn + 1 >= FEWEST_ROUNDS and time.perf_counter() - began >= seconds:
-            break
-    return {name: _latency(values) for name, values in times.items()}
+    times = interleaved_seconds(calls, seconds, device)
+    return {name: _latency([1000 * value for value in values]) for name, values in times.items()}
 
 
 def time_models(dense: Any, converted: Any, seconds: float, device: str) -> list[TimingRow]:
@@ -142,8 +126,3 @@ def _resident(field: str) -> int:
 def _latency(values: list[float]) -> Latency:
     p20, p50, p80 = (float(value) for value in np.percentile(values, [20, 50, 80]))
     return Latency(p20=p20, p50=p50, p80=p80, samples=len(values))
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)

@@ -54,6 +54,11 @@ class LowRank(Term):
         """For example ``rank 64``."""
         return f"rank {self.rank}"
 
+    @property
+    def closed_form(self) -> bool:
+        """A decomposition."""
+        return True
+
     def build(
         self, *, backend: Backend = "auto", device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "LowRankModule":
@@ -76,7 +81,6 @@ class LowRankModule(TermModule):
         up: nn.Linear(rank, out_features), with the layer's bias where it has one.
     """
 
-    closed_form = True
     term: LowRank
 
     def __init__(

@@ -3,7 +3,7 @@
 ``forward`` is differentiable and fast; ``reference`` is the plain form that it is tested against. ``add_`` is what a layer
 calls on a chunk of tokens while it is in cache, without gradients.
 
-A term is fitted in one of two ways. One with a ``closed_form`` solves for its best self given what the other terms leave.
+A term is fitted in one of two ways. One whose integers say ``closed_form`` solves for its best self given what the other terms leave.
 Any other is fitted by a gradient: it names its ``unknowns`` and where to start. Both work in the norm of ``LeastSquares``.
 """
 
@@ -53,10 +53,10 @@ class TermModule(nn.Module):
 
     Attributes:
         term: its integers.
-        closed_form: whether ``solve_`` finds the best parameters; otherwise ``start_`` and ``unknowns`` serve a solver.
     """
 
-    closed_form: ClassVar[bool] = False
+    # whether ``start_`` ends near the best parameters
+    starts_near: ClassVar[bool] = False
 
     def __init__(self, term: Term) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ class TermModule(nn.Module):
         raise NotImplementedError
 
     def solve_(self, problem: LeastSquares) -> None:
-        """Take the best parameters for a problem; only where there is a ``closed_form``."""
+        """Take the best parameters for a problem; only where the term has a ``closed_form``."""
         raise NotImplementedError
 
     def start_(self, problem: LeastSquares, seed: int) -> None:

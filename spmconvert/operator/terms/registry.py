@@ -40,3 +40,15 @@ def term_from_json(in_features: int, out_features: int, entry: Any) -> Term:
     if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
         raise OptionError(f"a term is {entry!r}; it needs a table with a kind, one of {', '.join(KINDS)}")
     return term_class(entry["kind"]).from_json(in_features, out_features, entry)
+
+
+def term_from_options(in_features: int, out_features: int, entry: Any) -> Term:
+    """The same from a recipe, where numbers that have a default may be left out.
+
+    Raises:
+        OptionError: when it describes none.
+    """
+    if not isinstance(entry, dict) or not isinstance(entry.get("kind"), str):
+        raise OptionError(f"a term is {entry!r}; it needs a table with a kind, one of {', '.join(KINDS)}")
+    options = {key: value for key, value in entry.items() if key != "kind"}
+    return term_class(entry["kind"]).from_options(in_features, out_features, options)

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
 from spmconvert.operator.kept import KeptBlocks, Merge, can_be_kept
@@ -31,6 +32,8 @@ from spmconvert.operator.triton.mix import apply_blocks_triton
 
 # passes over all strides that a budget tries, and sizes of blocks for a single stage
 PASSES = (1, 2)
+# share of the energy that a factorisation may miss and still count as exact up to rounding
+EXACT = 1e-10
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,16 @@ class Stages(Term):
         """The term of a geometry."""
         g = geometry
         return cls(g.in_features, g.out_features, g.width, g.stages, g.variant, g.block)
+
+    @classmethod
+    def from_options(cls, in_features: int, out_features: int, options: dict[str, Any]) -> Self:
+        """``stages``, ``variant`` and ``block``; the width follows where it is not given."""
+        if "width" in options:
+            return super().from_options(in_features, out_features, options)
+        known = ("stages", "variant", "block")
+        if unknown := sorted(set(options) - set(known)):
+            raise OptionError(f"a spm term has {unknown}; known are {[*known, 'width']}")
+        return cls.of(Geometry.create(in_features, out_features, **options))
 
     def parameter_count(self) -> int:
         """Stages and both diagonals."""
@@ -197,11 +210,14 @@ class StagesModule(TermModule):
         return self.scale_out
 
     def start_(self, problem: LeastSquares, seed: int) -> None:
-        """The hierarchical factorisation of a square matrix, random rotations otherwise."""
+        """The hierarchical factorisation where it is exact, random rotations otherwise."""
         if can_factorise(self.geometry):
             hierarchical_start_(self, problem.weight)
-        else:
-            random_start_(self, seed)
+            with torch.no_grad():
+                left, whole = ((part @ problem.root.t()).square().sum() for part in (problem.weight - self.matrix(), problem.weight))
+            if left <= EXACT * whole:
+                return
+        random_start_(self, seed)
 
     def unknowns(self) -> list[tuple[nn.Parameter, float]]:
         """Mixers are stepped relative to their size; diagonals and angles have size one by construction."""

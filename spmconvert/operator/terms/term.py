@@ -71,6 +71,16 @@ class Term(ABC):
     def designs(cls, in_features: int, out_features: int, parameters: int) -> "list[Self]":
         """Terms of this kind worth trying with at most that many parameters; the largest of each shape."""
 
+    @classmethod
+    def standing_designs(cls, in_features: int, out_features: int) -> "list[Self]":
+        """Terms of this kind whose size is the layer's, not the budget's; a budget tries them as they are."""
+        return []
+
+    @property
+    def closed_form(self) -> bool:
+        """Whether the best parameters are found without a solver."""
+        return False
+
     def index_bytes(self) -> int:
         """Bytes of stored numbers that are no parameters, such as positions."""
         return 0
@@ -92,3 +102,16 @@ class Term(ABC):
         if found != known:
             raise OptionError(f"a {cls.kind} term has {sorted(found)}; it needs {sorted(known)}")
         return cls(in_features, out_features, **{key: entry[key] for key in found})
+
+    @classmethod
+    def from_options(cls, in_features: int, out_features: int, options: dict[str, Any]) -> Self:
+        """The term from what a recipe gives; what is left out takes its default.
+
+        Raises:
+            OptionError: when a key is unknown, or a number is outside its range.
+        """
+        known = [field.name for field in fields(cls) if field.name not in ("in_features", "out_features")]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise OptionError(f"a {cls.kind} term has {unknown}; known are {known}")
+        return cls(in_features, out_features, **options)
