@@ -4,21 +4,74 @@ Layers whose dense form is the best use of the budget are left alone.
 """
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from spmconvert.budget.candidates import Candidate, candidate_geometries
+from spmconvert.budget.candidates import Candidate
 from spmconvert.budget.curves import Curves
 from spmconvert.budget.knapsack import Choice, check_budget, choose
-from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.budget.times import TimeTable
 from spmconvert.errors import OptionError
+from spmconvert.operator.design import Design
+from spmconvert.operator.terms.registry import term_class
 from spmconvert.plan.plan import DTYPE_BYTES, ConversionPlan, LayerPlan
 from spmconvert.plan.targets import Skipped
 from spmconvert.recipe.recipe import Budget
 
 # shares of the targeted parameters that a dry run compares
 COMPARED_BUDGETS = (0.05, 0.1, 0.25, 0.5, 0.75)
+NANOSECONDS = 1e9
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What a budget allows, counted in its unit.
+
+    Attributes:
+        budget: the recipe's.
+        layers: the targeted layers.
+        times: of layers on this machine; None where slower designs are allowed and nothing is limited by time.
+        seconds: what the targeted layers may take together, where the budget is one of time.
+    """
+
+    budget: Budget
+    layers: tuple[LayerPlan, ...]
+    times: TimeTable | None = None
+    seconds: float | None = None
+
+    @property
+    def total(self) -> int:
+        """The most that all layers may cost together."""
+        budget = self.budget
+        if budget.speedup is not None:
+            assert self.seconds is not None
+            return int(self.seconds * NANOSECONDS)
+        if budget.keep_bytes is not None:
+            return budget.keep_bytes
+        if budget.keep_flops is not None:
+            return int(budget.keep_flops * sum(layer.flops[0] for layer in self.layers))
+        return int((budget.keep or 1.0) * sum(layer.dense_parameters for layer in self.layers))
+
+    def cost(self, layer: LayerPlan, design: Design | None) -> int:
+        """What a design of a layer costs; None is the dense layer."""
+        budget = self.budget
+        if budget.speedup is not None:
+            assert self.times is not None
+            sizes = (layer.target.in_features, layer.target.out_features)
+            seconds = self.times.dense(*sizes) if design is None else self.times.seconds(design)
+            return int(seconds * NANOSECONDS)
+        if budget.keep_flops is not None:
+            return layer.flops[0] if design is None else design.flops_per_token()
+        if budget.keep_bytes is not None:
+            item = DTYPE_BYTES[layer.stored_dtype]
+            return layer.dense_bytes if design is None else replace(layer.spec, design=design).stored_bytes(item)
+        return layer.dense_parameters if design is None else replace(layer.spec, design=design).parameter_count()
+
+    def drops(self, design: Design) -> bool:
+        """Whether a design is no candidate, because it is slower than the dense layer."""
+        return not self.budget.allow_slower and self.times is not None and self.times.is_slower(design)
 
 
 @dataclass(frozen=True)
@@ -29,77 +82,115 @@ class Allocation:
         plan: the conversion with the chosen designs; layers that stay dense are left out.
         choice: the solver's answer.
         picked: the chosen candidate of every targeted layer, None for those that stay dense.
+        dropped: candidates that were slower than the dense layer, and how many there were in all.
     """
 
     plan: ConversionPlan
     choice: Choice
     picked: tuple[Candidate | None, ...]
+    dropped: tuple[int, int] = (0, 0)
 
     def to_json(self) -> bytes:
         """The choice alone, for a run that goes on from finished layers."""
         picked = [candidate and asdict(candidate) for candidate in self.picked]
-        return json.dumps({"choice": asdict(self.choice), "picked": picked}).encode()
+        return json.dumps({"choice": asdict(self.choice), "picked": picked, "dropped": self.dropped}).encode()
 
     @classmethod
     def from_json(cls, plan: ConversionPlan, content: bytes) -> "Allocation":
         """The allocation that was written for the same targeted layers."""
         record = json.loads(content)
-        picked = tuple(None if fields is None else Candidate(**fields) for fields in record["picked"])
+        picked = tuple(
+            None if fields is None else Candidate(**{**fields, "terms": tuple(fields["terms"])}) for fields in record["picked"]
+        )
         choice = Choice(**{**record["choice"], "chosen": tuple(record["choice"]["chosen"])})
-        return cls(_planned(plan, picked), choice, picked)
+        return cls(_planned(plan, picked), choice, picked, tuple(record["dropped"]))
 
 
-def check_reachable(plan: ConversionPlan, budget: Budget) -> None:
+def check_reachable(limit: Limit) -> None:
     """Refuse a budget before anything is measured.
 
     Raises:
         OptionError: when the smallest designs exceed it, or it allows all layers as they are.
     """
-    if budget.max_error is not None:
+    budget = limit.budget
+    if budget.max_error is not None or budget.speedup is not None:
         return
     costs = []
-    for layer in plan.layers:
-        sizes = (layer.target.in_features, layer.target.out_features)
-        geometries = [g for structure in budget.structures for g in candidate_geometries(*sizes, structure)]
-        options = [Candidate(g.stages, g.block, g.rank, 0.0, 0.0) for g in geometries]
-        costs.append([_cost(layer, option, budget) for option in (*options, None)])
-    limit, dense = _limit(plan.layers, budget), sum(layer_costs[-1] for layer_costs in costs)
-    check_budget(costs, limit, budget.unit)
-    if limit >= dense:
+    for layer in limit.layers:
+        smallest = smallest_designs(layer, budget)
+        costs.append([limit.cost(layer, design) for design in (*smallest, None)])
+    dense = sum(layer_costs[-1] for layer_costs in costs)
+    check_budget(costs, limit.total, budget.unit)
+    if limit.total >= dense:
         raise OptionError(
-            f"{next(iter(budget.limits))} allows {limit:,} {budget.unit}, and the targeted layers have {dense:,} as they "
-            "are; allow less"
+            f"{next(iter(budget.limits))} allows {limit.total:,} {budget.unit}, and the targeted layers have {dense:,} as "
+            "they are; allow less"
         )
 
 
-def allocate(curves: Curves, budget: Budget) -> Allocation:
-    """Choose for a budget.
+def smallest_designs(layer: LayerPlan, budget: Budget) -> list[Design]:
+    """The smallest design of every structure that has one at all sizes."""
+    sizes = (layer.target.in_features, layer.target.out_features)
+    dense = sizes[0] * sizes[1] - 1
+    found = []
+    for kind in budget.structures:
+        terms = term_class(kind).designs(*sizes, sum(sizes)) or term_class(kind).designs(*sizes, dense)
+        found += [Design(*sizes, (term,)) for term in terms]
+    return found
+
+
+def allocate(curves: Curves, limit: Limit) -> Allocation:
+    """Choose for a budget among what is known.
 
     Raises:
         OptionError: when the smallest candidates exceed the budget, or no layer would change.
     """
-    layers = curves.plan.layers
-    options = [(*candidates, None) for candidates in curves.candidates]
-    losses = [[0.0 if option is None else option.loss for option in layer_options] for layer_options in options]
+    budget, layers = limit.budget, curves.plan.layers
+    options: list[list[Candidate | None]] = []
+    designs: list[list[Design | None]] = []
+    known = 0
+    for layer, candidates in zip(layers, curves.candidates, strict=True):
+        sizes = (layer.target.in_features, layer.target.out_features)
+        kept = [(one, design) for one in candidates if not limit.drops(design := one.design(*sizes))]
+        known += len(candidates)
+        options.append([*(one for one, _ in kept), None])
+        designs.append([*(design for _, design in kept), None])
+    dropped = known - sum(len(own) - 1 for own in options)
+    costs = [[limit.cost(layer, design) for design in own] for layer, own in zip(layers, designs, strict=True)]
+    losses = [[0.0 if option is None else option.loss for option in own] for own in options]
     if budget.max_error is not None:
-        chosen = tuple(
-            _smallest(layer, layer_options, budget.max_error) for layer, layer_options in zip(layers, options, strict=True)
-        )
-        loss = sum(layer_losses[index] for layer_losses, index in zip(losses, chosen, strict=True))
-        picks = zip(layers, options, chosen, strict=True)
-        size = sum(_parameters(layer, layer_options[index]) for layer, layer_options, index in picks)
-        choice = Choice(chosen, size, loss, bound=0.0)
+        choice = _within_error(options, costs, losses, budget.max_error)
     else:
-        costs = [
-            [_cost(layer, option, budget) for option in layer_options]
-            for layer, layer_options in zip(layers, options, strict=True)
-        ]
-        choice = choose(costs, losses, _limit(layers, budget), budget.unit)
-    picked = tuple(layer_options[index] for layer_options, index in zip(options, choice.chosen, strict=True))
+        choice = choose(costs, losses, limit.total, budget.unit)
+    picked = tuple(own[index] for own, index in zip(options, choice.chosen, strict=True))
     if not any(picked):
-        remedy = "allow less" if budget.max_error is None else f"allow a larger error than {budget.max_error:g}"
-        raise OptionError(f"{next(iter(budget.limits))} leaves every layer dense; {remedy}")
-    return Allocation(_planned(curves.plan, picked), choice, picked)
+        raise OptionError(_why_dense(budget, dropped, known))
+    return Allocation(_planned(curves.plan, picked), choice, picked, (dropped, known))
+
+
+def _why_dense(budget: Budget, dropped: int, known: int) -> str:
+    if dropped == known:
+        return (
+            f"all {known} candidates are slower than the dense layers at {budget.batch_tokens} tokens on this device; give "
+            "--allow-slower to make the model smaller only, or other --tokens"
+        )
+    remedy = "allow less" if budget.max_error is None else f"allow a larger error than {budget.max_error:g}"
+    return f"{next(iter(budget.limits))} leaves every layer dense; {remedy}"
+
+
+def _within_error(
+    options: Sequence[Sequence[Candidate | None]],
+    costs: Sequence[Sequence[int]],
+    losses: Sequence[Sequence[float]],
+    max_error: float,
+) -> Choice:
+    """The smallest candidate of every layer whose error is allowed; the dense layer is one."""
+    chosen = []
+    for own, own_costs in zip(options, costs, strict=True):
+        allowed = [index for index, option in enumerate(own) if option is None or option.error <= max_error]
+        chosen.append(min(allowed, key=lambda index: own_costs[index]))
+    cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
+    return Choice(tuple(chosen), cost, sum(own[index] for own, index in zip(losses, chosen, strict=True)), bound=0.0)
 
 
 def choice_record(choice: Choice, budget: Budget) -> dict[str, Any]:
@@ -113,69 +204,43 @@ def choice_record(choice: Choice, budget: Budget) -> dict[str, Any]:
     }
 
 
-def describe_choice(choice: Choice, budget: Budget) -> str:
+def describe_choice(allocation: Allocation, budget: Budget) -> str:
     """The same in words."""
-    allowed = "" if choice.limit is None else f" of the {choice.limit:,} allowed"
-    return f"{choice.cost:,} {budget.unit}{allowed}, {budget.loss_name} {choice.loss:.4g}"
+    choice = allocation.choice
+    amount, limit = (_amount(number, budget) for number in (choice.cost, choice.limit or 0))
+    allowed = "" if choice.limit is None else f" of the {limit} allowed"
+    dropped, known = allocation.dropped
+    slower = f"; {dropped:,} of {known:,} candidates are slower than dense and were dropped" if dropped else ""
+    return f"{amount} {budget.shown_unit}{allowed}, {budget.loss_name} {choice.loss:.4g}{slower}"
 
 
-def compare_budgets(curves: Curves) -> list[dict[str, Any]]:
+def _amount(number: int, budget: Budget) -> str:
+    return f"{number / 1e6:.4g}" if budget.speedup is not None else f"{number:,}"
+
+
+def compare_budgets(curves: Curves, limit: Limit) -> list[dict[str, Any]]:
     """What every budget would buy, as plain values; budgets below the smallest designs are left out."""
     rows = []
     total = sum(layer.dense_parameters for layer in curves.plan.layers)
     for keep in COMPARED_BUDGETS:
+        budget = Budget(keep=keep, allow_slower=limit.budget.allow_slower)
         try:
-            allocation = allocate(curves, Budget(keep=keep))
+            allocation = allocate(curves, replace(limit, budget=budget))
         except OptionError:
             continue
-        layers = allocation.plan.layers
-        geometries = [layer.spec.geometry for layer in layers]
-        rows.append(
-            {
-                "keep": keep,
-                "kept": allocation.choice.cost / total,
-                "predicted_loss": allocation.choice.loss,
-                "lower_bound": allocation.choice.bound,
-                "low_rank": sum(g.stages == 0 for g in geometries),
-                "stages": sum(g.stages > 0 and g.rank == 0 for g in geometries),
-                "stages_with_companion": sum(g.stages > 0 and g.rank > 0 for g in geometries),
-                "dense": len(curves.plan.layers) - len(layers),
-                "output_bytes": allocation.plan.output_bytes,
-            }
-        )
+        rows.append({"keep": keep, "kept": allocation.choice.cost / total, **budget_row(allocation)})
     return rows
 
 
-def _parameters(layer: LayerPlan, candidate: Candidate | None) -> int:
-    """Parameters of a candidate; None is the dense layer."""
-    return layer.dense_parameters if candidate is None else _spec(layer, candidate).parameter_count()
-
-
-def _cost(layer: LayerPlan, candidate: Candidate | None, budget: Budget) -> int:
-    """In the budget's unit."""
-    if budget.keep_flops is not None:
-        return layer.flops[0] if candidate is None else _spec(layer, candidate).geometry.flops_per_token()
-    if budget.keep_bytes is None:
-        return _parameters(layer, candidate)
-    return layer.dense_bytes if candidate is None else _parameters(layer, candidate) * DTYPE_BYTES[layer.stored_dtype]
-
-
-def _limit(layers: Sequence[LayerPlan], budget: Budget) -> int:
-    if budget.keep_bytes is not None:
-        return budget.keep_bytes
-    if budget.keep_flops is not None:
-        return int(budget.keep_flops * sum(layer.flops[0] for layer in layers))
-    return int((budget.keep or 1.0) * sum(layer.dense_parameters for layer in layers))
-
-
-def _smallest(layer: LayerPlan, options: Sequence[Candidate | None], max_error: float) -> int:
-    """Index of the smallest candidate whose error is allowed; the dense layer is one."""
-    allowed = [index for index, option in enumerate(options) if option is None or option.error <= max_error]
-    return min(allowed, key=lambda index: _parameters(layer, options[index]))
-
-
-def _spec(layer: LayerPlan, candidate: Candidate) -> LayerSpec:
-    return replace(layer.spec, geometry=candidate.geometry(layer.target.in_features, layer.target.out_features))
+def budget_row(allocation: Allocation) -> dict[str, Any]:
+    """What a choice loses and what its layers are, as plain values."""
+    kinds = Counter("+".join(one.kinds) if one is not None else "dense" for one in allocation.picked)
+    return {
+        "predicted_loss": allocation.choice.loss,
+        "lower_bound": allocation.choice.bound,
+        "layers": dict(sorted(kinds.items())),
+        "output_bytes": allocation.plan.output_bytes,
+    }
 
 
 def _planned(plan: ConversionPlan, picked: Sequence[Candidate | None]) -> ConversionPlan:
@@ -184,7 +249,8 @@ def _planned(plan: ConversionPlan, picked: Sequence[Candidate | None]) -> Conver
         if candidate is None:
             dense.append(layer)
         else:
-            layers.append(replace(layer, spec=_spec(layer, candidate)))
+            design = candidate.design(layer.target.in_features, layer.target.out_features)
+            layers.append(replace(layer, spec=replace(layer.spec, design=design)))
     skipped = [Skipped(layer.target.name, "dense is the best use of the budget") for layer in dense]
     selection = replace(
         plan.selection,

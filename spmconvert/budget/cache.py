@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.outputs.objective import objective_of
@@ -35,6 +37,11 @@ class CacheIdentity:
 
     architecture: str
     dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype of the model's products; that of most checkpoints where it is theirs."""
+        return torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)  # type: ignore[no-any-return]
 
     @classmethod
     def of_checkpoint(cls, source: Checkpoint, device: str) -> "CacheIdentity":

@@ -85,6 +85,11 @@ class Divergences:
         self._plain_head = self._objective == "logits" and has_plain_head(model, batches[0])
         self._targets = [self._output(model, batch) for batch in batches]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """That replacements have to be in."""
+        return self._model.dtype  # type: ignore[no-any-return]
+
     @torch.no_grad()
     def of(self, name: str, replacement: nn.Module) -> float:
         """With ``replacement`` in the place of the layer.

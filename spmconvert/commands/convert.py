@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.budget.allocation import Allocation, allocate, check_reachable, choice_record, describe_choice
+from spmconvert.budget.allocation import Allocation, check_reachable, choice_record, describe_choice
 from spmconvert.budget.cache import CacheIdentity
-from spmconvert.budget.curves import measure_curves
+from spmconvert.budget.curves import check_measurable
+from spmconvert.budget.spend import Spending, Spent, limit_of
+from spmconvert.budget.speed import forward_seconds
 from spmconvert.budget.knapsack import Choice
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config

@@ -108,7 +108,7 @@ def fit_layer(
     stored = (_matrix(layer), layer.held_bias)
     left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
     error, baseline_error = (
-        measure_error(dense, replacement, known.measured) for replacement in (stored, (left @ right, baseline_bias))
+        measure_error(dense, replacement, known.held_out) for replacement in (stored, (left @ right, baseline_bias))
     )
     fitted_error = measure_error(dense, stored, statistics)
     if not fitted_error.centred <= max(WORTHLESS, ROUNDING_LOSS * unrounded_error.centred):

@@ -2,15 +2,13 @@
 
 Only the weight of the layer at work is in memory while layers are fitted; the whole model is loaded for the calibration
 run alone, and not at all without calibration data. Sequential fits run through the model all the time, so their blocks
-stay on disk and are read as they are needed (6 Llama blocks of 235 MB: 0.9 GB at the peak, 2.0 GB with all in memory);
-with output weighting they cannot, since a gradient needs them all.
+stay on disk and are read as they are needed (6 Llama blocks of 235 MB: 0.9 GB at the peak, 2.0 GB with all in memory).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
 
-from spmconvert.calibrate.moments import Moments, gather_moments
+from spmconvert.calibrate.moments import Moments, MomentStore
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows
@@ -21,7 +19,7 @@ from spmconvert.model.architecture import skeleton
 from spmconvert.model.loading import DenseModel, load_with_blocks_on_disk
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.plan.plan import ConversionPlan, LayerPlan, statistics_groups
+from spmconvert.plan.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe.recipe import Recipe
 
 
@@ -35,6 +33,7 @@ class FitRun:
         plan: what is built.
         recipe: how it is fitted.
         rows: calibration rows, or None without data.
+        moments: what they say about each layer, or None without data.
         target: where finished layers are stored.
         progress: told how it gets on.
     """
@@ -44,6 +43,7 @@ class FitRun:
     plan: ConversionPlan
     recipe: Recipe
     rows: CalibrationRows | None
+    moments: MomentStore | None
     target: OutputDirectory
     progress: Progress
 
@@ -69,9 +69,15 @@ _Work = tuple[LayerPlan, Moments | None, Regression | None]
 
 def _independent(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]:
     """Layers that are not stored, with the moments of what the dense model feeds them."""
-    for layer, moments in _with_moments(run, run.plan.layers, records, run.dense):
+    # fits on the dense model's activations need no model
+    run.dense.release()
+    for layer in run.plan.layers:
         if layer.target.name not in records:
-            yield layer, moments, None
+            yield layer, _moments(run, layer), None
+
+
+def _moments(run: FitRun, layer: LayerPlan) -> Moments | None:
+    return None if run.moments is None else run.moments.read(layer.target.name)
 
 
 def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]:
@@ -79,7 +85,7 @@ def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]
     assert run.rows is not None
     dense = run.dense
     container, blocks = layer_blocks(skeleton(dense.config), [layer.target.name for layer in run.plan.layers])
-    if run.recipe.weights_fits or dense.is_loaded:
+    if dense.is_loaded:
         model = dense()
     else:
         folder = run.target.partial / "offloaded"
@@ -88,39 +94,18 @@ def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]
     order = calling_order(model, list(blocks), next(run.rows.batches(run.rows.fitted[:1], model)))
     layers = sorted(run.plan.layers, key=lambda layer: (blocks[layer.target.name], order.index(layer.target.name)))
     reached = 0
-    for layer, moments in _with_moments(run, layers, records, lambda: model):
+    for layer in layers:
         name = layer.target.name
         for index in range(reached, blocks[name]):
             streams.advance(index)
         reached = blocks[name]
-        regression = None
+        moments = regression = None
         if name not in records:
+            moments = _moments(run, layer)
             weight = run.source.read_finite(layer.weight)
             regression = regress(streams, reached, name, (weight.t() if layer.spec.fan_in_fan_out else weight).float())
         yield layer, moments, regression
         streams.convert(name, _stored_layer(run, layer).to(run.dense.device).eval())
-
-
-def _with_moments(
-    run: FitRun, layers: Sequence[LayerPlan], records: dict[str, LayerRecord], model: Callable[[], Any]
-) -> Iterator[tuple[LayerPlan, Moments | None]]:
-    """All layers, with what the dense model feeds those that are not stored."""
-    for group in statistics_groups(layers, weighted=run.recipe.weights_fits):
-        moments: dict[str, Moments] = {}
-        if run.rows is not None and any(layer.target.name not in records for layer in group):
-            # of the whole group, so that a resumed run forms the same sums
-            moments = _gather(run, model(), group)
-        if group[-1] is layers[-1]:
-            # the fits of the last group need no model, unless they run through it
-            run.dense.release()
-        for layer in group:
-            yield layer, moments.pop(layer.target.name, None)
-
-
-def _gather(run: FitRun, model: Any, layers: list[LayerPlan]) -> dict[str, Moments]:
-    assert run.rows is not None
-    weighted = run.recipe.weights_fits
-    return gather_moments(model, layers, run.rows, run.progress.calibrating, weighted=weighted, seed=run.recipe.seed)
 
 
 def _fit_one(run: FitRun, layer: LayerPlan, moments: Moments | None, regression: Regression | None) -> LayerRecord:

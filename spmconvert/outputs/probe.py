@@ -19,7 +19,12 @@ def token_batch(model: Any, tokens: int) -> dict[str, Any]:
     positions = getattr(model.config, "max_position_embeddings", None) or tokens
     # a power of two, because some models keep a few positions for themselves
     length = min(tokens, 1 << (positions.bit_length() - 1))
+    return token_rows_batch(model, -(-tokens // length), length)
+
+
+def token_rows_batch(model: Any, rows: int, tokens: int) -> dict[str, Any]:
+    """Random token ids [rows, tokens] as keyword arguments."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (-(-tokens // length), length), generator=generator).to(model.device)
+    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=generator).to(model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch

@@ -8,7 +8,7 @@ recipe: the same recipe must give the same bytes anywhere. This module does not 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from spmconvert.operator.geometry import Variant
 from spmconvert.operator.terms.registry import KINDS
@@ -16,6 +16,8 @@ from spmconvert.units import parse_size
 
 # what names a dataset of the hub in the place of a text file: datasets:ID[:CONFIGURATION[:SPLIT]]
 DATASET_PREFIX = "datasets:"
+# kinds that a budget tries where the recipe names none
+DEFAULT_STRUCTURES = ("spm", "monarch", "sparse24", "lowrank")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -120,6 +122,12 @@ class Fit(_Table):
         return f"fits {' and '.join(aims)}, which these errors do not show" if aims else ""
 
 
+def _known_kind(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{kind!r} is no kind of term; choose among {', '.join(KINDS)}")
+    return kind
+
+
 def _bytes(value: Any) -> Any:
     return parse_size(value) if isinstance(value, str) else value
 
@@ -132,11 +140,15 @@ class Budget(_Table):
         keep_bytes: bytes of the targeted layers in the output; text may have a unit.
         keep_flops: share of the targeted layers' floating-point operations a token.
         max_error: largest relative error of a layer on the rows that choose; the smallest design within it is taken.
+        speedup: how many times faster the whole model's forward pass has to be, on the device of the conversion.
+        tokens: tokens of a row of that pass; designs that are slower than the dense layer at it are no candidates.
+        rows: rows of that pass.
+        allow_slower: let designs be slower than the dense layer, for those who only want size.
         sensitivity: what errors of a layer cost: by the ``gradient`` of the model's outputs and, for words and classes,
             its divergence when only that layer is replaced; by that divergence alone (``kl``); or ``none``, which takes
             relative errors of all layers alike.
-        structures: what layers may be built of: ``spm`` stages, ``block`` stages, stages or wide blocks with a
-            ``companion``, ``lowrank`` alone.
+        structures: kinds of terms that layers may be built of; where ``lowrank`` is among them, every other kind is tried
+            alone and beside it.
         iterations: most solver iterations of each candidate that is measured.
     """
 
@@ -144,26 +156,38 @@ class Budget(_Table):
     keep_bytes: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
     keep_flops: Annotated[float, Field(gt=0, lt=1)] | None = None
     max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    speedup: Annotated[float, Field(gt=1)] | None = None
+    tokens: Annotated[int, Field(ge=1)] = 512
+    rows: Annotated[int, Field(ge=1)] = 1
+    allow_slower: bool = False
     sensitivity: Literal["gradient", "kl", "none"] = "gradient"
-    structures: Annotated[tuple[Literal["spm", "block", "companion", "lowrank"], ...], Field(min_length=1)] = (
-        "spm",
-        "companion",
-        "lowrank",
-    )
+    structures: Annotated[tuple[Annotated[str, AfterValidator(_known_kind)], ...], Field(min_length=1)] = DEFAULT_STRUCTURES
     iterations: Annotated[int, Field(ge=1)] = 100
 
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are given; none for designs that the recipe names itself."""
-        names = ("keep", "keep_bytes", "keep_flops", "max_error")
+        names = ("keep", "keep_bytes", "keep_flops", "max_error", "speedup")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
     def unit(self) -> str:
         """What the limit counts."""
+        if self.speedup is not None:
+            return "nanoseconds"
         if self.keep_flops is not None:
             return "FLOPs a token"
         return "parameters" if self.keep_bytes is None else "bytes"
+
+    @property
+    def shown_unit(self) -> str:
+        """What amounts are shown in."""
+        return "ms in the targeted layers" if self.speedup is not None else self.unit
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens that go through a layer at once in the pass that is timed."""
+        return self.rows * self.tokens
 
     @property
     def loss_name(self) -> str:

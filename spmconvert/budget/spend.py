@@ -1,0 +1,157 @@
+"""Spend a budget: from calibration moments to the designs of all layers.
+
+Everything that a choice needs is brought together here: curves of earlier runs, low rank at every rank, how the model
+responds to errors, times of layers and of the whole model, and the search.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from spmconvert.budget.allocation import Allocation, Limit, check_reachable, smallest_designs
+from spmconvert.budget.cache import RESPONSE, CacheIdentity, write_part
+from spmconvert.budget.candidates import Subject
+from spmconvert.budget.curves import Curves, check_measurable, known_curves, measure_low_rank
+from spmconvert.budget.response import MEASURED_ROWS, MEASURED_SHARES, Divergences, Response, between, measured_sample
+from spmconvert.budget.search import Search
+from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model
+from spmconvert.budget.times import TimeTable
+from spmconvert.calibrate.moments import Moments
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.data.calibration import CalibrationRows
+from spmconvert.operator.design import Design
+from spmconvert.operator.terms.lowrank import LowRank
+from spmconvert.plan.plan import ConversionPlan, LayerPlan
+from spmconvert.recipe.recipe import Budget, Recipe
+from spmconvert.system.caches import check_cache
+
+
+class Watch(Protocol):
+    """Who is told how it gets on."""
+
+    def measured(self, name: str, done: int, total: int) -> None:
+        """A layer's candidates are there."""
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What designs are chosen from.
+
+    Attributes:
+        source: the dense checkpoint.
+        plan: the targeted layers.
+        recipe: with a budget.
+        identity: how the model is measured.
+        rows: calibration rows, or None without data.
+        model: gives the dense model.
+        moments: gives the moments of a layer by name.
+        weights: gives weight [out_features, in_features] and bias of a layer, float32.
+        device: where.
+        watch: told how it gets on.
+    """
+
+    source: Checkpoint
+    plan: ConversionPlan
+    recipe: Recipe
+    identity: CacheIdentity
+    rows: CalibrationRows | None
+    model: Callable[[], Any]
+    moments: Callable[[str], Moments | None]
+    weights: Callable[[LayerPlan], tuple[Tensor, Tensor | None]]
+    device: str
+    watch: Watch
+
+    def choose(self) -> "Spent":
+        """Choose the designs of all layers.
+
+        Raises:
+            OptionError: when the budget cannot be kept, or needs calibration rows and has none.
+            NotWritableError: when the cache cannot be written.
+        """
+        budget = self.recipe.budget
+        check_measurable(self.recipe)
+        check_cache("curves")
+        limit = limit_of(budget, self.plan, self.device, self.identity)
+        check_reachable(limit)
+        whole = None
+        if budget.speedup is not None:
+            whole = time_whole_model(self.model(), limit, self.device)
+            check_speedup(whole, limit, lambda layer: smallest_designs(layer, budget))
+        text = None if self.rows is None else self.rows.file_sha256
+        curves = known_curves(self.source, self.plan, self.recipe, self.identity, text)
+        measure_low_rank(curves, self._subject, self.watch.measured)
+        if RESPONSE in curves.cache.parts:
+            self._measure_response(curves)
+        if whole is None:
+            return Spent(Search(curves, limit, self._subject, self.watch.measured).run())
+
+        def search(seconds: float) -> Allocation:
+            return Search(curves, replace(limit, seconds=seconds), self._subject, self.watch.measured).run()
+
+        allocation, predicted, measured = search_for_speed(self.model(), limit, whole, search, self.device)
+        return Spent(allocation, predicted, measured)
+
+    def _subject(self, layer: LayerPlan) -> Subject:
+        weight, bias = self.weights(layer)
+        moments = self.moments(layer.target.name) or Moments.isotropic(weight.shape[1])
+        return Subject(weight, bias, moments.to(weight.device), self.recipe)
+
+    def _measure_response(self, curves: Curves) -> None:
+        """Put a few candidates into the model, one at a time, and see what that costs."""
+        names = [curve.layer.target.name for curve in curves.layers]
+        sample = set(measured_sample(names))
+        missing = [curve for curve in curves.layers if curve.response is None and curve.layer.target.name in sample]
+        if missing:
+            assert self.rows is not None
+            batches = list(self.rows.batches(self.rows.choosing[:MEASURED_ROWS], self.model()))
+            divergences = Divergences(self.model(), batches)
+            for curve in missing:
+                points = _response_points(self._subject(curve.layer), curve.layer.target.name, divergences)
+                write_part(curves.cache.files(curve.layer)[RESPONSE], points)
+                curve.response = Response.of(points)
+        measured = {
+            curve.layer.target.name: curve.response
+            for curve in curves.layers
+            if curve.response is not None and curve.layer.target.name in sample
+        }
+        for curve, response in zip(curves.layers, between(names, measured).values(), strict=True):
+            curve.response = response
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What a budget was spent on.
+
+    Attributes:
+        allocation: the designs.
+        predicted_speedup: of the whole model, by the times of its layers; None for a budget of another kind.
+        measured_speedup: of the whole model with fresh layers of these designs.
+    """
+
+    allocation: Allocation
+    predicted_speedup: float | None = None
+    measured_speedup: float | None = None
+
+
+def limit_of(budget: Budget, plan: ConversionPlan, device: str, identity: CacheIdentity) -> Limit:
+    """The limit of a budget, with times of layers where they matter."""
+    times = None
+    if budget.speedup is not None or not budget.allow_slower:
+        times = TimeTable(budget.batch_tokens, device, identity.torch_dtype)
+    return Limit(budget, plan.layers, times)
+
+
+def _response_points(subject: Subject, name: str, divergences: Divergences) -> list[tuple[float, float]]:
+    """Predicted and measured losses of a layer's low-rank candidates at two sizes."""
+    out_features, in_features = subject.weight.shape
+    designs = []
+    for share in MEASURED_SHARES:
+        parameters = max(int(share * subject.weight.numel()), in_features + out_features)
+        term = LowRank.designs(in_features, out_features, parameters)[0]
+        designs.append(Design(in_features, out_features, (term,)))
+    points = []
+    for design, candidate in zip(designs, subject.measure(designs), strict=True):
+        points.append((candidate.loss, divergences.of(name, subject.fitted(design).to(divergences.dtype))))
+    return points
