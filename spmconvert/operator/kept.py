@@ -5,10 +5,10 @@ the same storage, laid out in the same way, with the same version counter. Addre
 is given out again, and a new parameter may lie where the old one lay. Both references are weak, so that blocks never keep
 a parameter's memory alive.
 
-What it gives up: only parameters are followed. A tensor that is computed at every access (a parametrization), swapped in
-for a call (``torch.func.functional_call``), or gathered for one (FSDP, whose copies into it count as no version) is
-merged at every call. A write through ``parameter.data`` counts as no version either and is not seen. And
-``torch.utils.swap_tensors`` refuses a tensor that has weak references: blocks have to be dropped before it.
+What it gives up: only parameters are followed, and buffers that a module names. A tensor that is computed at every access
+(a parametrization), swapped in for a call (``torch.func.functional_call``), or gathered for one (FSDP, whose copies into
+it count as no version) is merged at every call. A write through ``parameter.data`` counts as no version either and is not
+seen. And ``torch.utils.swap_tensors`` refuses a tensor that has weak references: blocks have to be dropped before it.
 """
 
 from collections.abc import Callable, Sequence
@@ -73,10 +73,17 @@ class KeptBlocks:
         return all(source.still_is(parameter) for source, parameter in zip(self.sources, parameters, strict=True))
 
 
-def can_be_kept(module: nn.Module, tensors: Sequence[Tensor]) -> bool:
-    """Whether what is made from a module's tensors may be kept, because a change of them would be seen."""
+def can_be_kept(module: nn.Module, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:
+    """Whether what is made from a module's tensors may be kept, because a change of them would be seen.
+
+    Args:
+        module: whose tensors they are.
+        parameters: followed only while they are parameters, not computed or swapped in.
+        buffers: tensors that are no parameters to begin with; any that counts its versions is followed.
+    """
     # inference tensors have no version counter
-    followed = all(isinstance(tensor, nn.Parameter) and not tensor.is_inference() for tensor in tensors)
+    counted = not any(tensor.is_inference() for tensor in (*parameters, *buffers))
+    followed = counted and all(isinstance(parameter, nn.Parameter) for parameter in parameters)
     gathered = getattr(module, "_is_fsdp_managed_module", False)
     # what is computed inside of torch.func.grad and its kin belongs to the transform and must not outlive it
     return followed and not gathered and not is_transformed()
