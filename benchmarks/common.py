@@ -28,10 +28,10 @@ from spmconvert.distill.loss import Distillation
 from spmconvert.distill.state import State, restore
 from spmconvert.errors import OptionError
 from spmconvert.fit.error import measure_error
-from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.solver import fit_
 from spmconvert.model.architecture import load_config
 from spmconvert.model.swap import replace_module
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.outputs.objective import objective_for

@@ -22,9 +22,9 @@ from benchmarks.environment import environment
 from benchmarks.scores import packaged_model
 from spmconvert.fit import problem
 from spmconvert.fit.error import measure_error
-from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.solver import fit_
 from spmconvert.model.loading import load
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 
 DRAWN_INPUTS = 2048

@@ -3,7 +3,6 @@
 Layers whose dense form is the best use of the budget are left alone.
 """
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -90,17 +89,17 @@ class Allocation:
     picked: tuple[Candidate | None, ...]
     dropped: tuple[int, int] = (0, 0)
 
-    def to_json(self) -> bytes:
-        """The choice alone, for a run that goes on from finished layers."""
+    def to_json(self) -> dict[str, Any]:
+        """The choice alone, as plain values."""
         picked = [candidate and asdict(candidate) for candidate in self.picked]
-        return json.dumps({"choice": asdict(self.choice), "picked": picked, "dropped": self.dropped}).encode()
+        return {"choice": asdict(self.choice), "picked": picked, "dropped": self.dropped}
 
     @classmethod
-    def from_json(cls, plan: ConversionPlan, content: bytes) -> "Allocation":
+    def from_json(cls, plan: ConversionPlan, record: dict[str, Any]) -> "Allocation":
         """The allocation that was written for the same targeted layers."""
-        record = json.loads(content)
         picked = tuple(
-            None if fields is None else Candidate(**{**fields, "terms": tuple(fields["terms"])}) for fields in record["picked"]
+            None if fields is None else Candidate(**{**fields, "terms": tuple(fields["terms"])})
+            for fields in record["picked"]
         )
         choice = Choice(**{**record["choice"], "chosen": tuple(record["choice"]["chosen"])})
         return cls(_planned(plan, picked), choice, picked, tuple(record["dropped"]))

@@ -41,7 +41,8 @@ class CacheIdentity:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the model's products; that of most checkpoints where it is theirs."""
-        return torch.bfloat16 if self.dtype == "auto" else getattr(torch, self.dtype)  # type: ignore[no-any-return]
+        found: torch.dtype = getattr(torch, "bfloat16" if self.dtype == "auto" else self.dtype)
+        return found
 
     @classmethod
     def of_checkpoint(cls, source: Checkpoint, device: str) -> "CacheIdentity":

@@ -142,8 +142,9 @@ def _known(cache: CurveCache, layer: LayerPlan) -> LayerCurve:
     fitted = [Candidate(tuple(entry["terms"]), entry["error"], entry["loss"]) for entry in terms]
     return LayerCurve(
         layer,
-        LowRankCurve(**{key: tuple(values) for key, values in low_rank.items()}) if low_rank and "lowrank" in wanted else None,
+        LowRankCurve(**{key: tuple(values) for key, values in low_rank.items()})
+        if low_rank and "lowrank" in wanted
+        else None,
         [candidate for candidate in fitted if set(candidate.kinds) <= wanted],
         Response.of(response) if response else None,
     )
-

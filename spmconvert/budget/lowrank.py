@@ -1,8 +1,8 @@
 """What low rank loses at every rank, from one decomposition.
 
-The whitened truncated SVDs of a weight are nested: S_r = V_r V_rᵀ-projections of one basis. With D_i what direction i carries
-on the rows that choose, the error of rank r is the sum over all pairs i, j > r of ⟨D_i, D_j⟩, so all of them are the tails
-of one matrix of inner products, in the metric of the loss and in the plain norm alike. Ranks are whole numbers; above
+The whitened truncated SVDs of a weight are nested, all on one basis. With D_i what direction i carries on the rows that
+choose, the error of rank r is the sum over all pairs i, j > r of ⟨D_i, D_j⟩, so all of them are the tails of one matrix of
+inner products, in the metric of the loss and in the plain norm alike. Ranks are whole numbers; above
 ``DENSELY`` only those that ``ALIGNED`` divides, which are the fast ones.
 """
 

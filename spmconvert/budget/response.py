@@ -56,7 +56,10 @@ class Response:
         pairs = zip(self.points, other.points, strict=True)
         return Response(
             tuple(
-                (math.exp((1 - share) * math.log(a) + share * math.log(c)), math.exp((1 - share) * math.log(b) + share * math.log(d)))
+                (
+                    math.exp((1 - share) * math.log(a) + share * math.log(c)),
+                    math.exp((1 - share) * math.log(b) + share * math.log(d)),
+                )
                 for (a, b), (c, d) in pairs
             )
         )
@@ -88,7 +91,8 @@ class Divergences:
     @property
     def dtype(self) -> torch.dtype:
         """That replacements have to be in."""
-        return self._model.dtype  # type: ignore[no-any-return]
+        dtype: torch.dtype = self._model.dtype
+        return dtype
 
     @torch.no_grad()
     def of(self, name: str, replacement: nn.Module) -> float:

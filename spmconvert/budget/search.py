@@ -46,9 +46,6 @@ class Search:
         Raises:
             OptionError: as ``allocate`` does.
         """
-        structures = self.curves.recipe.budget.structures
-        self._kinds = [kind for kind in structures if kind != "lowrank"]
-        self._beside = "lowrank" in structures
         self._try(lambda curve: self._standing(curve))
         given = self._first_costs()
         allocation = None
@@ -57,12 +54,24 @@ class Search:
                 sizes = dict(zip((id(curve) for curve in self.curves.layers), given, strict=True))
                 self._try(lambda curve, sizes=sizes: self._at(curve, sizes[id(curve)]))  # type: ignore[misc]
             allocation = allocate(self.curves, self.limit)
-            now = [self._parameters(curve, picked) for curve, picked in zip(self.curves.layers, allocation.picked, strict=True)]
+            now = [
+                self._parameters(curve, picked) for curve, picked in zip(self.curves.layers, allocation.picked, strict=True)
+            ]
             if now == given:
                 break
             given = now
         assert allocation is not None
         return allocation
+
+    @property
+    def _kinds(self) -> list[str]:
+        """Kinds that are tried."""
+        return [kind for kind in self.curves.recipe.budget.structures if kind != "lowrank"]
+
+    @property
+    def _beside(self) -> bool:
+        """Whether low rank stands beside them."""
+        return "lowrank" in self.curves.recipe.budget.structures
 
     def _first_costs(self) -> list[int | None] | None:
         """Parameters of every layer before other kinds are tried."""
@@ -70,7 +79,9 @@ class Search:
             first = allocate(self.curves, self.limit)
             return [self._parameters(*pair) for pair in zip(self.curves.layers, first.picked, strict=True)]
         share = self.curves.recipe.budget.keep or 0.5
-        return [int(share * curve.layer.target.in_features * curve.layer.target.out_features) for curve in self.curves.layers]
+        return [
+            int(share * curve.layer.target.in_features * curve.layer.target.out_features) for curve in self.curves.layers
+        ]
 
     def _parameters(self, curve: LayerCurve, picked: Candidate | None) -> int | None:
         if picked is None:

@@ -78,9 +78,16 @@ def _call(model: Any, batch: dict[str, Any]) -> Callable[[], Any]:
 
 def time_whole_model(model: Any, limit: Limit, device: str) -> WholeModel:
     """Time the dense model."""
+    return whole_model(forward_seconds({"dense": model}, limit.budget, device)["dense"], limit)
+
+
+def whole_model(dense: float, limit: Limit) -> WholeModel:
+    """The times of a dense model whose forward pass takes so many seconds."""
     assert limit.times is not None
-    own = sum(limit.times.dense(layer.target.in_features, layer.target.out_features) for layer in limit.layers)
-    return WholeModel(forward_seconds({"dense": model}, limit.budget, device)["dense"], own)
+    times = limit.times
+    return WholeModel(
+        dense, sum(times.dense(layer.target.in_features, layer.target.out_features) for layer in limit.layers)
+    )
 
 
 def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], list[Design]]) -> None:
@@ -90,7 +97,8 @@ def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], lis
         OptionError: when they do not; it names the largest value that they reach.
     """
     times, wanted = limit.times, limit.budget.speedup
-    assert times is not None and wanted is not None
+    assert times is not None
+    assert wanted is not None
     fastest = 0.0
     for layer in limit.layers:
         dense = times.dense(layer.target.in_features, layer.target.out_features)
@@ -138,7 +146,9 @@ def search_for_speed(
     for attempt in range(TRIES):
         allocation = search(seconds)
         predicted = whole.speedup(allocation.choice.cost / 1e9)
-        times = forward_seconds({"dense": model, "converted": with_fresh_layers(model, allocation.plan)}, limit.budget, device)
+        times = forward_seconds(
+            {"dense": model, "converted": with_fresh_layers(model, allocation.plan)}, limit.budget, device
+        )
         measured = times["dense"] / times["converted"]
         if measured >= wanted or attempt == TRIES - 1:
             break

@@ -4,23 +4,25 @@ Everything that a choice needs is brought together here: curves of earlier runs,
 responds to errors, times of layers and of the whole model, and the search.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from spmconvert.budget.allocation import Allocation, Limit, check_reachable, smallest_designs
+from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
 from spmconvert.budget.cache import RESPONSE, CacheIdentity, write_part
 from spmconvert.budget.candidates import Subject
 from spmconvert.budget.curves import Curves, check_measurable, known_curves, measure_low_rank
 from spmconvert.budget.response import MEASURED_ROWS, MEASURED_SHARES, Divergences, Response, between, measured_sample
 from spmconvert.budget.search import Search
-from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model
+from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model, whole_model
 from spmconvert.budget.times import TimeTable
 from spmconvert.calibrate.moments import Moments
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
+from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.lowrank import LowRank
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
@@ -78,6 +80,8 @@ class Spending:
         whole = None
         if budget.speedup is not None:
             whole = time_whole_model(self.model(), limit, self.device)
+            assert limit.times is not None
+            limit.times.keep_model(self.source.sha256(), budget.rows, whole.dense)
             check_speedup(whole, limit, lambda layer: smallest_designs(layer, budget))
         text = None if self.rows is None else self.rows.file_sha256
         curves = known_curves(self.source, self.plan, self.recipe, self.identity, text)
@@ -134,6 +138,18 @@ class Spent:
     predicted_speedup: float | None = None
     measured_speedup: float | None = None
 
+    def to_json(self) -> bytes:
+        """The choice alone, for a run that goes on from finished layers."""
+        speeds = {"predicted": self.predicted_speedup, "measured": self.measured_speedup}
+        return json.dumps({"allocation": self.allocation.to_json(), "speedup": speeds}).encode()
+
+    @classmethod
+    def from_json(cls, plan: ConversionPlan, content: bytes) -> "Spent":
+        """What was written for the same targeted layers."""
+        record = json.loads(content)
+        speeds = record["speedup"]
+        return cls(Allocation.from_json(plan, record["allocation"]), speeds["predicted"], speeds["measured"])
+
 
 def limit_of(budget: Budget, plan: ConversionPlan, device: str, identity: CacheIdentity) -> Limit:
     """The limit of a budget, with times of layers where they matter."""
@@ -141,6 +157,34 @@ def limit_of(budget: Budget, plan: ConversionPlan, device: str, identity: CacheI
     if budget.speedup is not None or not budget.allow_slower:
         times = TimeTable(budget.batch_tokens, device, identity.torch_dtype)
     return Limit(budget, plan.layers, times)
+
+
+def timed_limit(limit: Limit, source: Checkpoint) -> Limit | None:
+    """A limit of time, from the time of the dense model that an earlier run has left; None where there is none."""
+    assert limit.times is not None
+    assert limit.budget.speedup is not None
+    dense = limit.times.of_model(source.sha256(), limit.budget.rows)
+    if dense is None:
+        return None
+    return replace(limit, seconds=whole_model(dense, limit).allowed(limit.budget.speedup))
+
+
+def compare_speedups(
+    curves: Curves, limit: Limit, source: Checkpoint, speedups: Sequence[float]
+) -> list[dict[str, Any]] | None:
+    """What speed-ups would cost, as plain values; those out of reach are left out. None where the model was not timed."""
+    rows = []
+    for speedup in speedups:
+        budget = limit.budget.model_copy(update={"speedup": speedup})
+        timed = timed_limit(replace(limit, budget=budget), source)
+        if timed is None:
+            return None
+        try:
+            allocation = allocate(curves, timed)
+        except OptionError:
+            continue
+        rows.append({"speedup": speedup, **budget_row(allocation)})
+    return rows
 
 
 def _response_points(subject: Subject, name: str, divergences: Divergences) -> list[tuple[float, float]]:

@@ -81,6 +81,14 @@ class TimeTable:
         """Whether a design takes longer than the dense layer."""
         return self.seconds(design) > (1 + TIE) * self.dense(design.in_features, design.out_features)
 
+    def keep_model(self, sha256: str, rows: int, seconds: float) -> None:
+        """Keep the time of a whole dense model's forward pass, for dry runs."""
+        self._keep(f"model {sha256} {rows}", seconds)
+
+    def of_model(self, sha256: str, rows: int) -> float | None:
+        """That time, or None where no run has measured it."""
+        return self._known.get(f"model {sha256} {rows}")
+
     def _interpolated(self, term: LowRank) -> float:
         ranks = timed_ranks(term.in_features, term.out_features)
         above = min(bisect_left(ranks, term.rank), len(ranks) - 1)

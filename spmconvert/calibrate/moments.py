@@ -19,7 +19,7 @@ from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.model.loading import in_float32
-from spmconvert.plan.plan import LayerPlan, statistics_groups
+from spmconvert.plan.plan import LayerPlan, statistics_bytes, statistics_groups
 from spmconvert.system.files import save_whole
 
 PARTS = ("fitted", "choosing", "held_out")
@@ -56,6 +56,11 @@ class Moments:
         return Moments(self.fitted.to(device), self.held_out.to(device), choosing, metric)
 
 
+def moment_bytes(layers: Sequence[LayerPlan]) -> int:
+    """Disk space that the moments of layers take."""
+    return sum(len(PARTS) * statistics_bytes(layer.target.in_features) for layer in layers)
+
+
 class MomentStore:
     """A folder with the moments of every layer.
 
@@ -74,7 +79,8 @@ class MomentStore:
         """The moments of a layer that was gathered."""
         statistics = {part: self._part(name, part) for part in PARTS}
         fitted, held_out = statistics["fitted"], statistics["held_out"]
-        assert fitted is not None and held_out is not None
+        assert fitted is not None
+        assert held_out is not None
         return Moments(fitted[0], held_out[0], statistics["choosing"] and statistics["choosing"][0], fitted[1])
 
     def write(self, name: str, part: str, statistics: ActivationStatistics, metric: OutputMetric | None = None) -> None:

@@ -102,7 +102,7 @@ def recording(
 
 
 class _Recorder:
-    """Adds up what goes into layers; one that is called with the very tensor of the call before it computes nothing anew."""
+    """Adds up what goes into layers; one that is called with the tensor of the call before it computes nothing anew."""
 
     def __init__(self, mask: Callable[[], Tensor | None]) -> None:
         self.gathered: dict[str, ActivationStatistics] = {}

@@ -100,10 +100,9 @@ def check_format_version(version: object) -> None:
     """
     if version == 1:
         raise CheckpointError(
-            "the checkpoint has format_version 1, which was never released and is not read any more; convert its source again"
+            "the checkpoint has format_version 1, which was never released and is not read; convert its source again"
         )
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"the checkpoint has format_version {version!r}, this spmconvert reads {FORMAT_VERSION}; "
-            "upgrade spmconvert"
+            f"the checkpoint has format_version {version!r}, this spmconvert reads {FORMAT_VERSION}; upgrade spmconvert"
         )

@@ -65,18 +65,28 @@ def convert(
     stages: Annotated[int | None, typer.Option(help="Stages a layer; default one pass over all strides.")] = None,
     variant: Annotated[str | None, typer.Option(help="general or rotation.")] = None,
     block: Annotated[int | None, typer.Option(help="Coordinates a block; 1 is the plain operator.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank companion; default 0.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the low-rank term; default 0.")] = None,
     keep: Annotated[
         float | None, typer.Option(help="Share of the targeted parameters to keep; chooses the design of every layer.")
     ] = None,
     keep_bytes: Annotated[str | None, typer.Option(help="The same as a size of these layers, for example 40MB.")] = None,
     keep_flops: Annotated[float | None, typer.Option(help="The same as a share of their FLOPs a token.")] = None,
+    speedup: Annotated[
+        str | None,
+        typer.Option(help="How many times faster the whole model has to be on DEVICE; a list with --dry-run."),
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens a row of the forward pass that is timed; default 512.")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of that pass; default 1.")] = None,
+    allow_slower: Annotated[
+        bool, typer.Option("--allow-slower", help="Let a budget build layers that are slower than the dense ones.")
+    ] = False,
     max_error: Annotated[float | None, typer.Option(help="Smallest designs with at most this held-out error.")] = None,
     sensitivity: Annotated[
         str | None, typer.Option(help="What layers' errors cost a budget: gradient (default), kl or none.")
     ] = None,
     structures: Annotated[
-        str | None, typer.Option(help="What a budget may build: spm, block, companion, lowrank; default all but block.")
+        str | None,
+        typer.Option(help="Kinds of terms that a budget may build with: spm, monarch, blockdense, sparse24, lowrank."),
     ] = None,
     sequential: Annotated[
         bool | None, typer.Option("--sequential/--independent", help="Fit layers on what converted ones feed them.")
@@ -98,18 +108,34 @@ def convert(
     """Replace dense layers of MODEL by SPM layers, fit them, and write a checkpoint."""
     if resume and dry_run:
         raise OptionError("--resume and --dry-run contradict each other; a dry run writes nothing to resume")
+    speedups = _speedups(speedup, dry_run=dry_run)
     given = {
         **dict(parse_assignment(text) for text in set_ or []),
         **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
         **_given(rank=rank, dtype=dtype, seed=seed, sensitivity=sensitivity, structures=structures),
         **_given(keep=keep, keep_bytes=keep_bytes, keep_flops=keep_flops, max_error=max_error, sequential=sequential),
+        **_given(tokens=tokens, rows=rows, speedup=speedups[0] if speedups else None, allow_slower=allow_slower or None),
         **({} if calib is None else {"calib": None if calib == "none" else calib}),
     }
     resolved = recipe_from_keywords(given, recipe)
     if dry_run:
-        dry_run_of(model, resolved, output, device, as_json=as_json)
+        dry_run_of(model, resolved, output, device, speedups=speedups, as_json=as_json)
     else:
         _convert(model, resolved, output, device, resume, force, as_json)
+
+
+def _speedups(text: str | None, *, dry_run: bool) -> list[float]:
+    """The numbers that ``--speedup`` names."""
+    parts = [] if text is None else text.split(",")
+    try:
+        speedups = [float(part) for part in parts]
+    except ValueError:
+        raise OptionError(f"--speedup {text!r} is no number; write for example --speedup 1.5") from None
+    if len(speedups) > 1 and not dry_run:
+        raise OptionError(
+            f"--speedup {text} names {len(speedups)} values; a conversion has one, --dry-run compares several"
+        )
+    return speedups
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -1,38 +1,33 @@
-"""``convert --dry-run``: what a conversion would do, from headers and from curves that earlier runs have left."""
+"""``convert --dry-run``: what a conversion would do, from headers and from measurements that earlier runs have left."""
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from spmconvert.cli import console, views
 from spmconvert.errors import OptionError
 from spmconvert.recipe.recipe import Recipe
 
+NOT_MEASURED = (
+    "designs for a budget follow from measurements that have not been made yet; run the command once without --dry-run, "
+    "then a dry run shows any budget"
+)
 
-def dry_run_of(model: str, recipe: Recipe, output: Path | None, device: str, *, as_json: bool) -> None:
+
+def dry_run_of(
+    model: str, recipe: Recipe, output: Path | None, device: str, *, speedups: Sequence[float] = (), as_json: bool
+) -> None:
     """Print the layers, designs, sizes and times of a conversion, and what other budgets would buy; touch nothing."""
-    from spmconvert.budget.allocation import allocate, choice_record, compare_budgets, describe_choice
-    from spmconvert.budget.cache import CacheIdentity
-    from spmconvert.budget.curves import check_measurable, read_curves
+    from spmconvert.budget.allocation import choice_record, describe_choice
     from spmconvert.commands.convert import default_output, open_plan
-    from spmconvert.data.documents import content_hash, read_documents
 
     source, plan, _ = open_plan(model, recipe)
-    text = None
-    if recipe.calibration.file is not None:
-        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
-    choice = budgets = None
+    choice = budgets = note = None
     if recipe.budget.limits:
-        check_measurable(recipe)
-        curves = read_curves(source, plan, recipe, CacheIdentity.of_checkpoint(source, device), text)
-        if curves is None:
-            raise OptionError(
-                "designs for a budget follow from measurements that have not been made yet; run the command once without "
-                "--dry-run, then a dry run shows any budget"
-            )
-        allocation = allocate(curves, recipe.budget)
+        allocation, budgets = _budgets(source, plan, recipe, device, speedups)
         plan, choice = allocation.plan, allocation.choice
-        # a largest error has curves of its own, by which no share is chosen
-        budgets = None if recipe.budget.max_error is not None else compare_budgets(curves)
+        note = describe_choice(allocation, recipe.budget)
     destination = str(output or default_output(model))
     if as_json:
         calibrated = recipe.calibration.file is not None
@@ -51,7 +46,34 @@ def dry_run_of(model: str, recipe: Recipe, output: Path | None, device: str, *, 
         )
     else:
         views.show_plan(plan, recipe, destination)
-        if choice is not None:
-            views.show_spent(describe_choice(choice, recipe.budget))
+        if note is not None:
+            views.show_spent(note)
         if budgets is not None:
             views.show_budgets(budgets, recipe.budget.loss_name)
+
+
+def _budgets(source: Any, plan: Any, recipe: Recipe, device: str, speedups: Sequence[float]) -> tuple[Any, Any]:
+    """What is chosen for the recipe's budget, and what others would buy, from what is known; nothing is fitted."""
+    from spmconvert.budget.allocation import allocate, compare_budgets
+    from spmconvert.budget.cache import CacheIdentity
+    from spmconvert.budget.curves import check_measurable, read_curves
+    from spmconvert.budget.spend import compare_speedups, limit_of, timed_limit
+    from spmconvert.data.documents import content_hash, read_documents
+
+    check_measurable(recipe)
+    text = None
+    if recipe.calibration.file is not None:
+        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
+    identity = CacheIdentity.of_checkpoint(source, device)
+    curves = read_curves(source, plan, recipe, identity, text)
+    limit = limit_of(recipe.budget, plan, device, identity)
+    if curves is None:
+        raise OptionError(NOT_MEASURED)
+    if recipe.budget.speedup is not None:
+        rows = compare_speedups(curves, limit, source, sorted({recipe.budget.speedup, *speedups}))
+        timed = timed_limit(limit, source)
+        if rows is None or timed is None:
+            raise OptionError(NOT_MEASURED)
+        return allocate(curves, timed), rows
+    # a largest error has curves of its own, by which no share is chosen
+    return allocate(curves, limit), None if recipe.budget.max_error is not None else compare_budgets(curves, limit)

@@ -51,6 +51,13 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
         parts += [f"{conversion.left_dense} layers stay dense"] if conversion.left_dense else []
         out.print(", ".join(parts), soft_wrap=True)
     out.print(f"error: {conversion.measured_on}", soft_wrap=True)
+    if conversion.speed is not None:
+        speed = conversion.speed
+        out.print(
+            f"forward pass of {speed['rows']} x {speed['tokens']} tokens on {speed['device']}: {speed['measured']:.2f} "
+            f"times faster, {speed['predicted']:.2f} by the times of its layers, {speed['wanted']:g} wanted",
+            soft_wrap=True,
+        )
     if conversion.above_limit:
         names = ", ".join(conversion.above_limit)
         out.print(f"the final fits of {names} came out above the largest error that was allowed", soft_wrap=True)
@@ -62,18 +69,14 @@ def plan_rows(plan: "ConversionPlan") -> list[dict[str, Any]]:
     """The planned layers as plain values."""
     rows = []
     for layer in plan.layers:
-        g = layer.spec.geometry
+        design = layer.spec.design
         dense_flops, flops = layer.flops
         rows.append(
             {
                 "layer": layer.target.name,
-                "in_features": g.in_features,
-                "out_features": g.out_features,
-                "width": g.width,
-                "stages": g.stages,
-                "variant": g.variant,
-                "block": g.block,
-                "rank": g.rank,
+                "in_features": design.in_features,
+                "out_features": design.out_features,
+                "terms": design.to_json(),
                 "parameters_before": layer.dense_parameters,
                 "parameters_after": layer.parameters,
                 "bytes_before": layer.dense_bytes,
@@ -129,14 +132,16 @@ def _layers(number: int) -> str:
 
 
 def show_budgets(rows: list[dict[str, Any]], loss_name: str) -> None:
-    """What other budgets would buy."""
+    """What other budgets would buy; of time where rows have a ``speedup``, of parameters otherwise."""
     table = Table(box=None, pad_edge=False)
-    columns = ("--keep", loss_name, "low rank", "stages", "stages + companion", "left dense", "checkpoint")
+    timed = any("speedup" in row for row in rows)
+    columns = ("--speedup" if timed else "--keep", loss_name, "layers", "checkpoint")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="left" if column == "layers" else "right")
     for row in rows:
-        counts = (str(row[key]) for key in ("low_rank", "stages", "stages_with_companion", "dense"))
-        table.add_row(f"{row['keep']:.0%}", f"{row['predicted_loss']:.4g}", *counts, size(row["output_bytes"]))
+        layers = ", ".join(f"{number} {kinds}" for kinds, number in row["layers"].items())
+        asked = f"{row['speedup']:g}" if timed else f"{row['keep']:.0%}"
+        table.add_row(asked, f"{row['predicted_loss']:.4g}", layers, size(row["output_bytes"]))
     out.print(table)
     out.print(f"{loss_name}: against the dense model, on the rows that choose, before any finetune", soft_wrap=True)
 

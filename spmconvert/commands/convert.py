@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from spmconvert.budget.allocation import Allocation, check_reachable, choice_record, describe_choice
+from spmconvert.budget.allocation import check_reachable, choice_record, describe_choice
 from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.curves import check_measurable
-from spmconvert.budget.spend import Spending, Spent, limit_of
-from spmconvert.budget.speed import forward_seconds
 from spmconvert.budget.knapsack import Choice
+from spmconvert.budget.speed import forward_seconds
+from spmconvert.budget.spend import Spending, Spent, limit_of
+from spmconvert.calibrate.moments import MomentStore, gather_moments, moment_bytes
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
@@ -32,15 +33,16 @@ from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.errors import OptionError, OutputError
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
-from spmconvert.fit.run import FitRun, fit_all
+from spmconvert.fit.run import FitRun, dense_tensors, fit_all, stored_layer
 from spmconvert.fit.sequential import check_chain, is_chain, layer_blocks, on_one_path
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel
-from spmconvert.model.swap import layer_from_spec
+from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
 from spmconvert.plan.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Recipe
 from spmconvert.system.devices import check_device
+from spmconvert.system.timing import device_name
 from spmconvert.version import __version__
 
 
@@ -63,6 +65,7 @@ class Conversion:
         budget_note: what a budget was spent on, in words.
         fit_note: what fits went for beside each layer's own error, in words.
         above_limit: layers whose final fit came out above the largest error that was allowed.
+        speed: for a budget of time, how much faster the whole model is, as predicted and as measured.
     """
 
     output: Path
@@ -79,6 +82,7 @@ class Conversion:
     budget_note: str = ""
     fit_note: str = ""
     above_limit: tuple[str, ...] = ()
+    speed: dict[str, Any] | None = None
 
     @property
     def measured_on(self) -> str:
@@ -134,39 +138,60 @@ def convert(
     listener = progress or Silent()
     budgeted = bool(resolved.budget.limits)
     if budgeted:
-        check_reachable(plan, resolved.budget)
+        check_measurable(resolved)
+        check_reachable(limit_of(resolved.budget, plan, device, CacheIdentity.of_checkpoint(source, device)))
     dense = DenseModel(source.directory, config, device)
     resolved = _load_and_settle(resolved, plan, rows, dense)
     # a budget is spent later; until then the output may be as large as the source
     needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
+    needed += 0 if rows is None else moment_bytes(plan.layers)
     fingerprint = _fingerprint(source, resolved, rows)
     with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed) as target:
-        run = FitRun(source, dense, plan, resolved, rows, target, listener)
-        choice = _spend_budget(run) if budgeted else None
+        moments = None if rows is None else MomentStore(target.partial / "moments")
+        run = FitRun(source, dense, plan, resolved, rows, moments, target, listener)
+        if rows is not None and moments is not None and not _is_fitted(run):
+            weighted = resolved.weights_fits or resolved.predicts_loss
+            gather_moments(dense, plan.layers, rows, moments, listener.calibrating, weighted=weighted, seed=resolved.seed)
+        spent = _spend_budget(run) if budgeted else None
         listener.planned(run.plan)
         records = fit_all(run)
         listener.writing(run.plan.output_bytes)
-        conversion = _summary(run, destination, records, choice)
+        conversion = _summary(run, destination, records, spent)
         _write(run, conversion)
     return conversion
 
 
-def _spend_budget(run: FitRun) -> Choice:
+def _is_fitted(run: FitRun) -> bool:
+    """Whether all layers were finished by a run that this one goes on from."""
+    chosen = run.target.load_file(CHOICE_FILE)
+    if run.recipe.budget.limits and chosen is None:
+        return False
+    plan = run.plan if chosen is None else Spent.from_json(run.plan, chosen).allocation.plan
+    return all(run.target.load_layer(layer.target.name) is not None for layer in plan.layers)
+
+
+def _spend_budget(run: FitRun) -> Spent:
     """Choose the designs of a run, or take what it chose before it was interrupted; its plan has them afterwards."""
     chosen_before = run.target.load_file(CHOICE_FILE)
     if chosen_before is None:
-        identity = CacheIdentity.of_checkpoint(run.source, run.dense.device)
-        listener = run.progress
-        curves = measure_curves(
-            run.source, run.plan, run.recipe, identity, run.rows, run.dense, listener.calibrating, listener.measured
-        )
-        allocation = allocate(curves, run.recipe.budget)
+        spent = Spending(
+            source=run.source,
+            plan=run.plan,
+            recipe=run.recipe,
+            identity=CacheIdentity.of_checkpoint(run.source, run.dense.device),
+            rows=run.rows,
+            model=run.dense,
+            moments=lambda name: None if run.moments is None else run.moments.read(name),
+            weights=partial(dense_tensors, run),
+            device=run.dense.device,
+            watch=run.progress,
+        ).choose()
         # finished layers have these designs, whatever a cache says when the run is resumed
-        run.target.store_file(CHOICE_FILE, allocation.to_json())
+        run.target.store_file(CHOICE_FILE, spent.to_json())
     else:
-        allocation = Allocation.from_json(run.plan, chosen_before)
-    run.plan = allocation.plan
-    return allocation.choice
+        spent = Spent.from_json(run.plan, chosen_before)
+    run.plan = spent.allocation.plan
+    return spent
 
 
 def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, Any]:
@@ -306,6 +331,7 @@ def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
         "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
         "layers": [asdict(record) for record in conversion.layers],
         "allocation": conversion.choice and choice_record(conversion.choice, run.recipe.budget),
+        "speed": conversion.speed,
         "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
     }
 
@@ -326,11 +352,12 @@ def _card(run: FitRun, conversion: Conversion) -> str:
     )
 
 
-def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], choice: Choice | None) -> Conversion:
+def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], spent: Spent | None) -> Conversion:
     entries = run.source.tensors.values()
     before = sum(math.prod(entry.shape) for entry in entries)
     saved = sum(record.dense_parameters - record.parameters for record in records)
     max_error = run.recipe.budget.max_error or math.inf
+    choice = None if spent is None else spent.allocation.choice
     return Conversion(
         output=output,
         layers=records,
@@ -343,10 +370,29 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], choice
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),
         choice=choice,
         left_dense=0 if choice is None else len(choice.chosen) - len(records),
-        budget_note="" if choice is None else describe_choice(choice, run.recipe.budget),
+        budget_note="" if spent is None else describe_choice(spent.allocation, run.recipe.budget),
         fit_note=run.recipe.fit.fit_note,
         above_limit=tuple(record.name for record in records if record.error > max_error),
+        speed=None if spent is None or spent.predicted_speedup is None else _measured_speed(run, spent),
     )
+
+
+def _measured_speed(run: FitRun, spent: Spent) -> dict[str, Any]:
+    """How much faster the fitted model is, beside what was predicted."""
+    dense, budget = run.dense(), run.recipe.budget
+    converted = copy_sharing_tensors(dense)
+    for layer in run.plan.layers:
+        built = stored_layer(run, layer).to(run.dense.device, dense.dtype)
+        replace_module(converted, layer.target.name, built.eval().requires_grad_(False))
+    times = forward_seconds({"dense": dense, "converted": converted}, budget, run.dense.device)
+    return {
+        "rows": budget.rows,
+        "tokens": budget.tokens,
+        "device": device_name(run.dense.device),
+        "wanted": budget.speedup,
+        "predicted": spent.predicted_speedup,
+        "measured": times["dense"] / times["converted"],
+    }
 
 
 def _json(value: dict[str, Any]) -> str:

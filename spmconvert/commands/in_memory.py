@@ -1,22 +1,25 @@
 """A conversion while transformers loads a dense model: fitted and swapped in memory, nothing written."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from spmconvert.budget.allocation import allocate, check_reachable
+from torch import Tensor
+
 from spmconvert.budget.cache import CacheIdentity
-from spmconvert.budget.curves import measure_curves
-from spmconvert.calibrate.moments import Moments, gather_moments
+from spmconvert.budget.spend import Spending
+from spmconvert.calibrate.moments import Moments, MomentStore, gather_moments
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import open_loaded, tokenizer_place
-from spmconvert.data.calibration import CalibrationRows, calibration_rows
+from spmconvert.data.calibration import calibration_rows
 from spmconvert.errors import OptionError
 from spmconvert.fit.layer import fit_layer
 from spmconvert.fit.progress import Silent
 from spmconvert.model.swap import replace_module
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.plan.plan import ConversionPlan, plan_conversion, statistics_groups
+from spmconvert.plan.plan import LayerPlan, plan_conversion
 from spmconvert.recipe.recipe import Recipe
 
 
@@ -39,33 +42,51 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
     plan = plan_conversion(source, model, recipe)
     rows = calibration_rows(tokenizer_place(source), model.config, recipe)
     silent = Silent()
-    if recipe.budget.limits:
-        check_reachable(plan, recipe.budget)
-        identity = CacheIdentity.of_model(model)
-        curves = measure_curves(source, plan, recipe, identity, rows, lambda: model, silent.calibrating, silent.measured)
-        plan = allocate(curves, recipe.budget).plan
-    replacements = dict(_fitted_layers(model, plan, recipe, rows))
+    with TemporaryDirectory(prefix="spmconvert-") as folder:
+        store = None if rows is None else MomentStore(Path(folder))
+        if rows is not None and store is not None:
+            weighted = recipe.weights_fits or recipe.predicts_loss
+            gather_moments(lambda: model, plan.layers, rows, store, silent.calibrating, weighted=weighted, seed=recipe.seed)
+
+        def moments(name: str) -> Moments | None:
+            return None if store is None else store.read(name)
+
+        if recipe.budget.limits:
+            plan = (
+                Spending(
+                    source=source,
+                    plan=plan,
+                    recipe=recipe,
+                    identity=CacheIdentity.of_model(model),
+                    rows=rows,
+                    model=lambda: model,
+                    moments=moments,
+                    weights=partial(_dense_tensors, model),
+                    device=str(model.device),
+                    watch=silent,
+                )
+                .choose()
+                .allocation.plan
+            )
+        replacements = {
+            layer.target.name: _fitted(model, layer, moments(layer.target.name), recipe) for layer in plan.layers
+        }
     # only now, so that every layer was calibrated on the dense model
     for name, replacement in replacements.items():
         replace_module(model, name, replacement.train(model.training))
     return {layer.target.name: layer.spec for layer in plan.layers}
 
 
-def _fitted_layers(
-    model: Any, plan: ConversionPlan, recipe: Recipe, rows: CalibrationRows | None
-) -> Iterator[tuple[str, SPMLinear]]:
-    """The replacement of every planned layer by name, in the dtype of the model or the one that the recipe names."""
-    weighted = recipe.weights_fits
-    for group in statistics_groups(plan.layers, weighted=weighted):
-        moments: dict[str, Moments] = {}
-        if rows is not None:
-            moments = gather_moments(model, group, rows, Silent().calibrating, weighted=weighted, seed=recipe.seed)
-        for layer in group:
-            name = layer.target.name
-            module = model.get_submodule(name)
-            weight = module.weight.detach().t() if layer.spec.fan_in_fan_out else module.weight.detach()
-            bias = None if module.bias is None else module.bias.detach()
-            fitted, _ = fit_layer(
-                layer, weight, bias, moments.get(name), iterations=recipe.fit.iterations, seed=recipe.seed
-            )
-            yield name, fitted.to(module.weight.dtype if layer.spec.dtype is None else fitted.weight.dtype)
+def _dense_tensors(model: Any, layer: LayerPlan) -> tuple[Tensor, Tensor | None]:
+    """Weight [out_features, in_features] and bias of a dense layer, float32."""
+    module = model.get_submodule(layer.target.name)
+    weight = module.weight.detach().t() if layer.spec.fan_in_fan_out else module.weight.detach()
+    return weight.float(), None if module.bias is None else module.bias.detach().float()
+
+
+def _fitted(model: Any, layer: LayerPlan, moments: Moments | None, recipe: Recipe) -> SPMLinear:
+    """The replacement of a layer, in the dtype of the model or the one that the recipe names."""
+    weight, bias = _dense_tensors(model, layer)
+    fitted, _ = fit_layer(layer, weight, bias, moments, iterations=recipe.fit.iterations, seed=recipe.seed)
+    dense_dtype = model.get_submodule(layer.target.name).weight.dtype
+    return fitted.to(dense_dtype if layer.spec.dtype is None else fitted.weight.dtype)

@@ -11,10 +11,10 @@ from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.errors import FitError
 from spmconvert.fit.error import LayerError, measure_error
-from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.sequential import Regression
 from spmconvert.fit.solver import fit_
 from spmconvert.model.swap import layer_from_spec
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
 

@@ -1,4 +1,4 @@
-"""The least-squares problem of one layer, in the unknowns of the terms that a gradient fits; low rank is eliminated from it.
+"""The least-squares problem of one layer, in the unknowns of terms that a gradient fits; low rank is eliminated from it.
 
 Minimised is E‖(W - S)(x - μ)‖² = ‖R (W - S)ᵀ‖² with RᵀR = Σ, the centred second moment of the inputs, so the rows of R
 are the only tokens, in_features of them however long the calibration text was. Target and rows are scaled to unit size, so

@@ -8,6 +8,8 @@ stay on disk and are read as they are needed (6 Llama blocks of 235 MB: 0.9 GB a
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
+from torch import Tensor
+
 from spmconvert.calibrate.moments import Moments, MomentStore
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
@@ -105,13 +107,19 @@ def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]
             weight = run.source.read_finite(layer.weight)
             regression = regress(streams, reached, name, (weight.t() if layer.spec.fan_in_fan_out else weight).float())
         yield layer, moments, regression
-        streams.convert(name, _stored_layer(run, layer).to(run.dense.device).eval())
+        streams.convert(name, stored_layer(run, layer).to(run.dense.device).eval())
+
+
+def dense_tensors(run: FitRun, layer: LayerPlan) -> tuple[Tensor, Tensor | None]:
+    """Weight [out_features, in_features] and bias of a dense layer, float32, on the device of the run."""
+    weight = run.source.read_finite(layer.weight).to(run.dense.device)
+    weight = weight.t() if layer.spec.fan_in_fan_out else weight
+    bias = None if layer.bias is None else run.source.read_finite(layer.bias).to(run.dense.device).float()
+    return weight.float(), bias
 
 
 def _fit_one(run: FitRun, layer: LayerPlan, moments: Moments | None, regression: Regression | None) -> LayerRecord:
-    weight = run.source.read_finite(layer.weight).to(run.dense.device)
-    weight = weight.t() if layer.spec.fan_in_fan_out else weight
-    bias = None if layer.bias is None else run.source.read_finite(layer.bias).to(run.dense.device)
+    weight, bias = dense_tensors(run, layer)
     fitted, record = fit_layer(
         layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed, regression=regression
     )
@@ -120,7 +128,7 @@ def _fit_one(run: FitRun, layer: LayerPlan, moments: Moments | None, regression:
     return record
 
 
-def _stored_layer(run: FitRun, layer: LayerPlan) -> SPMLinear:
+def stored_layer(run: FitRun, layer: LayerPlan) -> SPMLinear:
     """A finished layer as the conversion stores it, in float32."""
     stored = run.target.load_layer(layer.target.name)
     assert stored is not None

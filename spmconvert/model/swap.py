@@ -32,9 +32,7 @@ def layer_from_spec(spec: LayerSpec, *, device: torch.device | str | None = None
     """An SPM layer of the given shape with fresh parameters, in the default dtype unless the spec pins one."""
     design = spec.design
     dtype = None if spec.dtype is None else getattr(torch, spec.dtype)
-    return SPMLinear(
-        design.in_features, design.out_features, spec.bias, terms=design.terms, device=device, dtype=dtype
-    )
+    return SPMLinear(design.in_features, design.out_features, spec.bias, terms=design.terms, device=device, dtype=dtype)
 
 
 def swap_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> list[str]:

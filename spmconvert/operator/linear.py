@@ -134,8 +134,7 @@ class SPMLinear(nn.Module):
 
     def _in_chunks(self, x: Tensor) -> Tensor:
         first, *others = self.term_modules
-        bias = self.held_bias
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = self._bias_in(x.dtype)
         y = x.new_empty(x.shape[0], self.out_features)
         for rows, target in zip(x.split(CHUNK_TOKENS), y.split(CHUNK_TOKENS), strict=True):
             first.write_(rows, bias, target)
@@ -143,11 +142,14 @@ class SPMLinear(nn.Module):
                 term.add_(rows, target)
         return y
 
+    def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
+        bias = self.held_bias
+        return None if bias is None else bias.to(dtype)
+
     def _summed(self, x: Tensor) -> Tensor:
         low_rank = self.low_rank
         plain = low_rank is None or low_rank.is_plain
-        bias = self.held_bias if plain else None
-        bias = None if bias is None else bias.to(x.dtype)
+        bias = self._bias_in(x.dtype) if plain else None
         if self._only_low_rank:
             assert low_rank is not None
             return low_rank.biased(x, bias) if plain else low_rank(x)

@@ -38,7 +38,6 @@ from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
 from spmconvert.operator.reference import apply_stages, expand, fold, is_transformed
 
 
-
 @dataclass(frozen=True)
 class MergePlan:
     """What the merged form of a geometry looks like; integers only.

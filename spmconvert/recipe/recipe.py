@@ -33,8 +33,8 @@ class LayerDesign(_Table):
         variant: ``general`` or ``rotation``.
         block: coordinates per block.
         rank: rank of the low-rank term.
-        terms: what the layer is a sum of, in the place of these numbers: tables with a ``kind`` and its own numbers, such as
-            ``{kind = "sparse24"}``.
+        terms: what the layer is a sum of, in the place of these numbers: tables with a ``kind`` and its own numbers,
+            such as ``{kind = "sparse24"}``.
     """
 
     stages: Annotated[int, Field(ge=0)] | None = None

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
-
-import torch
 
 FEWEST_ROUNDS = 5
 MOST_ROUNDS = 200
@@ -43,6 +42,8 @@ def interleaved_seconds(
 
 def device_name(device: str) -> str:
     """What computes there: the processor with its number of threads, or the accelerator."""
+    import torch
+
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{_processor()}, {torch.get_num_threads()} threads"
@@ -50,7 +51,7 @@ def device_name(device: str) -> str:
 
 def _processor() -> str:
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as lines:
             found = next((line for line in lines if line.startswith("model name")), "")
     except OSError:
         found = ""
@@ -59,4 +60,6 @@ def _processor() -> str:
 
 def _wait(device: str) -> None:
     if device.startswith("cuda"):
+        import torch
+
         torch.cuda.synchronize(device)

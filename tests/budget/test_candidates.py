@@ -13,8 +13,8 @@ from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.data.calibration import load_rows
 from spmconvert.fit.error import measure_error
-from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.model.loading import load_dense_model
+from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.operator.geometry import Geometry
 
 

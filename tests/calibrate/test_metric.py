@@ -5,8 +5,8 @@ import torch
 
 from spmconvert.calibrate.metric import DAMPING, DIRECTIONS, OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
-from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.fit.solver import fit_
+from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 
 

@@ -4,15 +4,15 @@ import copy
 
 import pytest
 import torch
+from spmconvert.fit.start import hierarchical_start_
 
 import spmconvert
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.errors import FitError
 from spmconvert.fit.error import measure_error
-from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.fit.solver import fit_, fit_linear
-from spmconvert.fit.start import hierarchical_start_
+from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 
 

@@ -124,7 +124,7 @@ class LowRankModule(TermModule):
         return all(type(child) is nn.Linear and not _is_hooked(child) for child in (self.down, self.up))
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
-        """y [tokens, out_features] plus both products, differentiable; y itself is written over where that is allowed."""
+        """Y [tokens, out_features] plus both products, differentiable; y itself is written over where that is allowed."""
         inner = linear(x, self.down.weight.to(x.dtype))
         # in place: nothing else reads y, and a sum beside it would be one more pass over the outputs
         add_product = torch.addmm if is_transformed() else Tensor.addmm_
@@ -155,7 +155,8 @@ class LowRankModule(TermModule):
 
     def scale_parameter(self) -> nn.Parameter:
         """The factor on the outputs' side."""
-        return self.up.weight
+        weight: nn.Parameter = self.up.weight  # type: ignore[assignment]
+        return weight
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -3,8 +3,9 @@
 ``forward`` is differentiable and fast; ``reference`` is the plain form that it is tested against. ``add_`` is what a layer
 calls on a chunk of tokens while it is in cache, without gradients.
 
-A term is fitted in one of two ways. One whose integers say ``closed_form`` solves for its best self given what the other terms leave.
-Any other is fitted by a gradient: it names its ``unknowns`` and where to start. Both work in the norm of ``LeastSquares``.
+A term is fitted in one of two ways. One whose integers say ``closed_form`` solves for its best self, given what the other
+terms leave. Any other is fitted by a gradient: it names its ``unknowns`` and where to start. Both work in the norm of
+``LeastSquares``.
 """
 
 from abc import abstractmethod
@@ -124,4 +125,3 @@ class TermModule(nn.Module):
 def root_mean_square(parameter: Tensor) -> float:
     """Size of a tensor's numbers; one for zeros."""
     return parameter.detach().float().square().mean().sqrt().item() or 1.0
-

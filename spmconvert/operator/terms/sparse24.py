@@ -27,7 +27,7 @@ from torch.nn.functional import linear
 
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
-from spmconvert.operator.geometry import Geometry
+from spmconvert.operator.geometry import Geometry, stage_period
 from spmconvert.operator.kept import KeptBlocks, can_be_kept
 from spmconvert.operator.pruning import GROUP, KEPT, pruned
 from spmconvert.operator.start import identity_stages_
@@ -38,6 +38,8 @@ from spmconvert.operator.terms.term import Term
 # sizes of which torch's backends for semi-structured matrices all take any multiple in half precision
 ROWS_MULTIPLE, INPUTS_MULTIPLE = 32, 64
 SPARSE_DEVICE = "cuda"
+# coordinates a block of the stages around it, where a recipe names none
+WRAP_BLOCK = 8
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,25 @@ class Sparse24(Term):
         sides = (self.in_features, self.out_features) if self.wrap else ()
         return kept + sum(self.wrapper(features).parameter_count() for features in sides)
 
+    @property
+    def closed_form(self) -> bool:
+        """A mask and a linear solve, unless stages are fitted around it."""
+        return not self.wrap
+
+    @classmethod
+    def from_options(cls, in_features: int, out_features: int, options: dict[str, Any]) -> Self:
+        """``wrap`` alone takes stages of ``WRAP_BLOCK`` coordinates and as many as mix all of them."""
+        if options.get("wrap") is True:
+            block = options.get("wrap_block", WRAP_BLOCK)
+            stages = stage_period(-(-max(in_features, out_features) // max(block, 1)))
+            options = {"wrap_block": block, "wrap_stages": stages, **options}
+        return super().from_options(in_features, out_features, options)
+
+    @classmethod
+    def standing_designs(cls, in_features: int, out_features: int) -> list[Self]:
+        """The bare matrix."""
+        return [cls(in_features, out_features)]
+
     def index_bytes(self) -> int:
         """Packed positions."""
         return self.out_features * self.packed_groups
@@ -123,7 +144,6 @@ class Sparse24Module(TermModule):
         positions: where in its group of four each stands, as ``pack`` gives it, uint8 [out_features, ceil(groups / 2)].
     """
 
-    closed_form = True
     term: Sparse24
     positions: Tensor
 
@@ -281,7 +301,7 @@ class WrappedSparse24Module(Sparse24Module):
         behind: stages on the outputs' side.
     """
 
-    closed_form = False
+    starts_near = True
 
     def __init__(
         self,

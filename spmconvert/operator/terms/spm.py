@@ -214,7 +214,9 @@ class StagesModule(TermModule):
         if can_factorise(self.geometry):
             hierarchical_start_(self, problem.weight)
             with torch.no_grad():
-                left, whole = ((part @ problem.root.t()).square().sum() for part in (problem.weight - self.matrix(), problem.weight))
+                left, whole = (
+                    (part @ problem.root.t()).square().sum() for part in (problem.weight - self.matrix(), problem.weight)
+                )
             if left <= EXACT * whole:
                 return
         random_start_(self, seed)
