@@ -76,6 +76,11 @@ class Design:
         return any(not term.closed_form for term in self.terms)
 
     @property
+    def runs_dense(self) -> bool:
+        """Whether a CPU runs the whole layer as one dense product."""
+        return any(term.runs_dense for term in self.terms)
+
+    @property
     def bias_name(self) -> str:
         """Name of the layer's bias parameter, where it has one."""
         return "lowrank.up.bias" if self.term("lowrank") else "bias"

@@ -22,7 +22,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spmconvert.operator.reference import is_transformed
 
-Merge = Callable[..., list[Tensor]]
+Merge = Callable[..., Any]
 
 
 class Source:
@@ -71,6 +71,59 @@ class KeptBlocks:
         if self.dtype != dtype or self.merge is not merge:
             return False
         return all(source.still_is(parameter) for source, parameter in zip(self.sources, parameters, strict=True))
+
+
+class Keeper(nn.Module):
+    """A module that keeps what it makes from its parameters for the calls that follow."""
+
+    _cache: KeptBlocks | None = None
+
+    def keep(
+        self, dtype: torch.dtype, merge: Merge, tensors: Sequence[Tensor], make: Callable[[], list[Tensor]]
+    ) -> list[Tensor]:
+        """What ``make`` gives, made anew only after a change.
+
+        Args:
+            dtype: that it is in.
+            merge: what makes it, the same object for the same way.
+            tensors: that it is made from; they ``can_be_kept``.
+            make: makes it.
+        """
+        kept = self._cache
+        if kept is None or not kept.serve(dtype, merge, tensors):
+            # what is made inside inference mode could not be used outside of it
+            with torch.inference_mode(False), torch.no_grad():
+                kept = KeptBlocks.of(make(), dtype, merge, tensors)
+            # also what children kept on the way
+            self.drop_cache_()
+            self._cache = kept
+        return kept.blocks
+
+    def drop_cache_(self) -> None:
+        """Forget what was kept, by the modules inside of this one, too."""
+        self._cache = None
+        for child in self.children():
+            if isinstance(child, Keeper):
+                child.drop_cache_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Drop it with every conversion: tensors with weak references cannot be swapped for others."""
+        self.drop_cache_()
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
+        """Drop it: tensors with weak references cannot be swapped, which is one way to load."""
+        self.drop_cache_()
+        super()._load_from_state_dict(*arguments, **options)
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode and drop what was kept."""
+        self.drop_cache_()
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what was kept out of pickles and copies."""
+        return {**self.__dict__, "_cache": None}
 
 
 def can_be_kept(module: nn.Module, parameters: Sequence[Tensor], buffers: Sequence[Tensor] = ()) -> bool:

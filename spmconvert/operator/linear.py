@@ -9,14 +9,16 @@ its shape instead of loading something random, and model code that asks for ``mo
 """
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from spmconvert.operator.chunks import CHUNK_TOKENS
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.operator.dispatch import Backend
+from spmconvert.operator.kept import Keeper, can_be_kept
 from spmconvert.operator.reference import is_transformed
 from spmconvert.operator.terms.lowrank import LowRank, LowRankModule
 from spmconvert.operator.terms.module import TermModule
@@ -25,7 +27,7 @@ from spmconvert.operator.terms.term import Term
 MARK_SHAPE = (1, 1, 1)
 
 
-class SPMLinear(nn.Module):
+class SPMLinear(Keeper):
     """A linear layer whose matrix is a sum of terms.
 
     Args:
@@ -84,6 +86,7 @@ class SPMLinear(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype))
         # read at every call
         self._only_low_rank = design.only_low_rank
+        self._runs_dense = design.runs_dense
         self._kinds = tuple(term.kind for term in design.terms)
         if len(self._kinds) > 1 and self.low_rank is not None:
             with torch.no_grad():
@@ -119,8 +122,28 @@ class SPMLinear(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         tokens = x.reshape(-1, self.in_features)
-        y = self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
+        if self._runs_dense and self._may_keep(tokens):
+            y = linear(tokens, self._kept_matrix(tokens.dtype), self._bias_in(tokens.dtype))
+        else:
+            y = self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _may_keep(self, x: Tensor) -> bool:
+        """Whether the whole matrix may be kept: nothing in it is trained by this call, and a change would be seen."""
+        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._matrix_parameters())
+        if trains or x.device.type != "cpu" or torch.compiler.is_compiling():
+            return False
+        return can_be_kept(self, self._matrix_parameters(), self._matrix_buffers())
+
+    def _kept_matrix(self, dtype: torch.dtype) -> Tensor:
+        tensors = (*self._matrix_parameters(), *self._matrix_buffers())
+        return self.keep(dtype, SPMLinear.to_dense, tensors, lambda: [self.to_dense().to(dtype)])[0]
+
+    def _matrix_parameters(self) -> list[Tensor]:
+        return [parameter for term in self.term_modules for name, parameter in term.named_parameters() if name != "up.bias"]
+
+    def _matrix_buffers(self) -> list[Tensor]:
+        return [buffer for term in self.term_modules for buffer in term.buffers()]
 
     def _may_chunk(self, x: Tensor) -> bool:
         low_rank = self.low_rank
@@ -167,12 +190,6 @@ class SPMLinear(nn.Module):
         for matrix in others:
             first = first + matrix
         return first
-
-    def drop_cache_(self) -> Self:
-        """Forget what the terms keep between calls, after a write that is not seen (through ``parameter.data``)."""
-        for term in self.term_modules:
-            term.drop_cache_()
-        return self
 
     def extra_repr(self) -> str:
         """Shape, terms, and the share of the dense parameters that is left."""

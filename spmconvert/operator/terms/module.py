@@ -15,6 +15,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from spmconvert.operator.kept import Keeper
 from spmconvert.operator.terms.term import Term
 
 
@@ -49,7 +50,7 @@ class LeastSquares:
         return LeastSquares(weight, self.root, self.metric)
 
 
-class TermModule(nn.Module):
+class TermModule(Keeper):
     """A term with its parameters.
 
     Attributes:
@@ -117,9 +118,6 @@ class TermModule(nn.Module):
     def unknowns(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that a solver changes, each with the size that its steps are relative to."""
         return [(parameter, root_mean_square(parameter)) for parameter in self.parameters()]
-
-    def drop_cache_(self) -> None:
-        """Forget what was kept between calls."""
 
 
 def root_mean_square(parameter: Tensor) -> float:

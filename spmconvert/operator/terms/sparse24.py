@@ -16,7 +16,6 @@ itself, and are trained by a gradient; without gradients all three are one dense
 """
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -28,7 +27,7 @@ from torch.nn.functional import linear
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.geometry import Geometry, stage_period
-from spmconvert.operator.kept import KeptBlocks, can_be_kept
+from spmconvert.operator.kept import can_be_kept
 from spmconvert.operator.pruning import GROUP, KEPT, pruned
 from spmconvert.operator.start import identity_stages_
 from spmconvert.operator.terms.module import LeastSquares, TermModule, root_mean_square
@@ -95,6 +94,11 @@ class Sparse24(Term):
         """A mask and a linear solve, unless stages are fitted around it."""
         return not self.wrap
 
+    @property
+    def runs_dense(self) -> bool:
+        """There is no faster product on a CPU."""
+        return True
+
     @classmethod
     def from_options(cls, in_features: int, out_features: int, options: dict[str, Any]) -> Self:
         """``wrap`` alone takes stages of ``WRAP_BLOCK`` coordinates and as many as mix all of them."""
@@ -154,7 +158,6 @@ class Sparse24Module(TermModule):
         self.values = nn.Parameter(torch.empty(term.out_features, KEPT * term.groups, device=device, dtype=dtype))
         packed = torch.empty(term.out_features, term.packed_groups, device=device, dtype=torch.uint8)
         self.register_buffer("positions", packed)
-        self._cache: KeptBlocks | None = None
         self.reset_parameters()
 
     @torch.no_grad()
@@ -238,10 +241,6 @@ class Sparse24Module(TermModule):
         """Choose the mask and refit the weights that stay."""
         self.hold_(*pruned(problem))
 
-    def drop_cache_(self) -> None:
-        """Forget the kept matrix."""
-        self._cache = None
-
     def _sources(self) -> tuple[Tensor, ...]:
         """Parameters that the matrix is made of."""
         return (self.values,)
@@ -257,40 +256,13 @@ class Sparse24Module(TermModule):
     def _kept_matrix(self, x: Tensor, sources: tuple[Tensor, ...]) -> Tensor:
         make = _semi_structured if self._multiplies_sparsely(x) else _dense
         tensors = (*sources, self.positions)
-        kept = self._cache
-        if kept is None or not kept.serve(x.dtype, make, tensors):
-            # what is made inside inference mode could not be used outside of it
-            with torch.inference_mode(False), torch.no_grad():
-                kept = KeptBlocks.of(make(self.matrix().to(x.dtype)), x.dtype, make, tensors)
-            # also what children kept on the way
-            self.drop_cache_()
-            self._cache = kept
-        return kept.blocks[0]
+        return self.keep(x.dtype, make, tensors, lambda: make(self.matrix().to(x.dtype)))[0]
 
     def _multiplies_sparsely(self, x: Tensor) -> bool:
         # the sparse product has no gradient with respect to its input, and needs one
         if torch.is_grad_enabled() or x.device.type != SPARSE_DEVICE or not x.shape[0]:
             return False
         return takes_semi_structured(x.dtype, self.term.out_features, self.term.in_features, _capability(x.device))
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Drop the kept matrix with every conversion: tensors with weak references cannot be swapped for others."""
-        self.drop_cache_()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        """Drop the kept matrix: tensors with weak references cannot be swapped, which is one way to load."""
-        self.drop_cache_()
-        super()._load_from_state_dict(*arguments, **options)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode and drop the kept matrix."""
-        self.drop_cache_()
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache out of pickles and copies."""
-        return {**self.__dict__, "_cache": None}
 
 
 class WrappedSparse24Module(Sparse24Module):

@@ -11,7 +11,6 @@ Fitted by a gradient through the merged form, from random rotations, or from the
 layer can be a plain butterfly (``start``).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
-from spmconvert.operator.kept import KeptBlocks, Merge, can_be_kept
+from spmconvert.operator.kept import Merge, can_be_kept
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages, write_blocks
 from spmconvert.operator.reference import reference_forward
 from spmconvert.operator.start import can_factorise, hierarchical_start_, random_start_
@@ -141,7 +140,6 @@ class StagesModule(TermModule):
         self.weight = nn.Parameter(torch.empty(term.geometry.weight_shape(), device=device, dtype=dtype))
         self.scale_in = nn.Parameter(torch.empty(term.width, device=device, dtype=dtype))
         self.scale_out = nn.Parameter(torch.empty(term.width, device=device, dtype=dtype))
-        self._cache: KeptBlocks | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -193,13 +191,7 @@ class StagesModule(TermModule):
         return [block.to(dtype) for block in merge(*parameters, self.plan)]
 
     def _kept_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-        kept = self._cache
-        if kept is None or not kept.serve(dtype, merge, parameters):
-            # blocks made inside inference mode could not be used outside of it
-            with torch.inference_mode(False), torch.no_grad():
-                kept = KeptBlocks.of(self._new_blocks(dtype, merge, parameters), dtype, merge, parameters)
-            self._cache = kept
-        return kept.blocks
+        return self.keep(dtype, merge, parameters, lambda: self._new_blocks(dtype, merge, parameters))
 
     def reference(self, x: Tensor) -> Tensor:
         """Stage by stage."""
@@ -225,26 +217,3 @@ class StagesModule(TermModule):
         """Mixers are stepped relative to their size; diagonals and angles have size one by construction."""
         mixers = root_mean_square(self.weight) * 2**0.5 if self.geometry.variant == "general" else 1.0
         return [(self.weight, mixers), (self.scale_in, 1.0), (self.scale_out, 1.0)]
-
-    def drop_cache_(self) -> None:
-        """Forget the merged blocks."""
-        self._cache = None
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Drop the cached blocks with every conversion: tensors with weak references cannot be swapped for others."""
-        self._cache = None
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *arguments: Any, **options: Any) -> None:
-        """Drop the cached blocks: tensors with weak references cannot be swapped, which is one way to load."""
-        self._cache = None
-        super()._load_from_state_dict(*arguments, **options)
-
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode and drop the cached blocks."""
-        self._cache = None
-        return super().train(mode)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the cache out of pickles and copies."""
-        return {**self.__dict__, "_cache": None}

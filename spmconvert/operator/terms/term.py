@@ -81,6 +81,11 @@ class Term(ABC):
         """Whether the best parameters are found without a solver."""
         return False
 
+    @property
+    def runs_dense(self) -> bool:
+        """Whether a CPU runs the term as a dense product; a layer with it then keeps its whole matrix, all terms in it."""
+        return False
+
     def index_bytes(self) -> int:
         """Bytes of stored numbers that are no parameters, such as positions."""
         return 0
