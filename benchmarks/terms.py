@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from spmconvert.operator.terms.monarch import Monarch
 from torch import nn
 
 from benchmarks.environment import environment
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import LowRank
-from spmconvert.operator.terms.monarch import Monarch
 from spmconvert.operator.terms.sparse24 import Sparse24
 from spmconvert.operator.terms.spm import Stages
 from spmconvert.operator.terms.term import Term

@@ -19,12 +19,15 @@ from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.model.loading import in_float32
+from spmconvert.outputs.objective import objective_for
 from spmconvert.plan.plan import LayerPlan, statistics_bytes, statistics_groups
 from spmconvert.system.files import save_whole
 
 PARTS = ("fitted", "choosing", "held_out")
 # tokens of a backward pass: what it keeps of every layer is the largest thing in memory
 GRADIENT_TOKENS = 512
+# positions that weigh outputs where each has a word or class of its own; with one probe a row, all rows do
+WEIGHING_POSITIONS = 8192
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,16 @@ def _fitted(
         return
     longest = max(len(row) for row in rows.fitted)
     size = min(rows.batch_size, max(1, GRADIENT_TOKENS // longest))
+    weighing = len(rows.fitted)
+    if objective_for(model.config, type(model).__name__) == "logits":
+        weighing = min(weighing, max(1, WEIGHING_POSITIONS // longest))
     # gradients of a model in half precision round to nothing where they are small
     with in_float32(model):
         curvatures = Curvatures(model, names, seed)
-        gathered = collect(model, names, counted(rows.fitted, size), curvatures.add)
+        gathered = collect(model, names, counted(rows.fitted[:weighing], size), curvatures.add)
         found = curvatures.result()
+    if others := rows.fitted[weighing:]:
+        for name, statistics in collect(model, names, counted(others, rows.batch_size)).items():
+            gathered[name].merge_(statistics)
     for name in names:
         yield name, gathered.pop(name), OutputMetric.of(found.pop(name))
