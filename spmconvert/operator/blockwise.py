@@ -7,8 +7,11 @@ truncations of W itself, so that a matrix of this form is found at once where th
 
 S is never multiplied out: E Σ at column block i is what the two factors make of the rows of Σ. Truncations after the first
 are steps of orthogonal iteration from the row spaces that are there, which never lose either and take a fiftieth of the
-time of an eigendecomposition. Solving for the whole of ``second`` between sweeps, which couples all i, spares about one
-sweep of nine and costs as much: left out.
+time of an eigendecomposition.
+
+Sweeps alone are slow where input blocks are correlated, and stand still where all inputs share one strong direction.
+Between two of them all of ``second`` is therefore solved for at once, given ``first``: least squares of a few unknowns for
+each row block. On layers of all-MiniLM-L6-v2 that takes another 1 to 5 % off the error of 12 sweeps.
 
 With a metric C on the outputs, row blocks weigh their errors by C_jj in the sweeps, which ignores what C couples. Then
 ``second`` is fitted to the whole of C, row block after row block, each exactly. On a synthetic metric of 20 directions a
@@ -94,7 +97,6 @@ def _fit_plainly(weight: Tensor, root: Tensor, blocks_in: int, blocks_out: int, 
     if blocks_in == 1:
         return truncated_rows(weight, root, blocks_out, rank)
     blocks = truncated_grid(weight, root, blocks_in, blocks_out, rank)
-    rescale_(blocks, LeastSquares(weight, root))
     descend_(blocks, weight, root)
     return blocks
 
@@ -132,10 +134,23 @@ def descend_(blocks: Blocks, weight: Tensor, root: Tensor) -> list[float]:
     roots = [part.float() for part in _input_roots(root, blocks.first.shape[0])]
     errors = [((weight - blocks.matrix()) @ root.t()).square().sum().item()]
     for _ in range(MOST_SWEEPS):
-        errors.append(errors[-1] - _sweep_(blocks, target, sigma, *roots))
+        gain = _solve_second_(blocks, target, sigma) + _sweep_(blocks, target, sigma, *roots)
+        errors.append(errors[-1] - gain)
         if errors[-2] - errors[-1] <= LEAST_GAIN * errors[-2]:
             break
     return errors
+
+
+def _solve_second_(blocks: Blocks, target: Tensor, sigma: Tensor) -> float:
+    """Give all second factors at once what suits the first ones best; returns by how much the error became less."""
+    firsts = blocks.first.permute(0, 2, 3, 1)
+    targets = target.view(*blocks.second.shape[:2], len(firsts), -1).unbind(2)
+    slopes = torch.cat([part @ first for part, first in zip(targets, firsts, strict=True)], dim=2).double()
+    grams, second = _grams(blocks, sigma), blocks.second.flatten(2)
+    left_over = slopes - second.double() @ grams
+    step = torch.linalg.solve(grams, left_over, left=False)
+    blocks.second = (second + step).float().view_as(blocks.second)
+    return (step * (2 * left_over - step @ grams)).sum().item()
 
 
 def _sweep_(blocks: Blocks, target: Tensor, sigma: Tensor, lower: Tensor, inverse: Tensor) -> float:
@@ -220,23 +235,30 @@ def settle_second_(blocks: Blocks, weight: Tensor, root: Tensor, curvature: Tens
         for j, (second, weights) in enumerate(zip(blocks.second, curvature.split(rows), strict=True)):
             part = slice(j * rows, (j + 1) * rows)
             first = blocks.first[:, :, j]
-            slope = (weights @ _sums(residual, first)).double()
+            slope = (weights @ _left_of_rows(residual, first)).double()
             step = torch.linalg.solve(weights[:, part].double(), slope)
             step = torch.linalg.solve(grams[j], step, left=False).float()
             second += step.view_as(second)
-            residual[part] -= step @ _sums(sigma, first).t()
+            left_of_sigma = torch.bmm(first, sigma.view(len(first), -1, len(sigma)))
+            residual[part] -= step @ left_of_sigma.flatten(0, 1)
 
 
 def _grams(blocks: Blocks, sigma: Tensor) -> Tensor:
-    """Second moments of what is left of the inputs for every row block, [blocks_out, blocks_in * rank, ...], float64."""
-    grams = torch.stack([_sums(_sums(sigma, first).t(), first) for first in blocks.first.unbind(2)]).double()
+    """Second moments of what is left of the inputs for every row block, [blocks_out, blocks_in * rank, ...], float64.
+
+    With a ridge, as the diagonal blocks of Σ have.
+    """
+    _, _, blocks_out, columns = blocks.first.shape
+    inner = (between(blocks.first.flatten(1, 2), rows, blocks_out) for rows in sigma.split(columns))
+    parts = [part @ first.permute(1, 2, 0) for part, first in zip(inner, blocks.first, strict=True)]
+    grams = torch.cat(parts, dim=2).double()
     grams = (grams + grams.mT) / 2
     diagonal = grams.diagonal(dim1=1, dim2=2)
-    diagonal += RIDGE * diagonal.mean() + torch.finfo(torch.float32).tiny
+    diagonal += RIDGE * diagonal.mean(1, keepdim=True) + torch.finfo(torch.float32).tiny
     return grams
 
 
-def _sums(values: Tensor, first: Tensor) -> Tensor:
-    """Rows of values [n, in_features] through one row block's first factors [blocks_in, rank, columns]."""
+def _left_of_rows(values: Tensor, first: Tensor) -> Tensor:
+    """What the first factors [blocks_in, rank, columns] of a row block leave of values [n, in_features]: [n, ...]."""
     split = values.view(len(values), first.shape[0], -1).transpose(0, 1)
     return torch.bmm(split, first.mT).transpose(0, 1).flatten(1)

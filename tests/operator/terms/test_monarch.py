@@ -297,14 +297,32 @@ def test_a_metric_is_followed(grid):
     assert error(weighted, with_it) < 1
 
 
-@pytest.mark.parametrize("metric", [None, metric_of(200)], ids=["plain", "metric"])
-def test_never_worse_than_nothing(metric):
-    # rows and columns that cancel: truncations of single blocks are far from what their sum should be
-    least = problem(102, 200, metric)
-    common = torch.ones(102)
-    root = covariance_root(torch.outer(common, common) + 1e-3 * torch.eye(102))
-    weight = least.weight - least.weight.mean(1, keepdim=True)
-    least = LeastSquares(weight, root, metric)
+def shared_direction():
+    """All inputs are nearly the same number, which no row of the weight reads."""
+    root = covariance_root(torch.ones(102, 102) + 1e-3 * torch.eye(102))
+    weight = problem(102, 200).weight
+    return LeastSquares(weight - weight.mean(1, keepdim=True), root)
+
+
+def test_correlated_inputs_do_not_hold_it_up():
+    least = shared_direction()
+    blocks = truncated_grid(least.weight, least.root, 6, 8, 1)
+    before = error(least, blocks.matrix())
+    # sweeps alone take off less than a thousandth
+    descend_(blocks, least.weight, least.root)
+    assert error(least, blocks.matrix()) < 0.9 * before
+
+
+@pytest.mark.parametrize("weighs", [False, True], ids=["plain", "metric"])
+def test_never_worse_than_nothing(weighs):
+    # rows read the shared direction six times, and it cancels; truncation keeps it in three chunks and drops it in three
+    shared, own = torch.ones(17), torch.linspace(-1, 1, 17)
+    own *= (1.1 * 17**2 / 1e-3) ** 0.5 / own.norm()
+    unit = torch.eye(200)
+    dropped = torch.outer(unit[0], shared) + torch.outer(unit[1], own)
+    weight = torch.cat([*[dropped] * 3, *[-torch.outer(unit[0], shared)] * 3], dim=1)
+    least = LeastSquares(weight, shared_direction().root, metric_of(200) if weighs else None)
+    assert error(least, truncated_grid(weight, least.root, 6, 8, 1).matrix()) > 1.5
     assert error(least, fit_blocks(least, 6, 8, 1).matrix()) <= 1
 
 
