@@ -8,7 +8,8 @@ permutation between the products is a strided view.
 Activations are kept tokens last between the products, and the rows of the first factors in the order (rank, blocks_out).
 The first product then reads a transposed view of its input, the second a view of rows that are blocks_out apart, and
 on a chunk without gradients it writes into its columns of the output: nothing is copied. Tokens first, with the
-permutation as a copy, takes 1.2 to 3 times as long from 128 tokens on (one core, 576 -> 1536 up to 8192 -> 2048).
+permutation as a copy, takes 1.2 to 3 times as long from 128 tokens on (one core, 576 -> 1536 up to 8192 -> 2048), but
+with up to eight tokens it is 1.1 to 4 times as fast: products with so few columns hardly run faster than copies.
 
 Fitted from block coordinate descent (``operator/blockwise``), then by a gradient. What it gives up: a block is only of low
 rank, so directions that all inputs and all outputs share are paid for once in every block. On layers of all-MiniLM-L6-v2
@@ -32,6 +33,8 @@ from spmconvert.operator.terms.term import Term
 # largest rows and columns of the blocks that a budget tries, and the least: smaller ones are slow to multiply
 BLOCK_SIZES = (128, 64, 32)
 LEAST_SIZE = 16
+# up to as many tokens stand first between the products
+FEW_TOKENS = 8
 
 
 @dataclass(frozen=True)
@@ -143,27 +146,32 @@ class MonarchModule(TermModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both products."""
-        second, inner = self._operands(x)
+        inner = between(self.first.to(x.dtype), x, self.term.blocks_out)
         # tokens first here: what is left is to copy rows, which is faster than to transpose them
-        return torch.bmm(inner.mT, second.mT).transpose(0, 1).reshape(x.shape[0], self.term.out_features)
+        y = torch.bmm(inner.mT, self.second.to(x.dtype).mT)
+        return y.transpose(0, 1).reshape(x.shape[0], self.term.out_features)
 
     def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write both products, and a bias while they are in cache."""
-        torch.bmm(*self._operands(x), out=self._tokens_last(y))
+        target, left, right = self._last_product(x, y)
+        torch.bmm(left, right, out=target)
         if bias is not None:
             y.add_(bias)
 
     def add_(self, x: Tensor, y: Tensor) -> None:
         """Add both products in place."""
-        self._tokens_last(y).baddbmm_(*self._operands(x))
+        target, left, right = self._last_product(x, y)
+        target.baddbmm_(left, right)
 
-    def _operands(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The factors of the second product: [blocks_out, rows, blocks_in * rank] and [.., blocks_in * rank, tokens]."""
-        return self.second.to(x.dtype), between(self.first.to(x.dtype), x, self.term.blocks_out)
-
-    def _tokens_last(self, y: Tensor) -> Tensor:
-        """A view [blocks_out, rows, tokens] of y [tokens, out_features]."""
-        return y.unflatten(1, (self.term.blocks_out, self.term.rows)).permute(1, 2, 0)
+    def _last_product(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where in y [tokens, out_features] the second product belongs, and its two operands."""
+        term, first, second = self.term, self.first.to(x.dtype), self.second.to(x.dtype)
+        target = y.unflatten(1, (term.blocks_out, term.rows)).transpose(0, 1)
+        if x.shape[0] > FEW_TOKENS:
+            return target.mT, second, between(first, x, term.blocks_out)
+        h = torch.bmm(x.unflatten(1, (term.blocks_in, term.columns)).transpose(0, 1), first.mT)
+        h = h.view(term.blocks_in, x.shape[0], term.rank, term.blocks_out).permute(3, 1, 0, 2)
+        return target, h.reshape(target.shape[:2] + second.shape[2:]).contiguous(), second.mT
 
     def reference(self, x: Tensor) -> Tensor:
         """Both products as sums over named indices."""

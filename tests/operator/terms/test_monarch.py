@@ -14,12 +14,12 @@ from spmconvert.operator.factors import covariance_root
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import LowRank
 from spmconvert.operator.terms.module import LeastSquares
-from spmconvert.operator.terms.monarch import Monarch
+from spmconvert.operator.terms.monarch import FEW_TOKENS, Monarch
 from spmconvert.operator.terms.registry import term_from_json
 
 # in, out, blocks_in, blocks_out, rank
 GRIDS = [(102, 200, 3, 8, 2), (102, 200, 6, 4, 5), (200, 102, 8, 3, 1), (96, 96, 1, 6, 3), (96, 90, 6, 1, 4)]
-TOKENS = [1, 5, CHUNK_TOKENS + 1]
+TOKENS = [1, FEW_TOKENS, FEW_TOKENS + 1, CHUNK_TOKENS + 1]
 
 
 def build(grid, dtype=torch.double, seed=0):
