@@ -7,9 +7,9 @@ permutation between the products is a strided view.
 
 Activations are kept tokens last between the products, and the rows of the first factors in the order (rank, blocks_out).
 The first product then reads a transposed view of its input, the second a view of rows that are blocks_out apart, and
-on a chunk without gradients it writes into its columns of the output: nothing is copied. Tokens first, with the
-permutation as a copy, takes 1.2 to 3 times as long from 128 tokens on (one core, 576 -> 1536 up to 8192 -> 2048), but
-with up to eight tokens it is 1.1 to 4 times as fast: products with so few columns hardly run faster than copies.
+on a chunk without gradients it writes into its columns of the output: nothing is copied. At 128 tokens and one core, tokens
+first with the permutation as a copy mostly take 1.5 to 2 times as long, and 3.6 times at 2048 -> 8192 with 32 x 128 blocks
+of rank 4. Up to four tokens the copy is small and products with so few columns are slow: there they do stand first.
 
 Fitted from block coordinate descent (``operator/blockwise``), then by a gradient. What it gives up: a block is only of low
 rank, so directions that all inputs and all outputs share are paid for once in every block. On layers of all-MiniLM-L6-v2
@@ -34,7 +34,7 @@ from spmconvert.operator.terms.term import Term
 BLOCK_SIZES = (128, 64, 32)
 LEAST_SIZE = 16
 # up to as many tokens stand first between the products
-FEW_TOKENS = 8
+FEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
