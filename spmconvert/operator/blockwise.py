@@ -6,8 +6,8 @@ rank r are its truncations in the norm of Σ_ii, one for each j. A sweep does th
 truncations of W itself, so that a matrix of this form is found at once where the inputs are white.
 
 S is never multiplied out: E Σ at column block i is what the two factors make of the rows of Σ. Truncations after the first
-are steps of orthogonal iteration from the row spaces that are there, which never lose either and take a fiftieth of the
-time of an eigendecomposition.
+are steps of orthogonal iteration from the row spaces that are there, which never lose either; one takes a twentieth of the
+time of an eigendecomposition, or less.
 
 Sweeps alone are slow where input blocks are correlated, and stand still where all inputs share one strong direction.
 Between two of them all of ``second`` is therefore solved for at once, given ``first``: least squares of a few unknowns for
