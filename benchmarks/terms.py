@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from spmconvert.operator.terms.monarch import Monarch
 from torch import nn
 
 from benchmarks.environment import environment
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import LowRank
+from spmconvert.operator.terms.monarch import Monarch
 from spmconvert.operator.terms.sparse24 import Sparse24
 from spmconvert.operator.terms.spm import Stages
 from spmconvert.operator.terms.term import Term
@@ -129,13 +129,10 @@ def agree(rival: nn.Module, layer: nn.Module, tokens: int, seconds: float) -> fl
     return statistics.median(a / b for a, b in zip(times["rival"], times["layer"], strict=True))
 
 
-def sizes(layer: nn.Module) -> tuple[int, int]:
+def sizes(layer: Any) -> tuple[int, int]:
     """Input and output of a layer, or of a chain of layers."""
-    if isinstance(layer, nn.Sequential):
-        return layer[0].in_features, layer[-1].out_features
-    assert isinstance(layer.in_features, int)
-    assert isinstance(layer.out_features, int)
-    return layer.in_features, layer.out_features
+    first, last = (layer[0], layer[-1]) if isinstance(layer, nn.Sequential) else (layer, layer)
+    return first.in_features, last.out_features
 
 
 def show(result: dict[str, Any]) -> None:

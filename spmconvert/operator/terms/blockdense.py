@@ -28,6 +28,11 @@ class BlockDense(Monarch):
 
     blocks_in: ClassVar[int] = 1  # type: ignore[misc]
 
+    @property
+    def closed_form(self) -> bool:
+        """A decomposition a chunk."""
+        return True
+
     def describe(self) -> str:
         """For example ``32 row blocks of rank 4``."""
         return f"{self.blocks_out} row blocks of rank {self.rank}"
@@ -58,7 +63,6 @@ class BlockDense(Monarch):
 class BlockDenseModule(MonarchModule):
     """The factors of all row blocks."""
 
-    closed_form = True
     term: BlockDense
 
     def solve_(self, problem: LeastSquares) -> None:

@@ -126,6 +126,7 @@ class MonarchModule(TermModule):
         second: [blocks_out, rows, blocks_in * rank], columns in the order (blocks_in, rank).
     """
 
+    starts_near = True
     term: Monarch
 
     def __init__(
