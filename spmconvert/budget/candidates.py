@@ -25,8 +25,8 @@ from spmconvert.operator.terms.registry import term_class
 from spmconvert.operator.terms.term import Term
 from spmconvert.recipe.recipe import Recipe
 
-# share of a layer's parameters that a term takes beside low rank
-SHARES = (1 / 3, 2 / 3)
+# share of a layer's parameters that a term takes beside low rank; two thirds are worse, see benchmarks/results/choices.md
+BESIDE_SHARE = 1 / 3
 # what low rank adds to a term whose size is fixed, as shares of the dense parameters
 ADDED_SHARES = (0.04, 0.1)
 
@@ -116,9 +116,8 @@ def designs_of(kind: str, in_features: int, out_features: int, parameters: int, 
     found = term_class(kind)
     sums: list[tuple[Term, ...]] = [(term,) for term in found.designs(in_features, out_features, parameters)]
     if beside_low_rank:
-        for share in SHARES:
-            for term in found.designs(in_features, out_features, int(share * parameters)):
-                sums += _with_low_rank(term, parameters - term.parameter_count())
+        for term in found.designs(in_features, out_features, int(BESIDE_SHARE * parameters)):
+            sums += _with_low_rank(term, parameters - term.parameter_count())
     return _distinct(in_features, out_features, sums)
 
 
@@ -134,7 +133,9 @@ def standing_designs_of(kind: str, in_features: int, out_features: int, *, besid
 
 
 def _with_low_rank(term: Term, parameters: int) -> list[tuple[Term, ...]]:
-    return [(term, low) for low in LowRank.designs(term.in_features, term.out_features, parameters)]
+    # not rounded to what is fast: beside another term that would leave a good part of the parameters out
+    rank = min(parameters // (term.in_features + term.out_features), term.in_features, term.out_features)
+    return [(term, LowRank(term.in_features, term.out_features, rank))] if rank > 0 else []
 
 
 def _distinct(in_features: int, out_features: int, sums: list[tuple[Term, ...]]) -> list[Design]:

@@ -36,8 +36,10 @@ class Source:
 
     def still_is(self, parameter: Tensor) -> bool:
         """Whether the parameter is this tensor, with nothing written to it since that counts as a version."""
-        same_tensor = self._tensor() is parameter and self._layout == _layout(parameter)
-        return same_tensor and self._storage.cdata == parameter.untyped_storage()._cdata
+        if self._tensor() is not parameter or self._layout != _layout(parameter):
+            return False
+        same: bool = self._storage.cdata == parameter.untyped_storage()._cdata
+        return same
 
 
 def _layout(parameter: Tensor) -> tuple[Any, ...]:

@@ -111,7 +111,8 @@ class SPMLinear(Keeper):
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., in_features] -> [..., out_features], in the dtype of x or of autocast."""
         device = x.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        # other devices than these two may not know of autocast
+        casts = (x.is_cpu or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
         if self._only_low_rank and (casts or x.dtype == self._buffers["weight"].dtype):  # type: ignore[union-attr]
             y: Tensor = self._modules["lowrank"](x)  # type: ignore[misc]
             return y
@@ -121,12 +122,12 @@ class SPMLinear(Keeper):
         return self._run(x)
 
     def _run(self, x: Tensor) -> Tensor:
-        tokens = x.reshape(-1, self.in_features)
+        tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         if self._runs_dense and self._may_keep(tokens):
             y = linear(tokens, self._kept_matrix(tokens.dtype), self._bias_in(tokens.dtype))
         else:
             y = self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
-        return y.view(*x.shape[:-1], self.out_features)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _may_keep(self, x: Tensor) -> bool:
         """Whether the whole matrix may be kept: nothing in it is trained by this call, and a change would be seen."""
@@ -148,8 +149,8 @@ class SPMLinear(Keeper):
     def _may_chunk(self, x: Tensor) -> bool:
         low_rank = self.low_rank
         return (
-            x.device.type == "cpu"
-            and not torch.is_grad_enabled()
+            not torch.is_grad_enabled()
+            and x.is_cpu
             and not torch.compiler.is_compiling()
             and not is_transformed()
             and (low_rank is None or low_rank.is_plain)
@@ -159,6 +160,11 @@ class SPMLinear(Keeper):
         first, *others = self.term_modules
         bias = self._bias_in(x.dtype)
         y = x.new_empty(x.shape[0], self.out_features)
+        if x.shape[0] <= CHUNK_TOKENS:
+            first.write_(x, bias, y)
+            for term in others:
+                term.add_(x, y)
+            return y
         for rows, target in zip(x.split(CHUNK_TOKENS), y.split(CHUNK_TOKENS), strict=True):
             first.write_(rows, bias, target)
             for term in others:
@@ -167,7 +173,7 @@ class SPMLinear(Keeper):
 
     def _bias_in(self, dtype: torch.dtype) -> Tensor | None:
         bias = self.held_bias
-        return None if bias is None else bias.to(dtype)
+        return bias if bias is None or bias.dtype == dtype else bias.to(dtype)
 
     def _summed(self, x: Tensor) -> Tensor:
         low_rank = self.low_rank

@@ -24,6 +24,7 @@ checkpoint can forget.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -56,12 +57,21 @@ class MergePlan:
     input_tiles: int
     output_rows: int
 
-    @property
+    @cached_property
+    def one_pass(self) -> bool:
+        """Whether it is two groups of single coordinates, the first over the low digit, with no tiling or folding apart."""
+        g = self.geometry
+        whole = (g.in_features == g.width or self.input_tiles) and (g.out_features == g.width or self.output_rows)
+        standard = len(self.groups) == len(self.digits) == 2 and self.groups[0].inner == self.groups[1].outer == 1
+        return bool(whole and standard and g.block == 1 and self.groups[0].middle == self.digits[1])
+
+    @cached_property
     def dense(self) -> bool:
         """Whether all stages are one group, so that the merged form is an ordinary weight matrix."""
         return len(self.groups) == 1 and self.groups[0].outer == self.groups[0].inner == 1
 
 
+@cache
 def merge_plan(geometry: Geometry) -> MergePlan:
     """Plan the merged form of a geometry."""
     groups = tuple(merge_groups(geometry.blocks, geometry.stages))
@@ -234,11 +244,31 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     return chunked
 
 
+def _write_pass(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan: MergePlan, y: Tensor) -> None:
+    """``write_blocks`` of one pass of single coordinates in two groups, in as few operations as there can be.
+
+    A call with one token is made of little else than them. The second product reads every low digit's rows of the first
+    one's output where they are, one in ``low`` of them.
+    """
+    tokens, (high, low) = x.shape[0], plan.digits
+    first, second = blocks
+    h = torch.bmm(first, x.view(tokens, first.shape[0], low).permute(1, 2, 0))
+    rows = h.as_strided((low, second.shape[2], tokens), (tokens, low * tokens, 1))
+    mixed = torch.bmm(second, rows).permute(2, 1, 0)
+    target = y.view(tokens, plan.output_rows or high, low)
+    if bias is None:
+        target.copy_(mixed)
+    else:
+        torch.add(mixed, bias.view(target.shape[1:]), out=target)
+
+
 def write_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan: MergePlan, y: Tensor) -> None:
     """Run merged blocks on a chunk of tokens and write over y, without gradients; arguments as for ``apply_blocks``."""
     if plan.dense:
         weight = blocks[0].t()
         torch.mm(x, weight, out=y) if bias is None else torch.addmm(bias, x, weight, out=y)
+    elif plan.one_pass and x.is_contiguous():
+        _write_pass(x, blocks, bias, plan, y)
     else:
         _write(_fold_rest(_mix(x, blocks, plan), plan), bias, y)
 

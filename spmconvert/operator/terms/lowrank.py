@@ -121,7 +121,8 @@ class LowRankModule(TermModule):
     @property
     def is_plain(self) -> bool:
         """Whether both children are still the layers that were built, so that their products may be taken apart."""
-        return all(type(child) is nn.Linear and not _is_hooked(child) for child in (self.down, self.up))
+        down, up = self._modules["down"], self._modules["up"]
+        return type(down) is type(up) is nn.Linear and not (_is_hooked(down) or _is_hooked(up))
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
         """Y [tokens, out_features] plus both products, differentiable; y itself is written over where that is allowed."""
@@ -132,12 +133,18 @@ class LowRankModule(TermModule):
 
     def add_(self, x: Tensor, y: Tensor) -> None:
         """Add both products, without the bias."""
-        y.addmm_(linear(x, self.down.weight.to(x.dtype)), self.up.weight.to(x.dtype).t())
+        down, up = self._weights(x.dtype)
+        y.addmm_(linear(x, down), up.t())
 
     def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write both products and a bias."""
-        inner, up = linear(x, self.down.weight.to(x.dtype)), self.up.weight.to(x.dtype).t()
-        torch.mm(inner, up, out=y) if bias is None else torch.addmm(bias, inner, up, out=y)
+        down, up = self._weights(x.dtype)
+        inner = linear(x, down)
+        torch.mm(inner, up.t(), out=y) if bias is None else torch.addmm(bias, inner, up.t(), out=y)
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        down, up = self.down.weight, self.up.weight
+        return (down, up) if down.dtype == up.dtype == dtype else (down.to(dtype), up.to(dtype))
 
     @torch.no_grad()
     def solve_(self, problem: LeastSquares) -> None:

@@ -29,8 +29,8 @@ from spmconvert.operator.terms.term import Term
 from spmconvert.operator.triton.merge import merge_stages_triton
 from spmconvert.operator.triton.mix import apply_blocks_triton
 
-# passes over all strides that a budget tries, and sizes of blocks for a single stage
-PASSES = (1, 2)
+# stages and two diagonals
+PARAMETERS = 3
 # share of the energy that a factorisation may miss and still count as exact up to rounding
 EXACT = 1e-10
 
@@ -102,9 +102,11 @@ class Stages(Term):
 
     @classmethod
     def designs(cls, in_features: int, out_features: int, parameters: int) -> list[Self]:
-        """Passes of single coordinates, and the widest blocks whose single stage is small enough."""
-        period = Geometry.create(in_features, out_features).stages
-        geometries = [Geometry.create(in_features, out_features, passes * period) for passes in PASSES]
+        """One pass of single coordinates, and the widest blocks whose single stage is small enough.
+
+        A second pass gains nothing beside low rank (benchmarks/results/choices.md).
+        """
+        geometries = [Geometry.create(in_features, out_features)]
         blocks = [2**power for power in range(1, min(in_features, out_features).bit_length() - 1)]
         wide = [Geometry.create(in_features, out_features, 1, "general", block) for block in blocks]
         fitting = [geometry for geometry in wide if geometry.parameter_count() <= parameters]
@@ -180,6 +182,15 @@ class StagesModule(TermModule):
 
     def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write the stages of a chunk of tokens and a bias over y."""
+        held, kept = self._parameters, self._cache
+        # what serves was made by this way of merging, from parameters that may be followed
+        followed = kept is not None and self.backend in ("auto", "merged") and len(held) == PARAMETERS
+        if followed and kept.serve(x.dtype, merge_stages, tuple(held.values())):  # type: ignore[union-attr, arg-type]
+            write_blocks(x, kept.blocks, bias, self.plan, y)  # type: ignore[union-attr]
+        else:
+            self._write_anew(x, bias, y)
+
+    def _write_anew(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         parameters = (self.weight, self.scale_in, self.scale_out)
         merges = resolve_backend(self.backend, x.device.type) == "merged" and self.geometry.stages > 0
         if not merges or x.device.type != "cpu" or not can_be_kept(self, parameters):
