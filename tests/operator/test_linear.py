@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from spmconvert.errors import BackendError, OptionError
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.merged import CHUNK_TOKENS
+from spmconvert.operator.terms.lowrank import LowRank
 
 DESIGNS = [{}, {"variant": "rotation"}, {"block": 2}, {"rank": 3}, {"stages": 0, "rank": 2}, {"bias": False}]
 ids = lambda design: "-".join(f"{k}{v}" for k, v in design.items()) or "default"  # noqa: E731
@@ -21,8 +22,8 @@ def layer():
     torch.manual_seed(0)
     layer = SPMLinear(96, 200, rank=3)
     with torch.no_grad():
-        layer.low_rank_out.normal_()
-        layer.bias.normal_()
+        layer.lowrank.up.weight.normal_()
+        layer.held_bias.normal_()
     return layer
 
 
@@ -36,7 +37,7 @@ def test_forward_is_the_dense_matrix(shape, design, backend):
         for parameter in layer.parameters():
             parameter.copy_(torch.randn_like(parameter))
     x = torch.randn(3, 5, shape[0], dtype=torch.double)
-    expected = torch.nn.functional.linear(x, layer.to_dense(), layer.bias)
+    expected = torch.nn.functional.linear(x, layer.to_dense(), layer.held_bias)
     torch.testing.assert_close(layer(x), expected)
     torch.testing.assert_close(layer(x[0, 0]), expected[0, 0])
 
@@ -50,23 +51,36 @@ def test_fresh_layer_keeps_the_variance(design):
 
 
 def test_state_dict_and_description(layer):
-    assert list(layer.state_dict()) == ["weight", "scale_in", "scale_out", "low_rank_in", "low_rank_out", "bias"]
-    assert layer.weight.shape == (8, 2, 208, 1, 1)
-    assert SPMLinear(8, 8, variant="rotation").weight.shape == (3, 1, 4)
-    for part in ("in_features=96", "out_features=200", "width=208", "stages=8", "rank=3", "kept="):
+    names = ["weight", "spm.weight", "spm.scale_in", "spm.scale_out", "lowrank.down.weight", "lowrank.up.weight"]
+    assert list(layer.state_dict()) == [*names, "lowrank.up.bias"]
+    assert layer.spm.weight.shape == (8, 2, 208, 1, 1)
+    assert SPMLinear(8, 8, variant="rotation").spm.weight.shape == (3, 1, 4)
+    for part in ("in_features=96", "out_features=200", "bias=True", "terms=8 stages, general + rank 3", "kept="):
         assert part in repr(layer)
 
 
-def test_parameter_count_is_the_geometry(layer):
-    assert sum(p.numel() for p in layer.parameters()) == layer.geometry.parameter_count(bias=True)
+@pytest.mark.parametrize("design", DESIGNS, ids=ids)
+def test_parameter_count_is_the_design(design):
+    layer = SPMLinear(96, 200, **design)
+    bias = layer.held_bias is not None
+    assert sum(p.numel() for p in layer.parameters()) == layer.design.parameter_count(bias=bias)
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"stages": -1}, {"variant": "skew"}, {"block": 0}, {"rank": 97}, {"width": 100}, {"backend": "cudnn"}]
+    "arguments",
+    [{"stages": -1}, {"variant": "skew"}, {"block": 0}, {"rank": 97}, {"rank": -1}, {"rank": True}, {"backend": "cudnn"}],
+    ids=str,
 )
 def test_what_is_refused(arguments):
     with pytest.raises(OptionError):
         SPMLinear(96, 200, **arguments)
+
+
+def test_terms_and_numbers_are_not_given_together():
+    with pytest.raises(TypeError, match="terms and stages, rank are both given"):
+        SPMLinear(96, 200, terms=[LowRank(96, 200, 2)], stages=3, rank=2)
+    with pytest.raises(TypeError, match="width"):
+        SPMLinear(96, 200, width=208)
 
 
 def test_backend_that_cannot_run_is_an_error_and_never_replaced():
@@ -83,7 +97,7 @@ def test_auto_takes_the_reference_for_few_tokens_in_training_only(monkeypatch):
 
     few, many = torch.randn(2, 96), torch.randn(64, 96)
     with monkeypatch.context() as patch:
-        patch.setattr("spmconvert.operator.linear.merge_stages", fail)
+        patch.setattr("spmconvert.operator.terms.spm.merge_stages", fail)
         assert layer(few).requires_grad
         with pytest.raises(AssertionError):
             layer(many)
@@ -101,7 +115,7 @@ def test_autocast(layer):
     assert double.dtype == torch.float64
     assert (y.float() - layer(x)).norm() / layer(x).norm() < 0.02
     y.sum().backward()
-    assert layer.weight.grad.dtype == torch.float32
+    assert layer.spm.weight.grad.dtype == torch.float32
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -114,8 +128,8 @@ def test_compile_without_graph_breaks(design, training):
     with torch.set_grad_enabled(training):
         torch.testing.assert_close(compiled(x), layer(x))
     if training:
-        grads = torch.autograd.grad(compiled(x).square().sum(), [x, layer.weight])
-        expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.weight])
+        grads = torch.autograd.grad(compiled(x).square().sum(), [x, layer.spm.weight])
+        expected = torch.autograd.grad(layer(x).square().sum(), [x, layer.spm.weight])
         for found, wanted in zip(grads, expected, strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4 * wanted.abs().max().item())
 
@@ -132,7 +146,7 @@ def test_transforms(backend, tokens, design):
     with forward_ad.dual_level():
         tangents.append(forward_ad.unpack_dual(layers[0](forward_ad.make_dual(x, x))).tangent)
     for tangent in tangents:
-        torch.testing.assert_close(tangent + layers[0].bias, layers[0](x))
+        torch.testing.assert_close(tangent + layers[0].held_bias, layers[0](x))
     # a layer for each batch
     stacked = {name: parameter.detach() for name, parameter in torch.func.stack_module_state(layers)[0].items()}
     call = functools.partial(torch.func.functional_call, layers[0])
