@@ -6,6 +6,7 @@ from torch import nn
 
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.operator.chunks import CHUNK_TOKENS
+from spmconvert.operator.design import Design
 from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import LowRank
@@ -106,8 +107,6 @@ TERMS = {
 
 def summed(terms):
     """A layer of several terms in which low rank does something."""
-    from spmconvert.operator.design import Design
-
     torch.manual_seed(0)
     layer = SPMLinear(96, 130, terms=Design.from_options(96, 130, TERMS[terms]).terms).eval()
     with torch.no_grad():
