@@ -1,4 +1,4 @@
-"""A kind of term that the tool has never heard of: registered, built, fitted, described, read back and tried by a budget."""
+"""A kind of term that the tool has never heard of: registered, built, fitted, described, read back, tried by a budget."""
 
 import json
 from dataclasses import dataclass
@@ -118,7 +118,7 @@ def test_it_is_found_described_and_read_back():
     assert Design.from_options(24, 40, [{"kind": "shifted"}]).terms == (Shifted(24, 40),)
     with pytest.raises(OptionError, match="shift of a shifted term is -1"):
         Design.from_options(24, 40, [{"kind": "shifted", "shift": -1}])
-    with pytest.raises(OptionError, match="choose among spm, .*, shifted, lowrank"):
+    with pytest.raises(OptionError, match=r"choose among spm, .*, shifted, lowrank"):
         registry.term_class("butterfly")
 
 
