@@ -111,6 +111,15 @@ def test_gradients_of_parameters_are_left_alone(checkpoints, text):
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+def caught(grads, name):
+    """A hook on a layer that keeps the gradient of its output."""
+
+    def hook(_, __, output):
+        output.register_hook(lambda grad: grads.update({name: grad}))
+
+    return hook
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 100_000])
 @pytest.mark.parametrize("size", [1, 3])
 def test_heads_in_chunks_and_rows_in_batches_are_one_backward_pass(checkpoints, text, monkeypatch, size, chunk):
@@ -128,12 +137,7 @@ def test_heads_in_chunks_and_rows_in_batches_are_one_backward_pass(checkpoints, 
     sums, positions = dict.fromkeys(names, 0.0), 0
     for batch in batches:
         grads = {}
-        handles = [
-            model.get_submodule(name).register_forward_hook(
-                lambda _, __, output, name=name: output.register_hook(lambda grad: grads.update({name: grad})) and None
-            )
-            for name in names
-        ]
+        handles = [model.get_submodule(name).register_forward_hook(caught(grads, name)) for name in names]
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
         chances = log_softmax(model(**batch).logits[mask], dim=-1)
         chosen = torch.cat([torch.multinomial(part.detach().exp(), 1, generator=drawn) for part in chances.split(chunk)])
