@@ -154,7 +154,7 @@ def role_of(name: str) -> str:
 
 
 def between(names: Sequence[str], measured: Mapping[str, Response]) -> dict[str, Response]:
-    """Responses of all layers in their order: measured ones, and between two of a role their factors, interpolated over depth."""
+    """Responses of all layers in their order: measured ones, and between two of a role their factors, by depth."""
     found = dict(measured)
     roles: dict[str, list[str]] = {}
     for name in names:
