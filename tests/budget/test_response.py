@@ -1,6 +1,7 @@
 """Predicted losses scaled by what the whole model was measured to lose."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -121,7 +122,7 @@ def test_a_few_layers_of_every_role_are_measured_and_the_ends_are_among_them(blo
         measured = [block for block in range(blocks) if f"h.{block}.part_{role}" in sample]
         assert measured[0] == 0
         assert measured[-1] == blocks - 1
-        steps = [after - before for before, after in zip(measured, measured[1:], strict=False)]
+        steps = [after - before for before, after in itertools.pairwise(measured)]
         assert max(steps) - min(steps) <= 1
 
 
