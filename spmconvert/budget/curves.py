@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from spmconvert.budget.cache import LOW_RANK, RESPONSE, TERMS, CacheIdentity, CurveCache, read_part, write_part
 from spmconvert.budget.candidates import Candidate, Subject
 from spmconvert.budget.lowrank import LowRankCurve, low_rank_curve
-from spmconvert.budget.response import Response
+from spmconvert.budget.response import Response, between, measured_sample
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
@@ -109,10 +109,24 @@ def read_curves(
 ) -> Curves | None:
     """The same, or None where a layer lacks what a choice needs."""
     curves = known_curves(source, plan, recipe, identity, text)
-    complete = all(
-        curve.candidates and (curve.response is not None or RESPONSE not in curves.cache.parts) for curve in curves.layers
-    )
-    return curves if complete else None
+    complete = all(curve.candidates for curve in curves.layers)
+    return curves if complete and (RESPONSE not in curves.cache.parts or spread_responses(curves)) else None
+
+
+def spread_responses(curves: Curves) -> bool:
+    """Give every layer the response that was measured or lies between measured ones; False where one has to be measured."""
+    names = [curve.layer.target.name for curve in curves.layers]
+    sample = set(measured_sample(names))
+    measured = {
+        name: curve.response
+        for name, curve in zip(names, curves.layers, strict=True)
+        if curve.response is not None and name in sample
+    }
+    if len(measured) < len(sample):
+        return False
+    for curve, response in zip(curves.layers, between(names, measured).values(), strict=True):
+        curve.response = response
+    return True
 
 
 def measure_low_rank(curves: Curves, subject: SubjectOf, report: Callable[[str, int, int], None]) -> None:

@@ -154,7 +154,7 @@ def role_of(name: str) -> str:
 
 
 def between(names: Sequence[str], measured: Mapping[str, Response]) -> dict[str, Response]:
-    """Responses of all layers: measured ones, and between two of a role their factors, interpolated over depth."""
+    """Responses of all layers in their order: measured ones, and between two of a role their factors, by depth."""
     found = dict(measured)
     roles: dict[str, list[str]] = {}
     for name in names:
@@ -168,4 +168,4 @@ def between(names: Sequence[str], measured: Mapping[str, Response]) -> dict[str,
             above = min(other for other in known if other > index)
             share = (index - below) / (above - below)
             found[name] = measured[members[below]].mixed(measured[members[above]], share)
-    return found
+    return {name: found[name] for name in names}

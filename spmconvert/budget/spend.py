@@ -14,8 +14,8 @@ from torch import Tensor
 from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
 from spmconvert.budget.cache import RESPONSE, CacheIdentity, write_part
 from spmconvert.budget.candidates import Subject
-from spmconvert.budget.curves import Curves, check_measurable, known_curves, measure_low_rank
-from spmconvert.budget.response import MEASURED_ROWS, MEASURED_SHARES, Divergences, Response, between, measured_sample
+from spmconvert.budget.curves import Curves, check_measurable, known_curves, measure_low_rank, spread_responses
+from spmconvert.budget.response import MEASURED_ROWS, MEASURED_SHARES, Divergences, Response, measured_sample
 from spmconvert.budget.search import Search
 from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model, whole_model
 from spmconvert.budget.times import TimeTable
@@ -115,13 +115,7 @@ class Spending:
                 points = _response_points(self._subject(curve.layer), curve.layer.target.name, divergences)
                 write_part(curves.cache.files(curve.layer)[RESPONSE], points)
                 curve.response = Response.of(points)
-        measured = {
-            curve.layer.target.name: curve.response
-            for curve in curves.layers
-            if curve.response is not None and curve.layer.target.name in sample
-        }
-        for curve, response in zip(curves.layers, between(names, measured).values(), strict=True):
-            curve.response = response
+        spread_responses(curves)
 
 
 @dataclass(frozen=True)

@@ -50,10 +50,14 @@ class Curvatures:
         self._sums: dict[str, Tensor] = {}
         self._positions = 0
 
-    def add(self, batch: dict[str, Any]) -> None:
-        """Run a batch, keyword arguments of the model, forwards and backwards."""
+    def look_at(self, batch: dict[str, Any]) -> None:
+        """Find out how words follow from states. That runs the model, so it comes before anything records its inputs."""
         if self._objective == "logits" and self._plain_head is None:
             self._plain_head = has_plain_head(self._model, batch)
+
+    def add(self, batch: dict[str, Any]) -> None:
+        """Run a batch, keyword arguments of the model, forwards and backwards."""
+        self.look_at(batch)
         with _frozen(self._model), _differentiated(self._model, self._names) as leaves, torch.enable_grad():
             self._positions += self._probe(batch)
         for name, layer_leaves in leaves.items():

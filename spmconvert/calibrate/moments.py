@@ -177,6 +177,7 @@ def _fitted(
     # gradients of a model in half precision round to nothing where they are small
     with in_float32(model):
         curvatures = Curvatures(model, names, seed)
+        curvatures.look_at(next(rows.batches(rows.fitted[:1], model)))
         gathered = collect(model, names, counted(rows.fitted[:weighing], size), curvatures.add)
         found = curvatures.result()
     if others := rows.fitted[weighing:]:

@@ -111,16 +111,19 @@ def _fit_terms(layer: SPMLinear, wanted: LeastSquares, iterations: int, seed: in
     if not free:
         return _solve_in_turn(layer.term_modules, wanted)
     beside = [module for module in layer.term_modules if module.term.closed_form and module is not layer.low_rank]
+    left = 1.0
     if beside:
         with torch.no_grad():
             for module in (*free, *([] if layer.low_rank is None else [layer.low_rank])):
                 module.scale_parameter().zero_()
-        _solve_in_turn(beside, wanted)
+        left = _solve_in_turn(beside, wanted)[1]
         with torch.no_grad():
             wanted = wanted.leaving(wanted.weight - sum(module.matrix() for module in beside))
     problem = Problem(free, layer.low_rank, wanted)
     with torch.enable_grad():
-        return _solve(problem, iterations, seed)
+        start, end, done = _solve(problem, iterations, seed)
+    # of the whole weight, not of what closed forms have left
+    return left * start, left * end, done
 
 
 @torch.no_grad()

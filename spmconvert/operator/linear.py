@@ -131,6 +131,8 @@ class SPMLinear(Keeper):
 
     def _may_keep(self, x: Tensor) -> bool:
         """Whether the whole matrix may be kept: nothing in it is trained by this call, and a change would be seen."""
+        if self.low_rank is not None and not self.low_rank.is_plain:
+            return False
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._matrix_parameters())
         if trains or x.device.type != "cpu" or torch.compiler.is_compiling():
             return False

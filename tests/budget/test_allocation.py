@@ -4,6 +4,8 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -11,9 +13,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Phi3Conf
 
 import spmconvert
 from spmconvert.budget import cache as curve_cache
-from spmconvert.budget.allocation import allocate
+from spmconvert.budget.allocation import Limit, allocate
 from spmconvert.budget.cache import CacheIdentity
-from spmconvert.budget.curves import measure_curves, read_curves
+from spmconvert.budget.curves import read_curves
+from spmconvert.budget.spend import Spending, Spent
+from spmconvert.calibrate.moments import MomentStore, gather_moments
 from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.commands.report import report
@@ -24,15 +28,15 @@ from spmconvert.fit import run as fit_run
 from spmconvert.fit.sequential import calling_order, on_one_path
 from spmconvert.model import loading
 from spmconvert.model.architecture import load_config, skeleton
-from spmconvert.model.loading import load_dense_model
-from spmconvert.recipe.recipe import Budget
+from spmconvert.model.loading import DenseModel, load_dense_model
 from spmconvert.reporting.rows import evaluation_rows
 from tests.support import files_of
 
 DESIGNED = {"fit.iterations": 6, "calibration.rows": 16}
-QUICK = {**DESIGNED, "budget.iterations": 4}
+# any other design of layers as small as these is slower than the dense one
+QUICK = {**DESIGNED, "budget.iterations": 4, "structures": "spm,lowrank", "allow_slower": True}
 # where it does not matter what is measured
-LITTLE = {**QUICK, "targets": "*h.0.mlp.c_fc,*h.0.mlp.c_proj", "structures": "companion,lowrank"}
+LITTLE = {**QUICK, "targets": "*h.0.mlp.c_fc,*h.0.mlp.c_proj"}
 
 
 @pytest.fixture
@@ -72,19 +76,53 @@ def test_keep_is_kept(checkpoints, text, tmp_path, filled_cache, name, keep):
     assert sum(p.numel() for p in model.parameters()) == result.parameters_after
 
 
-def curves_of(checkpoints, text, name="gpt2", **changes):
+class Quiet:
+    """Nobody is told."""
+
+    def measured(self, *_):
+        pass
+
+
+def spend(checkpoints, text, name="gpt2", **changes):
+    """Spend a budget as a conversion does: what was chosen, the curves behind it, and how often a model was loaded."""
     recipe = resolve_recipe(None, {"keep": 0.5, "calib": text, **QUICK, **changes})
     source, plan, config = open_plan(str(checkpoints[name]), recipe)
     rows = calibration_rows(source.directory, config, recipe)
-    loaded = []
-
-    def load():
-        loaded.append(1)
-        return load_dense_model(source.directory, config, "cpu")
-
+    dense = DenseModel(source.directory, config, "cpu")
+    loads = []
     form = CacheIdentity.of_checkpoint(source, "cpu")
-    curves = measure_curves(source, plan, recipe, form, rows, load, lambda *_: None, lambda *_: None)
-    return curves, loaded, recipe, source, plan
+
+    def model():
+        if not dense.is_loaded:
+            loads.append(1)
+        return dense()
+
+    def weights(layer):
+        weight, bias = source.read(layer.weight).float(), layer.bias and source.read(layer.bias).float()
+        return (weight.t() if layer.spec.fan_in_fan_out else weight), bias
+
+    with TemporaryDirectory() as folder:
+        store = MomentStore(Path(folder))
+
+        def moments(name):
+            if rows is None:
+                return None
+            gather_moments(model, plan.layers, rows, store, lambda *_: None, weighted=recipe.weights_fits, seed=recipe.seed)
+            return store.read(name)
+
+        spent = Spending(source, plan, recipe, form, rows, model, moments, weights, "cpu", Quiet()).choose()
+    digest = None if text is None else content_hash(text)
+    return spent, read_curves(source, plan, recipe, form, digest), loads, recipe, source
+
+
+def curves_of(*arguments, **changes):
+    return spend(*arguments, **changes)[1]
+
+
+def chosen(curves, **limit):
+    """What is chosen among what is known."""
+    none = dict.fromkeys(("keep", "keep_bytes", "keep_flops", "max_error"))
+    return allocate(curves, Limit(curves.recipe.budget.model_copy(update={**none, **limit}), curves.plan.layers))
 
 
 def test_rows_that_chose_designs_measure_nothing_else(checkpoints, text, tmp_path, cache):
@@ -109,66 +147,79 @@ def test_rows_that_chose_designs_measure_nothing_else(checkpoints, text, tmp_pat
 
 
 def test_more_budget_never_costs_more(checkpoints, text, filled_cache):
-    curves, *_ = curves_of(checkpoints, text)
-    losses = [allocate(curves, Budget(keep=keep)).choice.loss for keep in (0.25, 0.4, 0.6, 0.8)]
+    curves = curves_of(checkpoints, text)
+    losses = [chosen(curves, keep=keep).choice.loss for keep in (0.25, 0.4, 0.6, 0.8)]
     assert losses == sorted(losses, reverse=True)
     assert all(one.error > 0 for own in curves.candidates for one in own)
 
 
 def test_a_mixture_is_never_worse_than_low_rank_alone(checkpoints, text, filled_cache):
-    mixed, *_ = curves_of(checkpoints, text)
-    alone, *_ = curves_of(checkpoints, text, structures="lowrank")
-    assert {one.stages for own in alone.candidates for one in own} == {0}
-    assert any(one.stages for own in mixed.candidates for one in own)
+    mixed = curves_of(checkpoints, text)
+    alone = curves_of(checkpoints, text, structures="lowrank")
+    assert {one.kinds for own in alone.candidates for one in own} == {("lowrank",)}
+    assert {one.kinds for own in mixed.candidates for one in own} == {("lowrank",), ("spm",), ("spm", "lowrank")}
     for keep in (0.3, 0.5, 0.7):
-        assert allocate(mixed, Budget(keep=keep)).choice.loss <= allocate(alone, Budget(keep=keep)).choice.loss
+        assert chosen(mixed, keep=keep).choice.loss <= chosen(alone, keep=keep).choice.loss
 
 
 def test_curves_are_measured_once(checkpoints, text, cache):
-    first, loaded, recipe, source, plan = curves_of(checkpoints, text, **LITTLE)
-    assert loaded == [1]
-    again, loaded, *_ = curves_of(checkpoints, text, **LITTLE)
-    assert not loaded
-    assert again == first
+    spent, first, loads, recipe, source = spend(checkpoints, text, **LITTLE)
+    plan = first.plan
+    assert loads == [1]
+    again, curves, loads, *_ = spend(checkpoints, text, **LITTLE)
+    assert not loads
+    assert (again, curves) == (spent, first)
     form = CacheIdentity.of_checkpoint(source, "cpu")
-    assert read_curves(source, plan, recipe, form, content_hash(text)) == first
     # one lost curve is measured again, to the same numbers
-    next(iter((cache / "curves").glob("*.json"))).unlink()
+    next(first.cache.files(layer)["lowrank"] for layer in plan.layers).unlink()
     assert read_curves(source, plan, recipe, form, content_hash(text)) is None
     assert read_curves(source, plan, recipe, replace(form, dtype="bfloat16"), content_hash(text)) is None
-    repaired, loaded, *_ = curves_of(checkpoints, text, **LITTLE)
-    assert loaded == [1]
-    assert repaired == first
-    _, loaded, *_ = curves_of(checkpoints, text, **LITTLE, sensitivity="none")
-    assert loaded == [1]
+    again, repaired, loads, *_ = spend(checkpoints, text, **LITTLE)
+    assert loads == [1]
+    assert (again, repaired) == (spent, first)
+    assert spend(checkpoints, text, **LITTLE, sensitivity="none")[2] == [1]
+
+
+def test_another_budget_measures_only_what_it_lacks(checkpoints, text, cache):
+    _, first, *_ = spend(checkpoints, text, **LITTLE)
+    _, second, *_ = spend(checkpoints, text, **{**LITTLE, "keep": 0.3})
+    for one, other in zip(first.layers, second.layers, strict=True):
+        assert other.low_rank == one.low_rank
+        assert other.terms[: len(one.terms)] == one.terms
+
+
+def test_a_choice_is_written_and_read_back(checkpoints, text, filled_cache):
+    spent, curves, *_ = spend(checkpoints, text)
+    read = Spent.from_json(curves.plan, spent.to_json())
+    assert read == spent
+    assert [layer.spec for layer in read.allocation.plan.layers] == [layer.spec for layer in spent.allocation.plan.layers]
 
 
 def test_limits_of_other_kinds(checkpoints, text, filled_cache):
-    curves, *_ = curves_of(checkpoints, text)
+    curves = curves_of(checkpoints, text)
     layers = curves.plan.layers
     dense_bytes, dense_flops = sum(layer.dense_bytes for layer in layers), sum(layer.flops[0] for layer in layers)
-    plan = allocate(curves, Budget(keep_bytes=dense_bytes // 2)).plan
+    plan = chosen(curves, keep_bytes=dense_bytes // 2).plan
     assert plan.output_bytes <= curves.plan.other_bytes + dense_bytes // 2
-    plan = allocate(curves, Budget(keep_flops=0.5)).plan
+    plan = chosen(curves, keep_flops=0.5).plan
     replaced = {layer.target.name: layer.flops[1] for layer in plan.layers}
     assert sum(replaced.get(layer.target.name, layer.flops[0]) for layer in layers) <= 0.5 * dense_flops
     errors = [one.error for own in curves.candidates for one in own]
     bound = sorted(errors)[len(errors) // 2]
-    plan = allocate(curves, Budget(max_error=bound)).plan
+    plan = chosen(curves, max_error=bound).plan
     for layer, own in zip(layers, curves.candidates, strict=True):
         found = [other for other in plan.layers if other.target == layer.target]
         if found:
-            g = found[0].spec.geometry
-            assert (
-                next(one for one in own if (one.stages, one.block, one.rank) == (g.stages, g.block, g.rank)).error <= bound
-            )
+            entries = tuple(found[0].spec.design.to_json())
+            assert next(one for one in own if one.terms == entries).error <= bound
 
 
 @pytest.mark.parametrize(("name", "sensitivity"), [("gpt2", "kl"), ("bert", "kl"), ("gpt2", "gradient")])
 def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monkeypatch, name, sensitivity):
-    curves, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
+    changes = {"budget.sensitivity": sensitivity, "structures": "lowrank"}
+    curves = curves_of(checkpoints, text, name, **changes)
     monkeypatch.setattr(curve_cache, "measures_response", lambda *_: False)
-    plain, *_ = curves_of(checkpoints, text, name, **{"budget.sensitivity": sensitivity})
+    plain = curves_of(checkpoints, text, name, **changes)
     spread = []
     for scaled, own in zip(curves.candidates, plain.candidates, strict=True):
         factors = [a.loss / b.loss for a, b in zip(scaled, own, strict=True)]
@@ -184,9 +235,7 @@ def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monke
 def test_encoders_respond_as_predicted(checkpoints, text, cache):
     curves_of(checkpoints, text, "bert", structures="lowrank")
     curves_of(checkpoints, text, "gpt2", structures="lowrank")
-    layers = {
-        name: len(curves_of(checkpoints, text, name, structures="lowrank")[0].plan.layers) for name in ("bert", "gpt2")
-    }
+    layers = {name: len(curves_of(checkpoints, text, name, structures="lowrank").plan.layers) for name in ("bert", "gpt2")}
     # a model of words has a second file a layer
     assert len(list((cache / "curves").glob("*.json"))) == layers["bert"] + 2 * layers["gpt2"]
 
@@ -202,7 +251,11 @@ def test_encoders_respond_as_predicted(checkpoints, text, cache):
         ({"keep_bytes": 9}, OptionError, "9 bytes, the smallest candidates"),
         ({"keep_bytes": "9MB"}, OptionError, r"keep_bytes allows 9,000,000 bytes, .* have \d\d,\d\d\d as they are"),
         ({"keep_bytes": "much"}, RecipeError, "keep_bytes: size 'much' is not understood"),
-        ({"keep": 0.5, "structures": "monarch"}, RecipeError, "'monarch': input should be .* 'lowrank'$"),
+        (
+            {"keep": 0.5, "structures": "butterfly"},
+            RecipeError,
+            "'butterfly' is no kind of term; choose among spm, .*lowrank",
+        ),
         ({"keep": 0.5, "sequential": True, "calib": None}, RecipeError, "sequential needs calibration rows"),
         ({"structures": "lowrank"}, RecipeError, r"budget\.structures, budget\.iterations is given without a budget"),
         ({"max_error": 0.1, "sequential": True}, RecipeError, "max_error limits what each layer does alone"),
@@ -219,21 +272,19 @@ def test_wrong_budgets_are_refused(checkpoints, text, tmp_path, filled_cache, ch
 def test_budget_without_data_takes_all_layers_alike(checkpoints, tmp_path, filled_cache):
     changes = {"keep": 0.5, "sensitivity": "none", **QUICK}
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", **changes)
-    curves, *_ = curves_of(checkpoints, None, **changes)
+    curves = curves_of(checkpoints, None, **changes)
     model = spmconvert.load(checkpoints["gpt2"])
     for layer, candidates in zip(curves.plan.layers, curves.candidates, strict=True):
         energies = torch.linalg.svdvals(model.get_submodule(layer.target.name).weight.detach()).square()
         for candidate in candidates:
             assert candidate.loss == candidate.error
-            if not candidate.stages:
-                left = energies[candidate.rank :].sum() / energies.sum()
+            if candidate.kinds == ("lowrank",):
+                left = energies[candidate.terms[0]["rank"] :].sum() / energies.sum()
                 assert candidate.error == pytest.approx(left.item(), rel=1e-2), "the norm of what the weight lacks"
-    allocation = allocate(curves, Budget(keep=0.5, sensitivity="none"))
-    chosen = [candidate.error for candidate in allocation.picked if candidate is not None]
-    assert result.choice.loss == pytest.approx(sum(chosen))
-    assert [record.design for record in result.layers] == [
-        layer.spec.geometry.describe() for layer in allocation.plan.layers
-    ]
+    allocation = chosen(curves, keep=0.5)
+    errors = [candidate.error for candidate in allocation.picked if candidate is not None]
+    assert result.choice.loss == pytest.approx(sum(errors))
+    assert [record.design for record in result.layers] == [layer.spec.design.describe() for layer in allocation.plan.layers]
     assert "sum of the layers' errors" in result.budget_note
 
 
@@ -328,9 +379,7 @@ def test_sequential_run_says_nothing_of_weights_on_disk(run, checkpoints, text, 
     ],
 )
 def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, filled_cache, name, changes, expected):
-    given = (
-        {"calib": text, **DESIGNED} if "rank" in changes else {"calib": text, "structures": "companion,lowrank", **QUICK}
-    )
+    given = {"calib": text, **(DESIGNED if "rank" in changes else QUICK)}
     changes = {**given, **changes}
     result = spmconvert.convert(checkpoints[name], tmp_path / "out", **changes)
     fit = json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]
@@ -343,7 +392,7 @@ def test_order_of_the_fits_by_default(checkpoints, text, tmp_path, filled_cache,
 @pytest.mark.parametrize("resumed", [False, True])
 @pytest.mark.parametrize("changes", [{}, {"sequential": False}, {"sensitivity": "kl"}], ids=str)
 def test_the_dense_model_is_loaded_once(checkpoints, text, tmp_path, cache, monkeypatch, changes, resumed):
-    changes = {"keep": 0.5, "calib": text, "structures": "companion,lowrank", "targets": "*.c_fc", **QUICK, **changes}
+    changes = {"keep": 0.5, "calib": text, "targets": "*.c_fc", **QUICK, **changes}
     output = tmp_path / "out"
     if resumed:
         with monkeypatch.context() as patch:
@@ -442,7 +491,7 @@ def test_budget_while_loading(checkpoints, text, tmp_path, filled_cache):
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.4, calib=text, sequential=False, **QUICK)
     for record in result.layers:
         layer = model.get_submodule(record.name)
-        assert layer.geometry.describe() == record.design
+        assert layer.design.describe() == record.design
         torch.testing.assert_close(
             layer.to_dense(), spmconvert.load(tmp_path / "out").get_submodule(record.name).to_dense()
         )
@@ -516,7 +565,7 @@ def interrupt_after(monkeypatch, layers):
 def test_a_budget_resumes_what_it_chose_whatever_the_cache_says(
     checkpoints, text, tmp_path, cache, monkeypatch, sequential
 ):
-    changes = {"keep": 0.4, "calib": text, "sequential": sequential, "structures": "companion,lowrank", **QUICK}
+    changes = {"keep": 0.4, "calib": text, "sequential": sequential, **QUICK}
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
@@ -525,18 +574,21 @@ def test_a_budget_resumes_what_it_chose_whatever_the_cache_says(
     for file in (cache / "curves").iterdir():
         found = json.loads(file.read_text())
         # the order of the candidates is turned round
-        losses = [one["loss"] for one in found if isinstance(one, dict)]
-        file.write_text(json.dumps([{**one, "loss": 1 / loss} for one, loss in zip(found, losses, strict=False)] or found))
+        if isinstance(found, dict):
+            found["losses"] = [1 / loss for loss in found["losses"]]
+        else:
+            found = [{**one, "loss": 1 / one["loss"]} if isinstance(one, dict) else one for one in found]
+        file.write_text(json.dumps(found))
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "parts", resume=True, **changes)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
 
 
 def test_a_damaged_cache_is_measured_again(checkpoints, text, cache):
-    first = curves_of(checkpoints, text, **LITTLE)[0]
+    first = curves_of(checkpoints, text, **LITTLE)
     for file in (cache / "curves").iterdir():
         file.write_bytes(file.read_bytes()[:-9])
-    second, loaded, *_ = curves_of(checkpoints, text, **LITTLE)
-    assert loaded
+    _, second, loads, *_ = spend(checkpoints, text, **LITTLE)
+    assert loads
     assert second.candidates == first.candidates
 
 
@@ -544,17 +596,17 @@ def test_a_cache_that_cannot_be_written_is_refused_before_measuring(checkpoints,
     (tmp_path / "file").write_text("no directory")
     monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "file"))
     with pytest.raises(NotWritableError, match="set SPMCONVERT_CACHE"):
-        curves_of(checkpoints, text)
+        spend(checkpoints, text)
 
 
 def test_another_tokenizer_has_curves_of_its_own(checkpoints, text, tmp_path, cache):
     model = tmp_path / "gpt2"
     shutil.copytree(checkpoints["gpt2"], model)
-    assert curves_of({"gpt2": model}, text, **LITTLE)[1]
-    assert not curves_of({"gpt2": model}, text, **LITTLE)[1]
+    assert spend({"gpt2": model}, text, **LITTLE)[2]
+    assert not spend({"gpt2": model}, text, **LITTLE)[2]
     tokenizer = model / "tokenizer_config.json"
     tokenizer.write_text(json.dumps({**json.loads(tokenizer.read_text()), "another": "key"}))
-    assert curves_of({"gpt2": model}, text, **LITTLE)[1]
+    assert spend({"gpt2": model}, text, **LITTLE)[2]
 
 
 @pytest.mark.parametrize(

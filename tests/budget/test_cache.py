@@ -8,7 +8,7 @@ from spmconvert.budget.cache import CacheIdentity, CurveCache
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.data.documents import content_hash
 
-DECIDING = {"keep": 0.5, "calibration.rows": 16, "budget.iterations": 4}
+DECIDING = {"keep": 0.5, "structures": "spm,sparse24,lowrank", "calibration.rows": 16, "budget.iterations": 4}
 # each alone; another layer, structure, model or tokenizer is told apart elsewhere
 CHANGES = [
     {"calibration.rows": 17},
@@ -38,8 +38,8 @@ def assert_no_file_is_shared(some, others):
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_whatever_decides_about_a_curve_is_in_its_name(checkpoints, text, changes):
     base = names(checkpoints["gpt2"], calib=text)
-    assert list(base) == ["spm", "companion", "lowrank", "response"]
-    assert len(set(base.values())) == 4
+    assert list(base) == ["lowrank", "terms", "response"]
+    assert len(set(base.values())) == 3
     assert_no_file_is_shared(base, names(checkpoints["gpt2"], calib=text, **changes))
 
 
@@ -59,6 +59,8 @@ def test_another_model_has_other_curves(checkpoints, text):
         assert_no_file_is_shared(found[first], found[second])
 
 
-@pytest.mark.parametrize("changes", [{"keep": 0.25}, {"keep": None, "keep_flops": 0.5}, {"fit.iterations": 7}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{"keep": 0.25}, {"keep": None, "keep_flops": 0.5}, {"fit.iterations": 7}, {"structures": "spm"}], ids=str
+)
 def test_budgets_and_final_fits_share_curves(checkpoints, text, changes):
     assert names(checkpoints["gpt2"], calib=text) == names(checkpoints["gpt2"], calib=text, **changes)

@@ -1,12 +1,13 @@
 """Predicted losses scaled by what the whole model was measured to lose."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 
 import spmconvert
-from spmconvert.budget.response import Response, divergence
+from spmconvert.budget.response import MOST_MEASURED, Divergences, Response, between, measured_sample, role_of
 from spmconvert.errors import CalibrationError
 from spmconvert.operator.linear import SPMLinear
 
@@ -26,9 +27,9 @@ def test_a_divergence_that_overflows_is_refused(checkpoints):
     model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32).eval()
     layer = replaced(model, "transformer.h.0.mlp.c_fc")
     with torch.no_grad():
-        layer.bias.fill_(float("inf"))
+        layer.held_bias.fill_(float("inf"))
     with pytest.raises(CalibrationError, match=r"c_fc replaced are not finite .* --ignore transformer\.h\.0\.mlp\.c_fc"):
-        divergence(model, "transformer.h.0.mlp.c_fc", layer, [ids(model)])
+        Divergences(model, [ids(model)]).of("transformer.h.0.mlp.c_fc", layer)
 
 
 def test_one_point_is_a_factor_and_nothing_measured_is_tiny():
@@ -42,10 +43,8 @@ def replaced(model, name):
     layer = SPMLinear(weight.shape[1], weight.shape[0], stages=0, rank=min(weight.shape), bias=dense.bias is not None)
     left, size, right = torch.linalg.svd(weight, full_matrices=False)
     with torch.no_grad():
-        layer.scale_out.zero_()
-        layer.low_rank_out.copy_(left * size)
-        layer.low_rank_in.copy_(right)
-        layer.bias.copy_(dense.bias)
+        layer.lowrank.set_factors_(left * size, right)
+        layer.held_bias.copy_(dense.bias)
     return layer
 
 
@@ -60,9 +59,11 @@ def test_divergence_of_one_layer(checkpoints, checkpoint, name):
     model = spmconvert.load(checkpoints[checkpoint], dtype=torch.float32).eval()
     batch, layer = ids(model), replaced(model, name)
     before = copy.deepcopy(model.state_dict())
-    assert divergence(model, name, layer, [batch]) == pytest.approx(0.0, abs=1e-6)
+    divergences = Divergences(model, [batch])
+    assert divergences.dtype == torch.float32
+    assert divergences.of(name, layer) == pytest.approx(0.0, abs=1e-6)
     with torch.no_grad():
-        layer.low_rank_out[:, 2:] = 0
+        layer.lowrank.up.weight[:, 2:] = 0
     other = copy.deepcopy(model)
     other.set_submodule(name, layer)
     with torch.no_grad():
@@ -75,6 +76,66 @@ def test_divergence_of_one_layer(checkpoints, checkpoint, name):
         unit = [torch.nn.functional.normalize(states.mean(1), dim=-1) for states in (target, own)]
         expected = (unit[0] - unit[1]).square().sum(-1).mean()
     assert expected > 1e-7
-    assert divergence(model, name, layer, [batch]) == pytest.approx(expected.item(), rel=1e-3)
+    assert divergences.of(name, layer) == pytest.approx(expected.item(), rel=1e-3)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def test_what_the_dense_model_puts_out_is_computed_once(checkpoints):
+    model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32).eval()
+    calls = []
+    model.transformer.h[0].mlp.c_fc.register_forward_hook(lambda *_: calls.append(1))
+    divergences = Divergences(model, [ids(model), ids(model)])
+    seen = len(calls)
+    layer = replaced(model, "transformer.h.1.mlp.c_fc")
+    with torch.no_grad():
+        layer.lowrank.up.weight[:, 2:] = 0
+    once = divergences.of("transformer.h.1.mlp.c_fc", layer)
+    assert len(calls) == seen + 2, "by the student alone"
+    # a mean over positions: the same batch twice is the same
+    assert once == pytest.approx(Divergences(model, [ids(model)]).of("transformer.h.1.mlp.c_fc", layer), rel=1e-5)
+
+
+def test_a_mixture_lies_between_by_factors():
+    low, high = Response.of([(0.01, 0.02), (0.5, 4.0)]), Response.of([(0.04, 0.04 * 8), (0.5, 0.5 * 2)])
+    for share in (0.0, 0.25, 0.5, 1.0):
+        mixed = low.mixed(high, share)
+        for (a, b), (c, d), (predicted, measured) in zip(low.points, high.points, mixed.points, strict=True):
+            assert predicted == pytest.approx(a ** (1 - share) * c**share)
+            assert measured / predicted == pytest.approx((b / a) ** (1 - share) * (d / c) ** share)
+
+
+def test_roles_are_names_without_numbers():
+    assert role_of("model.layers.11.mlp.up_proj") == role_of("model.layers.0.mlp.up_proj") == "model.layers.*.mlp.up_proj"
+    assert role_of("h.0.c2.w1") == "h.*.c2.w1"
+
+
+@pytest.mark.parametrize(("blocks", "roles"), [(3, 2), (12, 2), (13, 2), (40, 2), (80, 7), (5, 40)])
+def test_a_few_layers_of_every_role_are_measured_and_the_ends_are_among_them(blocks, roles):
+    names = [f"h.{block}.part_{role}" for block in range(blocks) for role in range(roles)]
+    sample = measured_sample(names)
+    assert sample == [name for name in names if name in set(sample)], "in the order of the model"
+    assert len(sample) <= max(MOST_MEASURED, 2 * roles)
+    if blocks * roles <= MOST_MEASURED:
+        assert sample == names
+    for role in range(roles):
+        measured = [block for block in range(blocks) if f"h.{block}.part_{role}" in sample]
+        assert measured[0] == 0
+        assert measured[-1] == blocks - 1
+        steps = [after - before for before, after in itertools.pairwise(measured)]
+        assert max(steps) - min(steps) <= 1
+
+
+def test_layers_that_were_not_measured_lie_between_their_neighbours():
+    names = [f"h.{block}.{role}" for block in range(5) for role in ("a", "b")]
+    points = {name: [(0.1, 0.1 * factor), (1.0, factor)] for name, factor in (("h.0.a", 2), ("h.4.a", 32), ("h.2.b", 5))}
+    points |= {name: [(0.1, 0.3), (1.0, 3.0)] for name in ("h.0.b", "h.4.b")}
+    measured = {name: Response.of(own) for name, own in points.items()}
+    found = between(names, measured)
+    assert set(found) == set(names)
+    assert {name: found[name] for name in measured} == measured
+    assert [found[f"h.{block}.a"].loss(0.5) for block in range(5)] == pytest.approx([1, 2, 4, 8, 16])
+    assert [found[f"h.{block}.b"].loss(0.5) for block in range(5)] == pytest.approx(
+        [1.5, 0.5 * 15**0.5, 2.5, 0.5 * 15**0.5, 1.5]
+    )
+    assert list(found) == names, "in the order of the model, whatever was measured"

@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadMod
 
 import spmconvert
 from spmconvert.calibrate import curvature as sensitivity
-from spmconvert.calibrate.curvature import gather_curvatures
+from spmconvert.calibrate.curvature import Curvatures, gather_curvatures
 from spmconvert.data.calibration import load_rows
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import Calibration
@@ -109,6 +109,50 @@ def test_gradients_of_parameters_are_left_alone(checkpoints, text):
     again = gather_curvatures(model, [LAYERS["gpt2"]], rows.batches(rows.fitted, model), seed=0)
     assert torch.equal(found[LAYERS["gpt2"]], again[LAYERS["gpt2"]])
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def caught(grads, name):
+    """A hook on a layer that keeps the gradient of its output."""
+
+    def hook(_, __, output):
+        output.register_hook(lambda grad: grads.update({name: grad}))
+
+    return hook
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100_000])
+@pytest.mark.parametrize("size", [1, 3])
+def test_heads_in_chunks_and_rows_in_batches_are_one_backward_pass(checkpoints, text, monkeypatch, size, chunk):
+    model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32).eval()
+    rows = load_rows(checkpoints["gpt2"], model.config, Calibration(file=text, rows=6, batch_size=size), seed=0)
+    names = [LAYERS["gpt2"], "transformer.h.0.attn.c_proj"]
+    batches = list(rows.batches(rows.fitted, model))
+    monkeypatch.setattr(sensitivity, "CHUNK_TOKENS", chunk)
+    curvatures = Curvatures(model, names, seed=2)
+    for batch in batches:
+        curvatures.add(batch)
+    found = curvatures.result()
+    # words drawn alike, from all logits at once
+    drawn = torch.Generator().manual_seed(2 + sensitivity._SEED_OFFSET)
+    sums, positions = dict.fromkeys(names, 0.0), 0
+    for batch in batches:
+        grads = {}
+        handles = [model.get_submodule(name).register_forward_hook(caught(grads, name)) for name in names]
+        mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+        chances = log_softmax(model(**batch).logits[mask], dim=-1)
+        chosen = torch.cat([torch.multinomial(part.detach().exp(), 1, generator=drawn) for part in chances.split(chunk)])
+        chances.gather(-1, chosen).sum().backward()
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            gradient = grads[name][mask]
+            norms = gradient.norm(dim=1, keepdim=True)
+            clipped = gradient * (sensitivity.CLIP * norms[norms > 0].median() / norms.clamp_min(1e-30)).clamp_max(1.0)
+            sums[name] = sums[name] + clipped.t() @ clipped
+        positions += len(chosen)
+    for name in names:
+        expected = sums[name] / (2 * positions)
+        torch.testing.assert_close(found[name], expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
 def test_layer_without_influence_is_named(checkpoints, text):

@@ -75,4 +75,4 @@ def test_factors_of_a_weighted_fit_have_equal_norms():
     weight, rows = torch.randn(24, 32), torch.randn(300, 32)
     layer = SPMLinear(32, 24, stages=0, rank=5)
     fit_(layer, weight, None, ActivationStatistics.of(rows), metric=OutputMetric.of(1e-6 * curvature(24, 6)))
-    torch.testing.assert_close(layer.low_rank_in.norm(dim=1), layer.low_rank_out.norm(dim=0))
+    torch.testing.assert_close(layer.lowrank.down.weight.norm(dim=1), layer.lowrank.up.weight.norm(dim=0))

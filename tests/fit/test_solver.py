@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from spmconvert.fit.start import hierarchical_start_
 
 import spmconvert
 from spmconvert.calibrate.metric import OutputMetric
@@ -14,6 +13,7 @@ from spmconvert.fit.error import measure_error
 from spmconvert.fit.solver import fit_, fit_linear
 from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.start import hierarchical_start_
 
 
 def inputs(features, rows=400, seed=0):
@@ -29,15 +29,15 @@ def dense(fan_in, fan_out, seed=0):
 
 
 def error_of(layer, weight, bias, statistics):
-    return measure_error((weight, bias), (layer.to_dense(), layer.bias), statistics).centred
+    return measure_error((weight, bias), (layer.to_dense(), layer.held_bias), statistics).centred
 
 
 def planted(width, **design):
     torch.manual_seed(width)
     layer = SPMLinear(width, width, bias=False, **design)
     with torch.no_grad():
-        layer.scale_in.normal_()
-        layer.scale_out.normal_()
+        layer.spm.scale_in.normal_()
+        layer.spm.scale_out.normal_()
     return layer.to_dense().detach()
 
 
@@ -45,7 +45,7 @@ def planted(width, **design):
 def test_product_of_stages_is_recovered(width, block):
     weight = planted(width, block=block)
     layer = SPMLinear(width, width, block=block)
-    hierarchical_start_(layer, weight)
+    hierarchical_start_(layer.spm, weight)
     assert (layer.to_dense() - weight).norm() / weight.norm() < 1e-5
     layer = SPMLinear(width, width, block=block)
     fit_(layer, weight, None, ActivationStatistics.of(inputs(width)), iterations=50)
@@ -92,7 +92,7 @@ def test_companion_is_the_svd_of_what_the_stages_leave(iterations, weighted):
     root = covariance_root(statistics.covariance)
     energy = (lambda rows: rows.square().sum()) if metric is None else metric.energy
     found = energy(root @ (weight - layer.to_dense().detach()).t())
-    stages = layer.to_dense().detach() - (layer.low_rank_out @ layer.low_rank_in).detach()
+    stages = layer.to_dense().detach() - layer.lowrank.matrix().detach()
     left, right = truncated_svd(weight - stages, root, 5, metric)
     best = energy(root @ (weight - stages - left @ right).t())
     assert best * (1 - 1e-5) <= found <= best * (1 + 1e-3)
@@ -110,8 +110,8 @@ def test_stages_and_companion_do_not_cancel(design, weighted):
     layer = SPMLinear(128, 32, rank=16, **design)
     fit_(layer, weight, bias, ActivationStatistics.of(rows), iterations=200, metric=metric)
     with torch.no_grad():
-        whole = layer(rows) - layer.bias
-        companion = rows @ layer.low_rank_in.t() @ layer.low_rank_out.t()
+        whole = layer(rows) - layer.held_bias
+        companion = layer.lowrank.biased(rows, None)
         # without the penalty up to 8.6 times the whole
         for part in (whole - companion, companion):
             assert part.var(0).sum() < 1.5**2 * whole.var(0).sum()
@@ -167,7 +167,7 @@ def test_same_seed_same_bytes_and_another_seed_another_start():
         torch.manual_seed(seed + 10 * id(layer) % 97)
         fit_(layer, weight, bias, statistics, iterations=20, seed=seed)
     assert all(torch.equal(a, b) for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True))
-    assert not torch.equal(layers[0].weight, layers[2].weight)
+    assert not torch.equal(layers[0].spm.weight, layers[2].spm.weight)
 
 
 def awkward_rows():
@@ -197,7 +197,7 @@ def test_ill_conditioned_inputs_give_finite_layers(kind, rank):
     result = fit_(layer, weight, bias, statistics, iterations=15)
     assert all(parameter.isfinite().all() for parameter in layer.parameters())
     assert result.end <= 1
-    found = measure_error((weight, bias), (layer.to_dense(), layer.bias), statistics)
+    found = measure_error((weight, bias), (layer.to_dense(), layer.held_bias), statistics)
     assert found.relative <= 1 + 1e-3
 
 
@@ -233,7 +233,7 @@ def test_measured_error_is_the_empirical_one():
     fit_(layer, weight, bias, ActivationStatistics.of(x[:200]), iterations=10)
     held_out = x[200:]
     y, approximate = held_out @ weight.t() + bias, layer(held_out)
-    found = measure_error((weight, bias), (layer.to_dense(), layer.bias), ActivationStatistics.of(held_out))
+    found = measure_error((weight, bias), (layer.to_dense(), layer.held_bias), ActivationStatistics.of(held_out))
     missed = (y - approximate).square().sum()
     assert found.relative == pytest.approx((missed / y.square().sum()).item(), rel=1e-4)
     assert found.centred == pytest.approx((missed / (y - y.mean(0)).square().sum()).item(), rel=1e-4)
@@ -283,7 +283,7 @@ def test_fit_linear_keeps_dtype_and_needs_no_data():
     linear = torch.nn.Linear(24, 24, bias=False, dtype=torch.bfloat16)
     layer, result = fit_linear(linear, iterations=10)
     assert layer.weight.dtype == torch.bfloat16
-    assert layer.bias is None
+    assert layer.held_bias is None
     assert 0 < result.end < 1
     assert fit_linear(linear, ActivationStatistics.of(inputs(24)), iterations=2)[0].bias is not None
 
@@ -303,8 +303,8 @@ def test_fit_linear_is_the_public_way_to_fit_one_layer():
     torch.manual_seed(0)
     source = torch.nn.Linear(24, 24)
     layer, result = spmconvert.fit_linear(source, stages=10, iterations=30)
-    assert layer.geometry.stages == 10
+    assert layer.spm.geometry.stages == 10
     error = (layer.to_dense() - source.weight).square().sum() / source.weight.square().sum()
     assert error < 0.9
     assert error.item() == pytest.approx(result.end, rel=1e-4)
-    torch.testing.assert_close(layer.bias, source.bias)
+    torch.testing.assert_close(layer.held_bias, source.bias)

@@ -29,14 +29,14 @@ def layer():
 def blocks_of(layer):
     with torch.no_grad():
         layer(torch.randn(2, layer.in_features))
-    return layer._cache.blocks
+    return layer.spm._cache.blocks
 
 
 def assert_up_to_date(layer):
     """Outputs without gradients are those of the parameters as they are now."""
     with torch.no_grad():
         x = torch.randn(3, 96)
-        expected = torch.nn.functional.linear(x, layer.to_dense(), layer.bias)
+        expected = torch.nn.functional.linear(x, layer.to_dense(), layer.held_bias)
         torch.testing.assert_close(layer(x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -55,7 +55,7 @@ def test_blocks_are_those_of_the_dtype_and_of_the_merge(layer):
     with torch.no_grad():
         for dtype in (torch.float32, torch.bfloat16, torch.float32):
             assert layer(x.to(dtype)).dtype == dtype
-    parameters = (layer.weight, layer.scale_in, layer.scale_out)
+    parameters = (layer.spm.weight, layer.spm.scale_in, layer.spm.scale_out)
     kept = KeptBlocks.of([], torch.float32, merge_stages, parameters)
     assert kept.serve(torch.float32, merge_stages, parameters)
     assert not kept.serve(torch.float32, merge_stages_triton, parameters)
@@ -84,30 +84,30 @@ def twice(change):
 
 
 def replace_data(layer):
-    layer.scale_out.data = torch.randn(208)
+    layer.spm.scale_out.data = torch.randn(208)
 
 
 def replace_parameter(layer):
-    layer.scale_out = torch.nn.Parameter(torch.randn(208))
+    layer.spm.scale_out = torch.nn.Parameter(torch.randn(208))
 
 
 def assign(layer):
     # one parameter only: all of them seldom come back to their places
-    layer.load_state_dict({"scale_in": torch.randn(208)}, strict=False, assign=True)
+    layer.load_state_dict({"spm.scale_in": torch.randn(208)}, strict=False, assign=True)
 
 
 def reverse_in_memory(layer):
     # both lie in one storage, so that only the offset tells them apart
     halves = torch.randn(2, 208)
-    layer.scale_in.data = halves[0]
+    layer.spm.scale_in.data = halves[0]
     blocks_of(layer)
-    layer.scale_in.data = halves[1]
+    layer.spm.scale_in.data = halves[1]
 
 
 def take_over(layer):
     # same storage, and a version counter that begins anew
-    layer.scale_out.data.mul_(2)
-    layer.scale_out = torch.nn.Parameter(layer.scale_out.data)
+    layer.spm.scale_out.data.mul_(2)
+    layer.spm.scale_out = torch.nn.Parameter(layer.spm.scale_out.data)
 
 
 def optimizer_step(layer):
@@ -118,7 +118,7 @@ def optimizer_step(layer):
 
 def multiply(layer):
     with torch.no_grad():
-        layer.scale_in.mul_(2)
+        layer.spm.scale_in.mul_(2)
 
 
 CHANGES = {
@@ -142,7 +142,7 @@ def test_blocks_are_merged_again_after_a_change(layer, change):
         before = blocks_of(layer)
         CHANGES[change](layer)
         assert_up_to_date(layer)
-        assert layer._cache.blocks is not before
+        assert layer.spm._cache.blocks is not before
 
 
 class Scaled(torch.nn.Module):
@@ -157,19 +157,19 @@ class Scaled(torch.nn.Module):
 
 
 def test_parametrizations_are_merged_at_every_call(layer):
-    parametrize.register_parametrization(layer, "weight", Scaled())
+    parametrize.register_parametrization(layer.spm, "weight", Scaled())
     for factor in range(TRIES):
         with torch.no_grad():
-            layer.parametrizations.weight[0].factor.fill_(factor / TRIES)
+            layer.spm.parametrizations.weight[0].factor.fill_(factor / TRIES)
         assert_up_to_date(layer)
-        assert layer._cache is None, "blocks that no call will ask for again are not kept"
+        assert layer.spm._cache is None, "blocks that no call will ask for again are not kept"
 
 
 def test_parametrizations_are_computed_once_a_call(layer):
     calls = []
     scaled = Scaled()
     scaled.register_forward_hook(lambda *_: calls.append(1))
-    parametrize.register_parametrization(layer, "weight", scaled)
+    parametrize.register_parametrization(layer.spm, "weight", scaled)
     calls.clear()
     layer(torch.randn(3, 96))
     assert len(calls) == 1
@@ -179,19 +179,19 @@ def test_parametrizations_are_computed_once_a_call(layer):
 def test_parameters_swapped_in_for_a_call(layer, kind):
     x = torch.eye(96)
     with torch.no_grad():
-        unscaled = layer(x) - layer.bias
+        unscaled = layer(x) - layer.held_bias
         for factor in range(TRIES):
-            scaled = {"scale_out": kind(layer.scale_out * factor)}
-            found = torch.func.functional_call(layer, scaled, (x,)) - layer.bias
+            scaled = {"spm.scale_out": kind(layer.spm.scale_out * factor)}
+            found = torch.func.functional_call(layer, scaled, (x,)) - layer.held_bias
             del scaled
             torch.testing.assert_close(found, factor * unscaled, rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(layer(x) - layer.bias, unscaled)
+        torch.testing.assert_close(layer(x) - layer.held_bias, unscaled)
 
 
 def test_tensors_swapped_in_for_a_call_leave_the_blocks_alone(layer):
     blocks = blocks_of(layer)
     with torch.no_grad():
-        torch.func.functional_call(layer, {"weight": torch.randn_like(layer.weight)}, (torch.randn(3, 96),))
+        torch.func.functional_call(layer, {"spm.weight": torch.randn_like(layer.spm.weight)}, (torch.randn(3, 96),))
     assert blocks_of(layer) is blocks
 
 
@@ -221,9 +221,9 @@ def test_parameters_gathered_for_a_call(layer, tmp_path):
 @pytest.mark.parametrize("name", ["weight", "scale_in", "scale_out"])
 def test_nothing_is_kept_for_inference_tensors(layer, name):
     with torch.inference_mode():
-        setattr(layer, name, torch.nn.Parameter(getattr(layer, name).clone()))
+        setattr(layer.spm, name, torch.nn.Parameter(getattr(layer.spm, name).clone()))
         assert_up_to_date(layer)
-        getattr(layer, name).mul_(2)
+        getattr(layer.spm, name).mul_(2)
         assert_up_to_date(layer)
 
 
@@ -234,14 +234,14 @@ def test_inference_mode_and_back(layer):
     y = layer(x)
     torch.testing.assert_close(y, first.clone())
     y.sum().backward()
-    assert layer.weight.grad is not None
+    assert layer.spm.weight.grad is not None
 
 
 def test_blocks_hold_no_parameter(layer):
     blocks_of(layer)
-    parameter, storage = weakref.ref(layer.weight), StorageWeakRef(layer.scale_in.untyped_storage())
-    layer.weight = torch.nn.Parameter(torch.randn_like(layer.weight))
-    layer.scale_in.data = torch.ones(208)
+    parameter, storage = weakref.ref(layer.spm.weight), StorageWeakRef(layer.spm.scale_in.untyped_storage())
+    layer.spm.weight = torch.nn.Parameter(torch.randn_like(layer.spm.weight))
+    layer.spm.scale_in.data = torch.ones(208)
     gc.collect()
     assert parameter() is None
     assert storage.expired()
@@ -251,7 +251,7 @@ def test_conversions_and_loading_drop_the_blocks_at_once(layer):
     for change in (lambda: layer.half().float(), lambda: layer.load_state_dict(another_state()), layer.eval):
         blocks_of(layer)
         change()
-        assert layer._cache is None
+        assert layer.spm._cache is None
 
 
 def test_loading_and_converting_by_swapped_tensors(layer):
@@ -270,8 +270,9 @@ def test_copies_leave_the_blocks_behind(layer):
     x = torch.randn(4, 96)
     with torch.no_grad():
         expected = layer(x)
-    assert layer._cache is not None
-    for other in (copy.deepcopy(layer), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
-        assert other._cache is None
+    assert layer.spm._cache is not None
+    assert copy.copy(layer.spm)._cache is None
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.spm._cache is None
         with torch.no_grad():
             assert torch.equal(other(x), expected)

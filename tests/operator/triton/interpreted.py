@@ -192,7 +192,7 @@ def test_no_tokens():
     x = torch.zeros(2, 0, 10, requires_grad=True)
     layer(x).sum().backward()
     assert x.grad.shape == (2, 0, 10)
-    assert not layer.weight.grad.any()
+    assert not layer.spm.weight.grad.any()
 
 
 def layers(*shape, **design):
@@ -212,9 +212,9 @@ def test_layer_in_inference_and_training(merge_by_triton):
     x = torch.randn(2, 5, 12)
     with torch.no_grad():
         torch.testing.assert_close(triton(x), plain(x))
-        cached = triton._cache.blocks
+        cached = triton.spm._cache.blocks
         torch.testing.assert_close(triton(x), plain(x))
-        assert triton._cache.blocks is cached
+        assert triton.spm._cache.blocks is cached
     for layer in (plain, triton):
         layer(x).square().sum().backward()
     for one, other in zip(triton.parameters(), plain.parameters(), strict=True):
@@ -285,7 +285,7 @@ def test_second_derivative():
     found = []
     for layer in (plain, triton):
         (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-        found.append(torch.autograd.grad(first.square().sum(), [x, layer.weight, layer.scale_in]))
+        found.append(torch.autograd.grad(first.square().sum(), [x, layer.spm.weight, layer.spm.scale_in]))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-3)
 
@@ -301,7 +301,7 @@ def test_a_second_backward_is_the_first(merge_by_triton):
 def test_results_are_the_same_in_every_run():
     _, layer = layers(12, 12)
     x = torch.randn(9, 12)
-    runs = [torch.autograd.grad(layer(x).square().sum(), layer.weight)[0] for _ in range(2)]
+    runs = [torch.autograd.grad(layer(x).square().sum(), layer.spm.weight)[0] for _ in range(2)]
     assert torch.equal(*runs)
 
 
@@ -332,7 +332,7 @@ def test_transforms_are_refused_and_run_by_the_backends_that_the_error_names(tra
     with pytest.raises(BackendError, match=r"put a batch into the tokens, or use backend merged or reference"):
         TRANSFORMS[transform](layer, x)
     expected = layer(x)
-    for layer.backend in ("merged", "reference"):
+    for layer.spm.backend in ("merged", "reference"):
         torch.testing.assert_close(TRANSFORMS[transform](layer, x), expected, rtol=1e-4, atol=1e-4)
 
 
@@ -358,8 +358,8 @@ def test_batched_gradients_are_refused_and_run_by_the_backend_that_the_error_nam
     expected = [torch.autograd.grad(layer(x), x, grad)[0] for grad in grads]
     with pytest.raises(BackendError, match="take one at a time, or use backend reference"):
         batched(layer(x), x, grads)
-    blocks = merge_stages_triton(layer.weight, layer.scale_in, layer.scale_out, layer.plan)
+    blocks = merge_stages_triton(layer.spm.weight, layer.spm.scale_in, layer.spm.scale_out, layer.spm.plan)
     with pytest.raises(BackendError, match="take one at a time, or use backend reference"):
-        batched(blocks, layer.weight, [torch.ones(2, *block.shape) for block in blocks])
-    layer.backend = "reference"
+        batched(blocks, layer.spm.weight, [torch.ones(2, *block.shape) for block in blocks])
+    layer.spm.backend = "reference"
     torch.testing.assert_close(batched(layer(x), x, grads), torch.stack(expected))

@@ -166,8 +166,8 @@ def test_decoding_is_launches_and_allocations(tokens, monkeypatch):
     with Operations() as operations:
         layer(x)
     assert operations.names <= {"view", "mix"}
-    blocks = layer._cache.blocks
-    shape = [12, 12, 1, *(group.inner for group in layer.plan.groups)]
+    blocks = layer.spm._cache.blocks
+    shape = [12, 12, 1, *(group.inner for group in layer.spm.plan.groups)]
     with Operations() as operations:
         launches.run_passes(x, blocks, layer.bias, _passes(blocks, shape), 12, keep=False, transposed=False)
     assert operations.names <= {"new_empty", "fill_"}  # filled by the fixture

@@ -75,6 +75,6 @@ def test_a_fit_by_triton_is_the_fit_by_merged():
     statistics = ActivationStatistics.of(torch.randn(2000, 512, device="cuda"))
     plain = SPMLinear(512, 1000, backend="merged", device="cuda")
     other = copy.deepcopy(plain)
-    other.backend = "triton"
+    other.spm.backend = "triton"
     ends = [fit_(one, weight, None, statistics, iterations=50).end for one in (plain, other)]
     assert ends[1] == pytest.approx(ends[0], rel=1e-2)

@@ -1,0 +1,178 @@
+"""Budgets of time with made-up clocks: what the layers may take, targets out of reach, and tries that missed."""
+
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import spmconvert
+from spmconvert.budget import speed
+from spmconvert.budget.speed import TRIES, WholeModel, check_speedup, forward_seconds, search_for_speed, with_fresh_layers
+from spmconvert.budget.times import TimeTable
+from spmconvert.commands import convert as convert_module
+from spmconvert.commands.convert import open_plan, resolve_recipe
+from spmconvert.errors import OptionError
+from spmconvert.operator.design import staged_design
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.recipe.recipe import Budget
+
+
+def test_what_layers_may_take_is_what_reaches_the_speedup():
+    whole = WholeModel(dense=10.0, layers=6.0)
+    assert whole.rest == 4.0
+    assert whole.speedup(6.0) == pytest.approx(1.0)
+    for wanted in (1.1, 1.5, 2.4):
+        assert whole.speedup(whole.allowed(wanted)) == pytest.approx(wanted)
+    assert whole.allowed(2.5) == pytest.approx(0.0)
+    # layers whose own times add up to more than the model's leave nothing
+    assert WholeModel(dense=10.0, layers=12.0).rest == 0.0
+
+
+@dataclass
+class Clock:
+    """Made-up times: dense layers take a second, designs as long as they are said to."""
+
+    designs: float = 0.25
+
+    def dense(self, *_):
+        return 1.0
+
+    def seconds(self, _):
+        return self.designs
+
+
+def limit(speedup, **clock):
+    layers = [SimpleNamespace(target=SimpleNamespace(in_features=8, out_features=8)) for _ in range(4)]
+    return SimpleNamespace(budget=Budget(speedup=speedup), layers=layers, times=Clock(**clock))
+
+
+def test_a_speedup_out_of_reach_is_refused_and_the_largest_one_named():
+    whole = WholeModel(dense=10.0, layers=4.0)
+
+    def smallest(_):
+        return [staged_design(8, 8, 0, rank=1)]
+
+    check_speedup(whole, limit(1.4), smallest)
+    with pytest.raises(
+        OptionError, match=r"speedup 1\.5 is out of reach: .* the model is 1\.43 times faster at 1 x 512 tokens"
+    ):
+        check_speedup(whole, limit(1.5), smallest)
+    # what is slower than dense stays dense
+    with pytest.raises(OptionError, match=r"1\.00 times faster"):
+        check_speedup(whole, limit(1.1, designs=3.0), smallest)
+
+
+@pytest.mark.parametrize(("measured", "tries"), [([1.6], 1), ([1.4, 1.6], 2), ([1.2, 1.3, 1.4], 3), ([1.5], 1)])
+def test_a_search_is_made_again_with_less_time_where_it_missed(monkeypatch, measured, tries):
+    whole, given = WholeModel(dense=10.0, layers=6.0), []
+
+    def search(seconds):
+        given.append(seconds)
+        return SimpleNamespace(plan=None, choice=SimpleNamespace(cost=int(seconds * 1e9)))
+
+    queue = list(measured)
+    monkeypatch.setattr(speed, "with_fresh_layers", lambda model, _: model)
+    monkeypatch.setattr(speed, "forward_seconds", lambda *_: {"dense": 20.0, "converted": 20.0 / queue.pop(0)})
+    _, predicted, found = search_for_speed(object(), limit(1.5), whole, search, "cpu")
+    assert len(given) == tries <= TRIES
+    assert given[0] == pytest.approx(whole.allowed(1.5))
+    assert given == sorted(given, reverse=True)
+    assert found == pytest.approx(measured[tries - 1])
+    assert predicted == pytest.approx(whole.speedup(given[-1]))
+    for before, after, missed in zip(given, given[1:], measured, strict=False):
+        assert before - after > whole.dense * (1 / missed - 1 / 1.5), "by more than was missed"
+
+
+def test_models_that_read_no_tokens_are_refused():
+    class Eyes:
+        main_input_name = "pixel_values"
+
+    with pytest.raises(OptionError, match="Eyes reads none; use --keep instead"):
+        forward_seconds({"dense": Eyes()}, Budget(speedup=1.5), "cpu")
+
+
+def test_models_are_called_in_turn_on_the_rows_of_the_budget(checkpoints, monkeypatch):
+    model = spmconvert.load(checkpoints["gpt2"]).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda _, __, given: seen.append(given["input_ids"].shape), with_kwargs=True)
+
+    def timed(calls, seconds, device):
+        assert (seconds, device) == (speed.SECONDS, "cpu")
+        for call in calls.values():
+            assert not call().logits.requires_grad
+        return {"dense": [3.0, 1.0, 2.0], "converted": [1.0, 9.0, 1.0]}
+
+    monkeypatch.setattr(speed, "interleaved_seconds", timed)
+    budget = Budget(speedup=1.5, rows=3, tokens=7)
+    assert forward_seconds({"dense": model, "converted": model}, budget, "cpu") == {"dense": 2.0, "converted": 1.0}
+    assert seen == [(3, 7), (3, 7)]
+
+
+def test_fresh_layers_share_everything_else(checkpoints):
+    recipe = resolve_recipe(None, {"targets": "*.c_fc", "stages": 0, "rank": 3})
+    _, plan, _ = open_plan(str(checkpoints["gpt2"]), recipe)
+    model = spmconvert.load(checkpoints["gpt2"], dtype=torch.bfloat16).eval()
+    found = with_fresh_layers(model, plan)
+    for layer in plan.layers:
+        built = found.get_submodule(layer.target.name)
+        assert isinstance(built, SPMLinear)
+        assert built.design == layer.spec.design
+        assert {parameter.dtype for parameter in built.parameters()} == {torch.bfloat16}
+        assert not isinstance(model.get_submodule(layer.target.name), SPMLinear)
+    assert found.transformer.wte.weight.data_ptr() == model.transformer.wte.weight.data_ptr()
+
+
+def by_parameters(models, *_):
+    """Seconds that are proportional to the parameters of a model."""
+    return {name: 1e-6 * sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+
+
+@pytest.fixture
+def proportional(monkeypatch):
+    """A machine on which everything takes a microsecond for each of its parameters."""
+    monkeypatch.setattr(TimeTable, "dense", lambda self, *sizes: 1e-6 * sizes[0] * sizes[1])
+    monkeypatch.setattr(TimeTable, "seconds", lambda self, design: 1e-6 * design.parameter_count(bias=False))
+    monkeypatch.setattr(speed, "forward_seconds", by_parameters)
+    monkeypatch.setattr(convert_module, "forward_seconds", by_parameters)
+
+
+QUICK = {"fit.iterations": 4, "calibration.rows": 12, "budget.iterations": 3, "structures": "lowrank"}
+
+
+def test_a_conversion_to_a_speedup(checkpoints, text, tmp_path, proportional):
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", speedup=1.3, calib=text, **QUICK)
+    assert result.speed["wanted"] == 1.3
+    assert result.speed["measured"] >= 1.3
+    assert result.speed["predicted"] == pytest.approx(result.speed["measured"], rel=1e-3)
+    assert result.parameters_before / result.parameters_after == pytest.approx(result.speed["measured"], rel=1e-3)
+    # no more is given up than the target needs
+    assert result.speed["measured"] < 1.35
+    assert json.loads((tmp_path / "out" / "spm.json").read_text())["speed"] == result.speed
+
+
+def test_a_conversion_to_a_speedup_out_of_reach(checkpoints, text, tmp_path, proportional):
+    with pytest.raises(OptionError, match="out of reach: with the smallest designs"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", speedup=30, calib=text, **QUICK)
+    assert not (tmp_path / "out").exists()
+
+
+def test_designs_that_are_slower_than_dense_are_no_candidates(checkpoints, text, tmp_path, proportional, monkeypatch):
+    # low rank above a tenth of the parameters is slower here, whatever it loses
+    monkeypatch.setattr(
+        TimeTable,
+        "seconds",
+        lambda self, d: 1e-6 * d.in_features * d.out_features * (2 if d.parameter_count(bias=False) > 500 else 0.1),
+    )
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "one", keep=0.7, calib=text, **QUICK)
+    assert all(record.parameters < 500 + 128 for record in result.layers)
+    assert "candidates are slower than dense and were dropped" in result.budget_note
+    result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "two", keep=0.7, calib=text, allow_slower=True, **QUICK)
+    assert any(record.parameters > 500 + 128 for record in result.layers)
+    assert "dropped" not in result.budget_note
+    monkeypatch.setattr(TimeTable, "seconds", lambda self, design: 1.0)
+    with pytest.raises(
+        OptionError, match=r"all candidates are slower than the dense layers at 512 tokens .*--allow-slower"
+    ):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "three", keep=0.7, calib=text, **QUICK)
