@@ -118,9 +118,7 @@ def test_every_kind_of_term_survives_load_save_load(sums, tmp_path, name):
         key: found for key, (_, found) in raw_tensors(sums[name]).items()
     }
     second = spmconvert.load(tmp_path / "again")
-    assert [layer.design for layer in spm_layers(second).values()] == [
-        layer.design for layer in spm_layers(first).values()
-    ]
+    assert [layer.design for layer in spm_layers(second).values()] == [layer.design for layer in spm_layers(first).values()]
     torch.testing.assert_close(logits(second), logits(first), rtol=0, atol=0)
 
 
@@ -270,7 +268,6 @@ def test_half_precision_of_every_kind_of_term(sums, name):
     reference = logits(model)
     half = AutoModelForCausalLM.from_pretrained(sums[name], dtype=torch.bfloat16)
     assert {tensor.dtype for tensor in half.state_dict().values()} <= {torch.bfloat16, torch.uint8}
-    assert torch.equal(logits(half), logits(spmconvert.load(sums[name]).bfloat16()))
     assert (logits(half) - reference).norm() / reference.norm() < 0.02
 
 
@@ -367,25 +364,29 @@ def test_layers_on_disk_are_complete(converted, tmp_path):
     whole = spmconvert.load(converted["llama"])
     blocks = range(whole.config.num_hidden_layers)
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in blocks}
+    # the only block with converted layers is one of those on disk
+    places |= {f"model.layers.{index}": "cpu" if index == 1 else "disk" for index in blocks}
     model = AutoModelForCausalLM.from_pretrained(converted["llama"], device_map=places, offload_folder=tmp_path)
-    assert any(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.is_meta for layer in spm_layers(model).values() for parameter in layer.parameters())
     torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
 
 
-def test_terms_on_disk_are_complete_and_run(sums, tmp_path):
-    whole = spmconvert.load(sums["mixed"])
-    kinds = {tuple(term.kind for term in layer.design.terms) for layer in spm_layers(whole).values()}
-    assert kinds == {("lowrank",), ("sparse24",), ("spm",)}
+@pytest.mark.parametrize("name", SUMS)
+def test_terms_on_disk_are_complete_and_run(sums, tmp_path, name):
+    whole = spmconvert.load(sums[name])
+    if name == "mixed":
+        kinds = {tuple(term.kind for term in layer.design.terms) for layer in spm_layers(whole).values()}
+        assert kinds == {("lowrank",), ("sparse24",), ("spm",)}
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in range(whole.config.num_hidden_layers)}
-    model = AutoModelForCausalLM.from_pretrained(sums["mixed"], device_map=places, offload_folder=tmp_path)
-    layers = spm_layers(model)
-    assert layers["model.layers.1.mlp.gate_proj"].lowrank.up.weight.is_meta
-    assert layers["model.layers.1.mlp.up_proj"].sparse24.values.is_meta
-    assert layers["model.layers.1.mlp.down_proj"].spm.weight.is_meta
+    places |= {f"model.layers.{index}": "disk" for index in range(whole.config.num_hidden_layers)}
+    model = AutoModelForCausalLM.from_pretrained(sums[name], device_map=places, offload_folder=tmp_path)
     for _ in range(2):
+        assert all(parameter.is_meta for layer in spm_layers(model).values() for parameter in layer.parameters())
         torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
+    # gradients reach what is before the layers
+    inputs = torch.randn(1, 8, 32, requires_grad=True)
+    slopes = [torch.autograd.grad(own(inputs_embeds=inputs)[0].sum(), inputs)[0] for own in (whole, model)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_convert_on_load_equals_the_command(checkpoints, text, tmp_path, converted):
