@@ -148,6 +148,42 @@ def converted(checkpoints, text, tmp_path_factory) -> dict[str, Path]:
     return Converted(checkpoints, text, tmp_path_factory.mktemp("converted"))
 
 
+# what the layers of a tiny Llama are sums of, by a name
+SUMS = {
+    "lowrank": {"stages": 0, "rank": 6},
+    "sparse24": {"design.terms": [{"kind": "sparse24"}]},
+    "wrapped": {"design.terms": [{"kind": "sparse24", "wrap": True}], "allow_growth": True},
+    "spm+lowrank": {"rank": 4},
+    "sparse24+lowrank": {"design.terms": [{"kind": "lowrank", "rank": 3}, {"kind": "sparse24"}]},
+    "mixed": {
+        "overrides": [
+            {"pattern": "*.gate_proj", "terms": [{"kind": "lowrank", "rank": 6}]},
+            {"pattern": "*.up_proj", "terms": [{"kind": "sparse24"}]},
+        ]
+    },
+}
+
+
+class Sums(dict[str, Path]):
+    """The tiny Llama with layers of other terms than stages, each made when it is first asked for."""
+
+    def __init__(self, checkpoints: dict[str, Path], text: Path, root: Path) -> None:
+        super().__init__()
+        self.checkpoints, self.text, self.root = checkpoints, text, root
+
+    def __missing__(self, name: str) -> Path:
+        options = {"calib": self.text, "fit.iterations": 4, "calibration.rows": 24, **SUMS[name]}
+        convert(self.checkpoints["llama"], self.root / name, targets="mlp", **options)
+        self[name] = self.root / name
+        return self[name]
+
+
+@pytest.fixture(scope="session")
+def sums(checkpoints, text, tmp_path_factory) -> dict[str, Path]:
+    """Converted checkpoints by what their layers are sums of; no test may change them."""
+    return Sums(checkpoints, text, tmp_path_factory.mktemp("sums"))
+
+
 @pytest.fixture(scope="session")
 def gpt2_spm(converted) -> Path:
     """The converted tiny GPT-2."""

@@ -25,6 +25,8 @@ from spmconvert.commands.in_memory import convert_in_memory_
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError, RecipeError
 from spmconvert.hf import SPMConfig
 from spmconvert.model.swap import copy_sharing_tensors, replace_module, swap_layers
+from tests.conftest import SUMS
+from tests.support import raw_tensors
 
 
 def logits(model):
@@ -74,15 +76,18 @@ print(json.dumps(errors))
 """
 
 
-def test_loading_without_the_import_raises(converted, tmp_path):
+def test_loading_without_the_import_raises(converted, sums, tmp_path):
     directories = []
-    for name in ("gpt2", "llama", "bert"):
-        stripped = tmp_path / name
-        shutil.copytree(converted[name], stripped)
+    checkpoints = [converted[name] for name in ("gpt2", "llama", "bert")]
+    # low rank alone is two ordinary layers, and yet it must not load as a dense one
+    checkpoints += [sums[name] for name in ("lowrank", "sparse24", "mixed")]
+    for checkpoint in checkpoints:
+        stripped = tmp_path / checkpoint.name / checkpoint.parent.name
+        shutil.copytree(checkpoint, stripped)
         config = json.loads((stripped / "config.json").read_text())
         del config["quantization_config"]
         (stripped / "config.json").write_text(json.dumps(config))
-        directories += [converted[name], stripped]
+        directories += [checkpoint, stripped]
     done = subprocess.run(
         [sys.executable, "-c", LOADED, *map(str, directories)], capture_output=True, text=True, check=False
     )
@@ -103,6 +108,48 @@ def test_weights_survive_load_save_load(converted, tmp_path, name):
         assert torch.equal(second.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("name", SUMS)
+def test_every_kind_of_term_survives_load_save_load(sums, tmp_path, name):
+    first = spmconvert.load(sums[name])
+    first.save_pretrained(tmp_path / "again", max_shard_size="30KB")
+    maps = [json.loads((d / "config.json").read_text())["quantization_config"] for d in (sums[name], tmp_path / "again")]
+    assert maps[0] == maps[1]
+    assert {key: found for key, (_, found) in raw_tensors(tmp_path / "again").items()} == {
+        key: found for key, (_, found) in raw_tensors(sums[name]).items()
+    }
+    second = spmconvert.load(tmp_path / "again")
+    assert [layer.design for layer in spm_layers(second).values()] == [layer.design for layer in spm_layers(first).values()]
+    torch.testing.assert_close(logits(second), logits(first), rtol=0, atol=0)
+
+
+STORED = {
+    "lowrank": {"weight", "lowrank.down.weight", "lowrank.up.weight", "lowrank.up.bias"},
+    "sparse24": {"weight", "sparse24.values", "sparse24.positions", "bias"},
+    "spm+lowrank": {
+        "weight",
+        "spm.weight",
+        "spm.scale_in",
+        "spm.scale_out",
+        "lowrank.down.weight",
+        "lowrank.up.weight",
+        "lowrank.up.bias",
+    },
+}
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_tensors_are_the_mark_the_terms_and_the_bias(sums, name):
+    prefix = "model.layers.0.mlp.up_proj."
+    tensors = load_file(sums[name] / "model.safetensors")
+    found = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+    assert found.keys() == STORED[name]
+    assert found["weight"].shape == (1, 1, 1)
+    assert found["weight"].item() == 0
+    assert {part for part, tensor in found.items() if not tensor.is_floating_point()} <= {"sparse24.positions"}
+    if name == "sparse24":
+        assert found["sparse24.positions"].dtype == torch.uint8
+
+
 def test_stored_config_is_plain_json_and_saved_again_unchanged(converted, tmp_path):
     model = spmconvert.load(converted["gpt2"])
     model.save_pretrained(tmp_path)
@@ -111,17 +158,15 @@ def test_stored_config_is_plain_json_and_saved_again_unchanged(converted, tmp_pa
     )
     assert before == after
     assert before["quant_method"] == "spm"
-    assert set(before["layers"]["transformer.h.0.mlp.c_fc"]) >= {
-        "in",
-        "out",
-        "n",
-        "stages",
-        "variant",
-        "block",
-        "rank",
-        "bias",
+    assert before["format_version"] == 2
+    assert before["layers"]["transformer.h.0.mlp.c_fc"] == {
+        "in": 32,
+        "out": 128,
+        "terms": [{"kind": "spm", "width": 128, "stages": 7, "variant": "general", "block": 1}],
+        "bias": True,
+        "fan_in_fan_out": True,
+        "dtype": None,
     }
-    assert before["layers"]["transformer.h.0.mlp.c_fc"]["fan_in_fan_out"] is True
 
 
 def test_gpt2_initialisation_finds_weight(converted):
@@ -129,10 +174,10 @@ def test_gpt2_initialisation_finds_weight(converted):
     assert isinstance(spmconvert.load(converted["gpt2"]).transformer.h[0].mlp.c_proj, spmconvert.SPMLinear)
 
 
-def test_layers_have_no_buffers_and_no_meta_tensors(converted):
+def test_layers_have_no_buffers_but_the_mark_and_no_meta_tensors(converted):
     for module in spm_layers(spmconvert.load(converted["bert"])).values():
-        assert not list(module.buffers())
-        assert all(parameter.device.type == "cpu" for parameter in module.parameters())
+        assert {name: tuple(buffer.shape) for name, buffer in module.named_buffers()} == {"weight": (1, 1, 1)}
+        assert all(tensor.device.type == "cpu" for tensor in module.state_dict().values())
 
 
 @pytest.mark.parametrize("damage", ["missing", "misshapen"])
@@ -140,7 +185,7 @@ def test_missing_or_misshapen_tensor_raises(converted, tmp_path, damage):
     directory = tmp_path / "copy"
     shutil.copytree(converted["bert"], directory)
     tensors = load_file(directory / "model.safetensors")
-    key = next(name for name in tensors if name.endswith("intermediate.dense.scale_in"))
+    key = next(name for name in tensors if name.endswith("intermediate.dense.spm.scale_in"))
     if damage == "missing":
         del tensors[key]
     else:
@@ -148,6 +193,38 @@ def test_missing_or_misshapen_tensor_raises(converted, tmp_path, damage):
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises((CorruptCheckpointError, RuntimeError), match=r"missing from the checkpoint|mismatch"):
         AutoModel.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("lowrank", "lowrank.up.weight"),
+        ("lowrank", "lowrank.up.bias"),
+        ("lowrank", "weight"),
+        ("sparse24", "sparse24.positions"),
+        ("sparse24", "sparse24.values"),
+        ("wrapped", "sparse24.before.scale_in"),
+    ],
+)
+def test_missing_tensor_of_a_term_raises(sums, tmp_path, name, part):
+    directory = tmp_path / "copy"
+    shutil.copytree(sums[name], directory)
+    tensors = load_file(directory / "model.safetensors")
+    del tensors[f"model.layers.1.mlp.up_proj.{part}"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpointError, match=rf"layers\.1\.mlp\.up_proj\.{part} .*missing from the checkpoint"):
+        AutoModelForCausalLM.from_pretrained(directory)
+
+
+def test_positions_of_another_shape_raise(sums, tmp_path):
+    directory = tmp_path / "copy"
+    shutil.copytree(sums["sparse24"], directory)
+    tensors = load_file(directory / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.sparse24.positions"
+    tensors[key] = tensors[key][:, :-1].clone()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises((CorruptCheckpointError, RuntimeError), match=r"missing from the checkpoint|mismatch"):
+        AutoModelForCausalLM.from_pretrained(directory)
 
 
 def test_base_model_and_other_heads(converted):
@@ -185,6 +262,15 @@ def test_half_float_and_to_work(converted):
     assert (logits(model) - reference).norm() / reference.norm() < 0.02
 
 
+@pytest.mark.parametrize("name", ["lowrank", "sparse24", "mixed"])
+def test_half_precision_of_every_kind_of_term(sums, name):
+    model = spmconvert.load(sums[name])
+    reference = logits(model)
+    half = AutoModelForCausalLM.from_pretrained(sums[name], dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in half.state_dict().values()} <= {torch.bfloat16, torch.uint8}
+    assert (logits(half) - reference).norm() / reference.norm() < 0.02
+
+
 def test_dtype_at_load(converted):
     model = AutoModelForCausalLM.from_pretrained(converted["gpt2"], dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -206,7 +292,7 @@ def test_trainer_trains_and_saves(converted, tmp_path):
     from transformers import Trainer, TrainingArguments
 
     model = spmconvert.load(converted["gpt2"])
-    before = {name: layer.weight.detach().clone() for name, layer in spm_layers(model).items()}
+    before = {name: layer.spm.weight.detach().clone() for name, layer in spm_layers(model).items()}
     rows = [{"input_ids": torch.arange(3, 11), "labels": torch.arange(3, 11)} for _ in range(4)]
     arguments = TrainingArguments(
         tmp_path,
@@ -222,7 +308,7 @@ def test_trainer_trains_and_saves(converted, tmp_path):
     trainer.save_model(tmp_path / "trained")
     after = spmconvert.load(tmp_path / "trained")
     for name, layer in spm_layers(after).items():
-        assert not torch.equal(layer.weight, before[name]), name
+        assert not torch.equal(layer.spm.weight, before[name]), name
 
 
 def test_another_quantizer_at_load_is_refused(converted):
@@ -252,7 +338,7 @@ def test_parameter_names_are_safe_from_legacy_renames(converted):
     names = {
         part for layer in spm_layers(spmconvert.load(converted["bert"])).values() for part, _ in layer.named_parameters()
     }
-    assert names == {"weight", "scale_in", "scale_out", "bias"}
+    assert names == {"spm.weight", "spm.scale_in", "spm.scale_out", "bias"}
     assert not any("gamma" in name or "beta" in name for name in names)
 
 
@@ -278,10 +364,29 @@ def test_layers_on_disk_are_complete(converted, tmp_path):
     whole = spmconvert.load(converted["llama"])
     blocks = range(whole.config.num_hidden_layers)
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    places |= {f"model.layers.{index}": "disk" if index else "cpu" for index in blocks}
+    # the only block with converted layers is one of those on disk
+    places |= {f"model.layers.{index}": "cpu" if index == 1 else "disk" for index in blocks}
     model = AutoModelForCausalLM.from_pretrained(converted["llama"], device_map=places, offload_folder=tmp_path)
-    assert any(parameter.is_meta for parameter in model.parameters())
+    assert all(parameter.is_meta for layer in spm_layers(model).values() for parameter in layer.parameters())
     torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_terms_on_disk_are_complete_and_run(sums, tmp_path, name):
+    whole = spmconvert.load(sums[name])
+    if name == "mixed":
+        kinds = {tuple(term.kind for term in layer.design.terms) for layer in spm_layers(whole).values()}
+        assert kinds == {("lowrank",), ("sparse24",), ("spm",)}
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    places |= {f"model.layers.{index}": "disk" for index in range(whole.config.num_hidden_layers)}
+    model = AutoModelForCausalLM.from_pretrained(sums[name], device_map=places, offload_folder=tmp_path)
+    for _ in range(2):
+        assert all(parameter.is_meta for layer in spm_layers(model).values() for parameter in layer.parameters())
+        torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
+    # gradients reach what is before the layers
+    inputs = torch.randn(1, 8, 32, requires_grad=True)
+    slopes = [torch.autograd.grad(own(inputs_embeds=inputs)[0].sum(), inputs)[0] for own in (whole, model)]
+    torch.testing.assert_close(*slopes)
 
 
 def test_convert_on_load_equals_the_command(checkpoints, text, tmp_path, converted):
@@ -346,6 +451,15 @@ def test_the_commit_of_a_file_in_the_cache_of_the_hub(checkpoints, tmp_path, mon
         open_loaded("", [])
 
 
+@pytest.mark.parametrize("name", ["lowrank", "sparse24"])
+def test_convert_on_load_of_every_kind_of_term(checkpoints, text, sums, tmp_path, name):
+    request = SPMConfig(targets="mlp", calib=str(text), **{"calibration.rows": 24, **SUMS[name]})
+    model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=request)
+    torch.testing.assert_close(logits(model), logits(spmconvert.load(sums[name])), rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(spmconvert.load(tmp_path)), logits(model), rtol=0, atol=0)
+
+
 def test_convert_on_load_without_data(checkpoints):
     request = SPMConfig(targets="attn", stages=2, **{"fit.iterations": 2})
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=request)
@@ -361,6 +475,8 @@ def test_config_errors():
         SPMConfig(quant_method="gptq")
     with pytest.raises(CheckpointError, match="format_version 99"):
         SPMConfig(layers={}, format_version=99)
+    with pytest.raises(CheckpointError, match=r"format_version 1, .*convert its source again"):
+        SPMConfig(layers={}, format_version=1)
     with pytest.raises(CheckpointError, match="needs"):
         SPMConfig(layers={"a": {"in": 3}})
     assert SPMConfig(targets="mlp").to_dict()["layers"] is None

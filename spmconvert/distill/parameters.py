@@ -5,6 +5,7 @@ import math
 from torch import nn
 
 from spmconvert.checkpoint.converted import Converted
+from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.recipe import Training
 
@@ -37,9 +38,12 @@ def structured_parameters(student: nn.Module) -> set[str]:
 def state_bytes(converted: Converted, training: Training) -> int:
     """Bytes of a training state on disk, from the headers: trained parameters, best ones, two moments, and an average."""
     prefixes = tuple(f"{converted.stored_prefix(layer)}." for layer in converted.layers)
+    # beside its parameters a layer stores its mark and indices
+    marks = {f"{prefix}weight" for prefix in prefixes}
     trained = sum(
         math.prod(entry.shape)
         for name, entry in converted.tensors.items()
-        if training.train == "all" or name.startswith(prefixes) or (training.train == "norms" and len(entry.shape) == 1)
+        if (training.train == "all" or name.startswith(prefixes) or (training.train == "norms" and len(entry.shape) == 1))
+        and not (name in marks or (name.startswith(prefixes) and entry.dtype not in SAFETENSORS_DTYPES))
     )
     return 4 * trained * (5 if training.ema else 4)

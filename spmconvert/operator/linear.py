@@ -19,6 +19,7 @@ from spmconvert.operator.chunks import CHUNK_TOKENS
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.kept import Keeper, can_be_kept
+from spmconvert.operator.offloaded import fetched, may_be_offloaded
 from spmconvert.operator.reference import is_transformed
 from spmconvert.operator.terms.lowrank import LowRank, LowRankModule
 from spmconvert.operator.terms.module import TermModule
@@ -123,11 +124,18 @@ class SPMLinear(Keeper):
 
     def _run(self, x: Tensor) -> Tensor:
         tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if self._runs_dense and self._may_keep(tokens):
-            y = linear(tokens, self._kept_matrix(tokens.dtype), self._bias_in(tokens.dtype))
+        if may_be_offloaded(self):
+            with fetched(self):
+                y = self._multiplied(tokens)
+            self.drop_cache_()
         else:
-            y = self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
+            y = self._multiplied(tokens)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
+
+    def _multiplied(self, tokens: Tensor) -> Tensor:
+        if self._runs_dense and self._may_keep(tokens):
+            return linear(tokens, self._kept_matrix(tokens.dtype), self._bias_in(tokens.dtype))
+        return self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
 
     def _may_keep(self, x: Tensor) -> bool:
         """Whether the whole matrix may be kept: nothing in it is trained by this call, and a change would be seen."""

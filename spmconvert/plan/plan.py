@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
@@ -165,12 +166,19 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
 
 
 def design_for(target: Target, recipe: Recipe) -> LayerDesign:
-    """The recipe's design with the overrides that match; later ones win."""
+    """The recipe's design with the overrides that match; later ones win.
+
+    Raises:
+        OptionError: when they describe no layer together.
+    """
     design = recipe.design
     for override in recipe.overrides:
         if matches(override.pattern, target.name):
-            changes = override.model_dump(exclude={"pattern"}, exclude_none=True)
-            design = LayerDesign.model_validate({**design.model_dump(), **changes})
+            try:
+                design = override.changed(design)
+            except ValidationError as error:
+                reason = error.errors()[0]["ctx"]["error"]
+                raise OptionError(f"override {override.pattern!r} leaves {target.name} no design: {reason}") from None
     return design
 
 

@@ -44,26 +44,16 @@ class LayerDesign(_Table):
     terms: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)] | None = None
 
     @model_validator(mode="after")
-    def _terms_stand_alone(self) -> "LayerDesign":
-        numbers = self.model_fields_set & {"stages", "variant", "block", "rank"}
-        if self.terms is not None:
-            given = [name for name in sorted(numbers) if getattr(self, name) != LayerDesign.model_fields[name].default]
-            if given:
-                raise ValueError(f"terms and {', '.join(given)} are both given; name one or the other")
-            for term in self.terms:
-                if term.get("kind") not in KINDS:
-                    raise ValueError(f"a term has kind {term.get('kind')!r}; choose among {', '.join(KINDS)}")
-        return self
-
-    @model_validator(mode="after")
-    def _rotation_mixes_single_coordinates(self) -> "LayerDesign":
-        if self.variant == "rotation" and self.block != 1:
-            raise ValueError(f"variant rotation needs block 1, found block {self.block}")
+    def _describes_a_layer(self) -> "LayerDesign":
+        _check_design(self)
         return self
 
 
 class Override(_Table):
-    """Another design for the layers that a pattern matches; keys that are left out keep the recipe's value."""
+    """Another design for the layers that a pattern matches; keys that are left out keep the recipe's value.
+
+    Terms take the place of all numbers that the recipe gives these layers, and numbers that of its terms.
+    """
 
     pattern: str
     stages: Annotated[int, Field(ge=0)] | None = None
@@ -71,6 +61,36 @@ class Override(_Table):
     block: Annotated[int, Field(ge=1)] | None = None
     rank: Annotated[int, Field(ge=0)] | None = None
     terms: Annotated[tuple[dict[str, Any], ...], Field(min_length=1)] | None = None
+
+    @model_validator(mode="after")
+    def _describes_a_layer(self) -> "Override":
+        _check_design(self)
+        return self
+
+    def changed(self, design: LayerDesign) -> LayerDesign:
+        """The design of a layer that the pattern matches.
+
+        Raises:
+            ValidationError: when what it keeps and what it changes describe no layer together.
+        """
+        changes = self.model_dump(exclude={"pattern"}, exclude_none=True)
+        if not changes:
+            return design
+        keeps = self.terms is None and design.terms is None
+        return LayerDesign.model_validate({**design.model_dump(), **changes} if keeps else changes)
+
+
+def _check_design(table: LayerDesign | Override) -> None:
+    if table.terms is not None:
+        defaults = {name: (None, LayerDesign.model_fields[name].default) for name in ("block", "rank", "stages", "variant")}
+        given = [name for name, values in defaults.items() if getattr(table, name) not in values]
+        if given:
+            raise ValueError(f"terms and {', '.join(given)} are both given; name one or the other")
+        for term in table.terms:
+            if term.get("kind") not in KINDS:
+                raise ValueError(f"a term has kind {term.get('kind')!r}; choose among {', '.join(KINDS)}")
+    if table.variant == "rotation" and table.block not in (None, 1):
+        raise ValueError(f"variant rotation needs block 1, found block {table.block}")
 
 
 class Calibration(_Table):

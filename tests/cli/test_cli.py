@@ -87,7 +87,9 @@ def test_options_reach_the_recipe(run, checkpoints, tmp_path):
     assert code == 0
     planned = json.loads(out)
     assert [layer["layer"] for layer in planned["layers"]] == ["transformer.h.1.attn.c_attn", "transformer.h.1.mlp.c_fc"]
-    assert {(layer["stages"], layer["variant"]) for layer in planned["layers"]} == {(3, "rotation")}
+    assert {(term["stages"], term["variant"]) for layer in planned["layers"] for term in layer["terms"]} == {
+        (3, "rotation")
+    }
     assert (planned["recipe"]["seed"], planned["recipe"]["dtype"], planned["recipe"]["fit"]["iterations"]) == (
         7,
         "bfloat16",
@@ -297,7 +299,8 @@ def test_a_log_without_a_terminal_says_how_far_the_work_is(run, checkpoints, tex
     assert " of 4" not in err, "a short run needs no lines about its progress"
     monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     _, _, err = run(*command, "--force")
-    assert "calibrating: 2 of 2" in err
+    # every row that is fitted, and the one that measures
+    assert "calibrating: 9 of 9" in err
     assert len(re.findall(r"fitted \S+ \(error [\d.]+, [\d.]+ s\): \d of 4", err)) == 4, err
     assert "\n\n" not in err
 

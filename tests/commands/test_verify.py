@@ -129,13 +129,25 @@ def test_provenance_that_later_commands_cannot_read_fails(damaged, change_proven
 
 
 @pytest.mark.parametrize(
-    ("entry", "words"),
-    [({"stages": -1}, "stages is -1"), ({"bias": 3}, "bias 3"), ({"n": 2}, "width is 2"), ({"variant": 1}, "variant is 1")],
+    ("entry", "term", "words"),
+    [
+        ({}, {"stages": -1}, "stages is -1"),
+        ({"bias": 3}, {}, "bias 3"),
+        ({}, {"width": 2}, "width is 2"),
+        ({}, {"variant": 1}, "variant is 1"),
+        ({}, {"kind": "unknown"}, "no kind of term 'unknown'"),
+        ({}, {"rank": 2}, "a spm term has"),
+        ({"terms": []}, {}, "it needs at least one"),
+        ({"terms": 3}, {}, "terms are 3"),
+        ({"stages": 3}, {}, "'stages'"),
+    ],
 )
-def test_a_layer_map_that_describes_no_layer_fails(damaged, entry, words):
+def test_a_layer_map_that_describes_no_layer_fails(damaged, entry, term, words):
     config = json.loads((damaged / "config.json").read_text())
     name = "transformer.h.0.mlp.c_fc"
-    config["quantization_config"]["layers"][name].update(entry)
+    layer = config["quantization_config"]["layers"][name]
+    layer["terms"][0].update(term)
+    layer.update(entry)
     (damaged / "config.json").write_text(json.dumps(config))
     (check,) = verify(damaged)
     assert (check.name, check.outcome) == ("files", "FAILED")

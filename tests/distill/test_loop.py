@@ -87,7 +87,7 @@ def make_run(tmp_path):
 def test_rates_warm_up_and_fall_on_a_cosine(make_run, optimizer):
     run = make_run(warm_up=0.2, learning_rate=2e-3)
     train(run)
-    number = id(run.trained[f"{LAYER}.weight"])
+    number = id(run.trained[f"{LAYER}.spm.weight"])
     rates = [groups[number][0] / 2e-3 for groups, _, _ in optimizer.latest.seen]
     # two steps up, then half a period of a cosine over eight
     cosine = [0.5 * (1 + np.cos(np.pi * step / 8)) for step in range(8)]
@@ -102,7 +102,7 @@ def test_every_parameter_is_trained_at_the_rate_and_decay_of_its_kind(make_run, 
     groups = optimizer.latest.seen[0][0]
     found = {name: groups[id(parameter)] for name, parameter in run.trained.items()}
     inside = {name for name in found if name.startswith(LAYER)}
-    assert {f"{LAYER}.{part}" for part in ("weight", "scale_in", "scale_out", "bias")} == inside
+    assert {f"{LAYER}.{part}" for part in ("spm.weight", "spm.scale_in", "spm.scale_out", "bias")} == inside
     for name, (rate, decay) in found.items():
         matrix = run.trained[name].ndim > 1
         expected = (2e-3, 0.0) if name in inside else (3e-4, 0.125 if matrix else 0.0)

@@ -24,7 +24,8 @@ def test_shipped_recipe_loads_and_is_complete(file):
     recipe = load_recipe(file, {})
     written = tomllib.loads(file.read_text())
     for table in ("design", "calibration", "fit"):
-        expected = set(getattr(recipe, table).model_dump()) - {"file"}
+        # terms stand in the place of the numbers
+        expected = set(getattr(recipe, table).model_dump()) - {"file", "terms"}
         assert set(written[table]) == expected, f"{file.name} leaves keys of [{table}] out"
     assert recipe != Recipe()
 

@@ -14,7 +14,8 @@ from spmconvert.reporting.plots import _kinds
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import FinetuneRecord, Latency, Layer, Metric, TimingRow
 from spmconvert.reporting.summary import _outcome, _training_sentences, break_even
-from spmconvert.reporting.timing import MOST_ROUNDS, interleaved
+from spmconvert.reporting.timing import interleaved
+from spmconvert.system.timing import MOST_ROUNDS
 from tests.conftest import bert_config, gpt2_config
 
 
