@@ -27,8 +27,8 @@ from spmconvert.recipe.recipe import Recipe
 
 # share of a layer's parameters that a term takes beside low rank; two thirds are worse, see benchmarks/results/choices.md
 BESIDE_SHARE = 1 / 3
-# what low rank adds to a term whose size is fixed, as shares of the dense parameters
-ADDED_SHARES = (0.04, 0.1)
+# what low rank adds to a term whose size is fixed, as a share of the dense parameters
+ADDED_SHARE = 0.06
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,7 @@ def standing_designs_of(kind: str, in_features: int, out_features: int, *, besid
     for term in term_class(kind).standing_designs(in_features, out_features):
         sums.append((term,))
         if beside_low_rank:
-            for share in ADDED_SHARES:
-                sums += _with_low_rank(term, int(share * in_features * out_features))
+            sums += _with_low_rank(term, int(ADDED_SHARE * in_features * out_features))
     return _distinct(in_features, out_features, sums)
 
 

@@ -1,14 +1,16 @@
 """Find the designs of all layers for a budget without fitting what cannot win.
 
-Low rank is known at every rank, so a first choice costs nothing. What each layer was given there is what other kinds of
-terms have to beat: they are tried at that cost, on a few layers of each shape first, and only kinds that win there go on
-to all layers of the shape. Then the choice is made again, until it no longer changes. Kinds whose size is fixed are tried
-as they are.
+Low rank is known at every rank, so a first choice costs nothing. What each layer was given there is what other forms (kinds
+of terms, alone or beside low rank) have to beat: they are tried at that cost on a few layers of each shape, and only the
+best of those that win there go on to all layers of the shape. Then the choice is made again, and the forms follow each
+layer to its new cost, until the choice no longer changes. Forms whose size is fixed are tried as they are.
 
-What it gives up: a kind that wins at a cost at which it was never tried, and in layers unlike those of the sample.
+What it gives up: a form that wins at a cost at which it was never tried, or in layers unlike those of the sample, or as the
+third best of its shape.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate
@@ -16,12 +18,19 @@ from spmconvert.budget.candidates import Candidate, designs_of, standing_designs
 from spmconvert.budget.curves import Curves, LayerCurve, SubjectOf
 from spmconvert.operator.design import Design
 
-# layers of a shape that kinds are tried on first: the first, the last, and between
+# layers of a shape that forms are tried on first: the first, the last, and between
 SAMPLE = 3
+# forms of a shape that go on to all of its layers, for those whose size is fixed and for those whose size is given
+BEST_FORMS = 2
 # choices that are made again with what the one before led to
 ROUNDS = 3
-# share of low rank's loss at the same cost that a design has to save in order to go on
+# share of low rank's loss at the same cost that a form has to save on the sample in order to go on
 LEAST_SAVING = 0.01
+# a layer is tried again where its cost changed by more than this share
+NEW_COST = 0.05
+
+Forms = Mapping[str, Design]
+FormsOf = Callable[[LayerCurve], Forms]
 
 
 @dataclass(frozen=True)
@@ -46,21 +55,22 @@ class Search:
         Raises:
             OptionError: as ``allocate`` does.
         """
-        self._try(lambda curve: self._standing(curve))
         given = self._first_costs()
-        allocation = None
-        for _ in range(ROUNDS if self._kinds else 1):
-            if given is not None:
-                sizes = dict(zip((id(curve) for curve in self.curves.layers), given, strict=True))
-                self._try(lambda curve, sizes=sizes: self._at(curve, sizes[id(curve)]))  # type: ignore[misc]
-            allocation = allocate(self.curves, self.limit)
-            now = [
-                self._parameters(curve, picked) for curve, picked in zip(self.curves.layers, allocation.picked, strict=True)
-            ]
-            if now == given:
+        winners: dict[tuple[int, int], list[str]] = {}
+        if self._kinds:
+            self._try(self._standing, self._winners(self._standing))
+            at_first = self._forms_at(given)
+            winners = self._winners(at_first)
+            self._try(at_first, winners)
+        allocation = allocate(self.curves, self.limit)
+        for _ in range(ROUNDS if self._kinds else 0):
+            now = self._costs(allocation)
+            changed = [name for name, cost in now.items() if _is_new(given.get(name), cost)]
+            if not changed:
                 break
-            given = now
-        assert allocation is not None
+            given = {**given, **now}
+            self._try(self._forms_at({name: given[name] for name in changed}), winners)
+            allocation = allocate(self.curves, self.limit)
         return allocation
 
     @property
@@ -73,78 +83,92 @@ class Search:
         """Whether low rank stands beside them."""
         return "lowrank" in self.curves.recipe.budget.structures
 
-    def _first_costs(self) -> list[int | None] | None:
-        """Parameters of every layer before other kinds are tried."""
+    def _first_costs(self) -> dict[str, int]:
+        """Parameters of every layer before other kinds are tried, by name; layers that stay dense have none."""
         if self._beside:
-            first = allocate(self.curves, self.limit)
-            return [self._parameters(*pair) for pair in zip(self.curves.layers, first.picked, strict=True)]
+            return self._costs(allocate(self.curves, self.limit))
         share = self.curves.recipe.budget.keep or 0.5
-        return [
-            int(share * curve.layer.target.in_features * curve.layer.target.out_features) for curve in self.curves.layers
-        ]
+        return {curve.layer.target.name: int(share * _size(curve)) for curve in self.curves.layers}
 
-    def _parameters(self, curve: LayerCurve, picked: Candidate | None) -> int | None:
-        if picked is None:
-            return None
-        return picked.design(curve.layer.target.in_features, curve.layer.target.out_features).parameter_count(bias=False)
+    def _costs(self, allocation: Allocation) -> dict[str, int]:
+        return {
+            curve.layer.target.name: picked.design(*_sizes(curve)).parameter_count(bias=False)
+            for curve, picked in zip(self.curves.layers, allocation.picked, strict=True)
+            if picked is not None
+        }
 
-    def _standing(self, curve: LayerCurve) -> dict[str, list[Design]]:
-        sizes = (curve.layer.target.in_features, curve.layer.target.out_features)
-        return {kind: standing_designs_of(kind, *sizes, beside_low_rank=self._beside) for kind in self._kinds}
+    def _standing(self, curve: LayerCurve) -> Forms:
+        return self._affordable(
+            (f"{kind} as it is", standing_designs_of(kind, *_sizes(curve), beside_low_rank=self._beside))
+            for kind in self._kinds
+        )
 
-    def _at(self, curve: LayerCurve, parameters: int | None) -> dict[str, list[Design]]:
-        if parameters is None:
-            return {}
-        sizes = (curve.layer.target.in_features, curve.layer.target.out_features)
-        return {kind: designs_of(kind, *sizes, parameters, beside_low_rank=self._beside) for kind in self._kinds}
+    def _forms_at(self, parameters: Mapping[str, int]) -> FormsOf:
+        """Forms of a layer at its number of parameters; none for layers that are not named."""
 
-    def _try(self, designs: Callable[[LayerCurve], dict[str, list[Design]]]) -> None:
-        """Try designs on a sample of every shape, and those of winning forms on all layers of the shape."""
-        done = 0
-        for members in self._shapes():
-            sample = spread(members, SAMPLE)
-            winners: set[str] = set()
-            for curve in sample:
-                tried = [design for found in designs(curve).values() for design in self._affordable(found)]
-                self.curves.measure(curve, tried, self.subject)
-                winners |= {form(design) for design in tried if self._wins(curve, design)}
-            for curve in members:
-                if winners and curve not in sample:
-                    tried = [design for found in designs(curve).values() for design in self._affordable(found)]
-                    self.curves.measure(curve, [design for design in tried if form(design) in winners], self.subject)
-                done += 1
-                self.report(curve.layer.target.name, done, len(self.curves.layers))
+        def forms(curve: LayerCurve) -> Forms:
+            given = parameters.get(curve.layer.target.name)
+            if given is None:
+                return {}
+            return self._affordable(
+                (kind, designs_of(kind, *_sizes(curve), given, beside_low_rank=self._beside)) for kind in self._kinds
+            )
 
-    def _affordable(self, designs: Iterable[Design]) -> list[Design]:
-        """Designs that are no slower than the dense layer, where that matters; nothing has been fitted for it."""
-        return [design for design in designs if not self.limit.drops(design)]
+        return forms
 
-    def _wins(self, curve: LayerCurve, design: Design) -> bool:
-        """Whether a design loses less than low rank of the same cost."""
+    def _affordable(self, found: Iterable[tuple[str, Sequence[Design]]]) -> Forms:
+        """Forms that are no slower than the dense layer, where that matters; nothing has been fitted for it."""
+        return {
+            f"{name} {number}": design
+            for name, designs in found
+            for number, design in enumerate(designs)
+            if not self.limit.drops(design)
+        }
+
+    def _winners(self, forms: FormsOf) -> dict[tuple[int, int], list[str]]:
+        """By shape the forms that save most on its sample."""
+        winners = {}
+        for shape, members in self._shapes().items():
+            savings: dict[str, list[float]] = {}
+            for curve in spread(members, SAMPLE):
+                tried = forms(curve)
+                self.curves.measure(curve, tried.values(), self.subject)
+                for name, design in tried.items():
+                    savings.setdefault(name, []).append(self._saving(curve, design))
+            means = {name: statistics.mean(values) for name, values in savings.items()}
+            best = sorted((name for name in means if means[name] > LEAST_SAVING), key=means.__getitem__, reverse=True)
+            winners[shape] = best[:BEST_FORMS]
+        return winners
+
+    def _try(self, forms: FormsOf, winners: Mapping[tuple[int, int], Sequence[str]]) -> None:
+        """Measure the winning forms on all layers of their shapes."""
+        for done, curve in enumerate(self.curves.layers, start=1):
+            tried = forms(curve) if winners[_sizes(curve)] else {}
+            chosen = [tried[name] for name in winners[_sizes(curve)] if name in tried]
+            self.curves.measure(curve, chosen, self.subject)
+            self.report(curve.layer.target.name, done, len(self.curves.layers))
+
+    def _saving(self, curve: LayerCurve, design: Design) -> float:
+        """Share of the loss of low rank at the same cost that a design saves; one where there is none so small."""
         entries = tuple(design.to_json())
-        candidates = curve.candidates
-        own = next(candidate.loss for candidate in candidates if candidate.terms == entries)
         cost = self.limit.cost(curve.layer, design)
-        sizes = (design.in_features, design.out_features)
-        rivals = [
-            candidate.loss
-            for candidate in candidates
-            if candidate.kinds == ("lowrank",) and self.limit.cost(curve.layer, candidate.design(*sizes)) <= cost
-        ]
-        return not rivals or own < (1 - LEAST_SAVING) * min(rivals)
+        own, rivals = None, []
+        for candidate in curve.candidates:
+            if candidate.terms == entries:
+                own = candidate.loss
+            elif candidate.kinds == ("lowrank",) and self._cost_of(curve, candidate) <= cost:
+                rivals.append(candidate.loss)
+        assert own is not None
+        return 1 - own / max(min(rivals), 1e-300) if rivals else 1.0
 
-    def _shapes(self) -> list[list[LayerCurve]]:
+    def _cost_of(self, curve: LayerCurve, candidate: Candidate) -> int:
+        return self.limit.cost(curve.layer, candidate.design(*_sizes(curve)))
+
+    def _shapes(self) -> dict[tuple[int, int], list[LayerCurve]]:
         shapes: dict[tuple[int, int], list[LayerCurve]] = {}
         for curve in self.curves.layers:
-            shapes.setdefault((curve.layer.target.in_features, curve.layer.target.out_features), []).append(curve)
-        return list(shapes.values())
-
-
-def form(design: Design) -> str:
-    """What a design is but for its sizes: kinds of terms, and which share low rank has of them."""
-    low_rank = design.term("lowrank")
-    share = 0.0 if low_rank is None else low_rank.parameter_count() / design.parameter_count(bias=False)
-    return f"{'+'.join(term.kind for term in design.terms)} {share:.1f}"
+            shapes.setdefault(_sizes(curve), []).append(curve)
+        return shapes
 
 
 def spread(members: Sequence[LayerCurve], count: int) -> list[LayerCurve]:
@@ -152,3 +176,16 @@ def spread(members: Sequence[LayerCurve], count: int) -> list[LayerCurve]:
     if len(members) <= count:
         return list(members)
     return [members[round(step * (len(members) - 1) / (count - 1))] for step in range(count)]
+
+
+def _sizes(curve: LayerCurve) -> tuple[int, int]:
+    return curve.layer.target.in_features, curve.layer.target.out_features
+
+
+def _size(curve: LayerCurve) -> int:
+    return curve.layer.target.in_features * curve.layer.target.out_features
+
+
+def _is_new(before: int | None, now: int) -> bool:
+    """Whether a layer's cost is another one."""
+    return before is None or abs(now - before) > NEW_COST * before

@@ -34,8 +34,10 @@ STEP_SIZE = 0.1
 POLISH_SHARE = 0.1
 # a start this close to its target is exact up to rounding
 EXACT = 1e-10
-# rounds in which closed forms are solved on what the others leave, unless one gains less than this share
-ROUNDS = 6
+# iterations that a round of closed forms, each solved on what the others leave, stands for, and one of L-BFGS from a start
+# that is near
+ROUND, NEAR = 32, 4
+# less gain than this share ends rounds and L-BFGS
 LEAST_GAIN = 1e-3
 # iterations of L-BFGS after which its gain is looked at
 BURST = 10
@@ -109,14 +111,14 @@ def _fit_terms(layer: SPMLinear, wanted: LeastSquares, iterations: int, seed: in
         return 1.0, 1.0, 0
     free = [module for module in layer.term_modules if not module.term.closed_form]
     if not free:
-        return _solve_in_turn(layer.term_modules, wanted)
+        return _solve_in_turn(layer.term_modules, wanted, iterations)
     beside = [module for module in layer.term_modules if module.term.closed_form and module is not layer.low_rank]
     left = 1.0
     if beside:
         with torch.no_grad():
             for module in (*free, *([] if layer.low_rank is None else [layer.low_rank])):
                 module.scale_parameter().zero_()
-        left = _solve_in_turn(beside, wanted)[1]
+        left = _solve_in_turn(beside, wanted, iterations)[1]
         with torch.no_grad():
             wanted = wanted.leaving(wanted.weight - sum(module.matrix() for module in beside))
     problem = Problem(free, layer.low_rank, wanted)
@@ -127,11 +129,11 @@ def _fit_terms(layer: SPMLinear, wanted: LeastSquares, iterations: int, seed: in
 
 
 @torch.no_grad()
-def _solve_in_turn(modules: Sequence[TermModule], wanted: LeastSquares) -> tuple[float, float, int]:
+def _solve_in_turn(modules: Sequence[TermModule], wanted: LeastSquares, iterations: int) -> tuple[float, float, int]:
     """Solve every closed form on what the others leave, and keep the best round."""
     matrices = [torch.zeros_like(wanted.weight) for _ in modules]
     errors: list[float] = []
-    for _ in range(ROUNDS if len(modules) > 1 else 1):
+    for _ in range(max(1, iterations // ROUND) if len(modules) > 1 else 1):
         before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
         for index, module in enumerate(modules):
             others = sum(matrix for other, matrix in enumerate(matrices) if other != index)
@@ -164,11 +166,12 @@ def _solve(problem: Problem, iterations: int, seed: int) -> tuple[float, float, 
     done = 0
     if start > EXACT and iterations:
         near = all(module.starts_near for module in problem.free)
-        polish = iterations if near else max(1, round(POLISH_SHARE * iterations))
-        if polish < iterations:
-            _adam(problem, best, iterations - polish)
+        polish = max(1, iterations // NEAR if near else round(POLISH_SHARE * iterations))
+        steps = 0 if near else iterations - polish
+        if steps:
+            _adam(problem, best, steps)
             best.restore_()
-        done = iterations - polish + _polish(problem, best, polish)
+        done = steps + _polish(problem, best, polish)
     best.restore_()
     with torch.no_grad():
         end = problem.error().item()
