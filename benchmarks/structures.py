@@ -29,6 +29,8 @@ from spmconvert.operator.terms.sparse24 import Sparse24
 
 KINDS = ("monarch", "spm", "blockdense")
 HALF = 2
+# shares of the parameters that 2:4 with low rank has
+ADDED = (0.54, 0.6)
 
 
 def main() -> None:
@@ -64,7 +66,9 @@ def designs(layer: Layer, options: argparse.Namespace) -> list[Design]:
         found.append(Design(*sizes, (LowRank(*sizes, parameters // sum(sizes)),)))
         for kind in KINDS:
             found += designs_of(kind, *sizes, parameters, beside_low_rank=True)
-    found += standing_designs_of("sparse24", *sizes, beside_low_rank=True)
+    found += standing_designs_of("sparse24", *sizes)
+    for kept in ADDED:
+        found += designs_of("sparse24", *sizes, int(kept * in_features * out_features), beside_low_rank=True)
     for block in options.wrap_blocks:
         term = Sparse24.from_options(*sizes, {"wrap": True, "wrap_block": block, "wrap_stages": 1})
         found += [Design(*sizes, (term,)), same_bytes(term)]

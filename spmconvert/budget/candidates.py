@@ -27,8 +27,6 @@ from spmconvert.recipe.recipe import Recipe
 
 # share of a layer's parameters that a term takes beside low rank; two thirds are worse, see benchmarks/results/choices.md
 BESIDE_SHARE = 1 / 3
-# what low rank adds to a term whose size is fixed, as a share of the dense parameters
-ADDED_SHARE = 0.06
 
 
 @dataclass(frozen=True)
@@ -112,23 +110,26 @@ def predicted_loss(
 
 
 def designs_of(kind: str, in_features: int, out_features: int, parameters: int, *, beside_low_rank: bool) -> list[Design]:
-    """Designs with a term of a kind and at most so many parameters, alone and beside low rank."""
+    """Designs with a term of a kind and at most so many parameters, alone and beside low rank.
+
+    A term whose size is its own leaves low rank what is left; another one takes its share.
+    """
     found = term_class(kind)
-    sums: list[tuple[Term, ...]] = [(term,) for term in found.designs(in_features, out_features, parameters)]
-    if beside_low_rank:
-        for term in found.designs(in_features, out_features, int(BESIDE_SHARE * parameters)):
-            sums += _with_low_rank(term, parameters - term.parameter_count())
-    return _distinct(in_features, out_features, sums)
-
-
-def standing_designs_of(kind: str, in_features: int, out_features: int, *, beside_low_rank: bool) -> list[Design]:
-    """Designs with a term of a kind whose size is fixed, alone and with some low rank."""
+    sizes = (in_features, out_features)
+    standing = found.standing_designs(*sizes)
     sums: list[tuple[Term, ...]] = []
-    for term in term_class(kind).standing_designs(in_features, out_features):
-        sums.append((term,))
-        if beside_low_rank:
-            sums += _with_low_rank(term, int(ADDED_SHARE * in_features * out_features))
-    return _distinct(in_features, out_features, sums)
+    if not standing:
+        sums += [(term,) for term in found.designs(*sizes, parameters)]
+    if beside_low_rank:
+        for term in standing or found.designs(*sizes, int(BESIDE_SHARE * parameters)):
+            sums += _with_low_rank(term, parameters - term.parameter_count())
+    return _distinct(*sizes, sums)
+
+
+def standing_designs_of(kind: str, in_features: int, out_features: int) -> list[Design]:
+    """Designs with a term of a kind whose size is its own, alone."""
+    terms = term_class(kind).standing_designs(in_features, out_features)
+    return _distinct(in_features, out_features, [(term,) for term in terms])
 
 
 def _with_low_rank(term: Term, parameters: int) -> list[tuple[Term, ...]]:

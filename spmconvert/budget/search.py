@@ -98,10 +98,7 @@ class Search:
         }
 
     def _standing(self, curve: LayerCurve) -> Forms:
-        return self._affordable(
-            (f"{kind} as it is", standing_designs_of(kind, *_sizes(curve), beside_low_rank=self._beside))
-            for kind in self._kinds
-        )
+        return self._affordable((f"{kind} as it is", standing_designs_of(kind, *_sizes(curve))) for kind in self._kinds)
 
     def _forms_at(self, parameters: Mapping[str, int]) -> FormsOf:
         """Forms of a layer at its number of parameters; none for layers that are not named."""
