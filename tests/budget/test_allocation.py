@@ -343,8 +343,13 @@ def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, m
         return models[-1]
 
     load = fit_run.load_with_blocks_on_disk
+    # the calibration run of a whole run has loaded the model; one that goes on from its moments loads none
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
     monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", kept)
-    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
+    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", resume=True, **changes)
     (model,) = models
     converted = [model.get_submodule(layer.name).weight for layer in result.layers]
     assert all(weight.is_meta for weight in converted)
@@ -403,7 +408,8 @@ def test_the_dense_model_is_loaded_once(checkpoints, text, tmp_path, cache, monk
     monkeypatch.setattr(loading, "load_dense_model", lambda *given: loads.append(given) or load_dense_model(*given))
     monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", lambda *_: pytest.fail("a second model"))
     spmconvert.convert(checkpoints["gpt2"], output, resume=resumed, **changes)
-    assert len(loads) == 1
+    # what was measured and chosen is kept, so that only fits in sequence need the model again
+    assert len(loads) == (0 if resumed and changes.get("sequential") is False else 1)
 
 
 def test_experts_are_not_on_one_path(checkpoints):
@@ -464,7 +470,7 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
     assert code == 0
     assert re.search(r"budget: [\d,]+ parameters of the [\d,]+ allowed, predicted loss [\d.e-]+", out), out
-    assert re.search(r"75% +[\d.e-]+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ kB", out), out
+    assert re.search(r"75% +[\d.e-]+ +\d+ (lowrank|spm|dense).* +[\d.]+ kB", out), out
     code, out, _ = run(*command, "--max-error", "0.4", "--force")
     assert code == 0
     code, out, _ = run(*command, "--max-error", "0.4", "--dry-run")
@@ -635,7 +641,8 @@ def test_a_largest_error_wants_plain_fits_and_names_what_exceeds_it(checkpoints,
 
     def worse(*arguments, **keywords):
         layer, record = whole(*arguments, **keywords)
-        return layer, replace(record, error=0.5) if record.name.endswith("h.1.mlp.c_fc") else record
+        # on held-out rows a layer that is chosen to the limit may come out a little above it
+        return layer, replace(record, error=0.5 if record.name.endswith("h.1.mlp.c_fc") else 0.39)
 
     monkeypatch.setattr(fit_run, "fit_layer", worse)
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", max_error=0.4, calib=text, **QUICK)
