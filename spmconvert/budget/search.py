@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from spmconvert.budget.allocation import Allocation, Limit, allocate
 from spmconvert.budget.candidates import Candidate, designs_of, standing_designs_of
 from spmconvert.budget.curves import Curves, LayerCurve, SubjectOf
+from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
 
 # layers of a shape that kinds are tried on first: the first, the last, and between
@@ -76,8 +77,13 @@ class Search:
     def _first_costs(self) -> list[int | None] | None:
         """Parameters of every layer before other kinds are tried."""
         if self._beside:
-            first = allocate(self.curves, self.limit)
-            return [self._parameters(*pair) for pair in zip(self.curves.layers, first.picked, strict=True)]
+            try:
+                first = allocate(self.curves, self.limit)
+            except OptionError:
+                # low rank does not reach the budget, or is slower than dense; others may do better
+                pass
+            else:
+                return [self._parameters(*pair) for pair in zip(self.curves.layers, first.picked, strict=True)]
         share = self.curves.recipe.budget.keep or 0.5
         return [
             int(share * curve.layer.target.in_features * curve.layer.target.out_features) for curve in self.curves.layers
