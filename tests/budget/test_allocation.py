@@ -13,9 +13,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Phi3Conf
 
 import spmconvert
 from spmconvert.budget import cache as curve_cache
+from spmconvert.budget import response
 from spmconvert.budget.allocation import Limit, allocate
 from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.curves import read_curves
+from spmconvert.budget.response import Divergences
 from spmconvert.budget.spend import Spending, Spent
 from spmconvert.calibrate.moments import MomentStore, gather_moments
 from spmconvert.checkpoint.converted import open_converted
@@ -230,6 +232,25 @@ def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monke
         assert all(low * (1 - 1e-9) <= factor <= high * (1 + 1e-9) for factor in factors)
         spread.append(round(low, 9))
     assert len(set(spread)) == len(spread)
+
+
+def test_layers_between_measured_ones_respond_as_these_do(checkpoints, text, cache, monkeypatch):
+    monkeypatch.setattr(response, "MOST_MEASURED", 1)
+    measured = []
+    of = Divergences.of
+    monkeypatch.setattr(Divergences, "of", lambda self, name, layer: measured.append(name) or of(self, name, layer))
+    # read again from what is kept, as a dry run does
+    curves = curves_of(checkpoints, text, "llama", structures="lowrank")
+    names = [curve.layer.target.name for curve in curves.layers]
+    assert set(measured) == {name for name in names if ".1." not in name}
+    found = {name: curve.response for name, curve in zip(names, curves.layers, strict=True)}
+    for name in names:
+        below, above = (found[name.replace(".1.", f".{block}.")] for block in (0, 2))
+        if ".1." in name:
+            assert found[name] == below.mixed(above, 0.5)
+        else:
+            assert found[name] in (below, above)
+    assert len({value.points for value in found.values()}) == len(names)
 
 
 def test_encoders_respond_as_predicted(checkpoints, text, cache):
