@@ -109,7 +109,8 @@ def read_curves(
 ) -> Curves | None:
     """The same, or None where a layer lacks what a choice needs."""
     curves = known_curves(source, plan, recipe, identity, text)
-    complete = all(curve.candidates for curve in curves.layers)
+    wants_low_rank = "lowrank" in recipe.budget.structures
+    complete = all(curve.low_rank is not None if wants_low_rank else curve.terms for curve in curves.layers)
     return curves if complete and (RESPONSE not in curves.cache.parts or spread_responses(curves)) else None
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from spmconvert.budget.allocation import Allocation, Limit, allocate
 from spmconvert.budget.candidates import Candidate, designs_of, standing_designs_of
 from spmconvert.budget.curves import Curves, LayerCurve, SubjectOf
+from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
 
 # layers of a shape that forms are tried on first: the first, the last, and between
@@ -86,7 +87,12 @@ class Search:
     def _first_costs(self) -> dict[str, int]:
         """Parameters of every layer before other kinds are tried, by name; layers that stay dense have none."""
         if self._beside:
-            return self._costs(allocate(self.curves, self.limit))
+            try:
+                return self._costs(allocate(self.curves, self.limit))
+            except OptionError:
+                # low rank does not reach the budget, or is slower than dense; others may do better
+                if not self._kinds:
+                    raise
         share = self.curves.recipe.budget.keep or 0.5
         return {curve.layer.target.name: int(share * _size(curve)) for curve in self.curves.layers}
 

@@ -21,11 +21,15 @@ def dry_run_of(
     """Print the layers, designs, sizes and times of a conversion, and what other budgets would buy; touch nothing."""
     from spmconvert.budget.allocation import choice_record, describe_choice
     from spmconvert.commands.convert import default_output, open_plan
+    from spmconvert.data.documents import content_hash, read_documents
 
     source, plan, _ = open_plan(model, recipe)
+    text = None
+    if recipe.calibration.file is not None:
+        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
     choice = budgets = note = None
     if recipe.budget.limits:
-        allocation, budgets = _budgets(source, plan, recipe, device, speedups)
+        allocation, budgets = _budgets(source, plan, recipe, device, text, speedups)
         plan, choice = allocation.plan, allocation.choice
         note = describe_choice(allocation, recipe.budget)
     destination = str(output or default_output(model))
@@ -52,18 +56,16 @@ def dry_run_of(
             views.show_budgets(budgets, recipe.budget.loss_name)
 
 
-def _budgets(source: Any, plan: Any, recipe: Recipe, device: str, speedups: Sequence[float]) -> tuple[Any, Any]:
+def _budgets(
+    source: Any, plan: Any, recipe: Recipe, device: str, text: str | None, speedups: Sequence[float]
+) -> tuple[Any, Any]:
     """What is chosen for the recipe's budget, and what others would buy, from what is known; nothing is fitted."""
     from spmconvert.budget.allocation import allocate, compare_budgets
     from spmconvert.budget.cache import CacheIdentity
     from spmconvert.budget.curves import check_measurable, read_curves
     from spmconvert.budget.spend import compare_speedups, limit_of, timed_limit
-    from spmconvert.data.documents import content_hash, read_documents
 
     check_measurable(recipe)
-    text = None
-    if recipe.calibration.file is not None:
-        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
     identity = CacheIdentity.of_checkpoint(source, device)
     curves = read_curves(source, plan, recipe, identity, text)
     limit = limit_of(recipe.budget, plan, device, identity)

@@ -13,9 +13,11 @@ from transformers import AutoModel, AutoModelForSequenceClassification, Phi3Conf
 
 import spmconvert
 from spmconvert.budget import cache as curve_cache
+from spmconvert.budget import response
 from spmconvert.budget.allocation import Limit, allocate
 from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.curves import read_curves
+from spmconvert.budget.response import Divergences
 from spmconvert.budget.spend import Spending, Spent
 from spmconvert.calibrate.moments import MomentStore, gather_moments
 from spmconvert.checkpoint.converted import open_converted
@@ -232,6 +234,25 @@ def test_losses_are_scaled_as_the_model_responds(checkpoints, text, cache, monke
     assert len(set(spread)) == len(spread)
 
 
+def test_layers_between_measured_ones_respond_as_these_do(checkpoints, text, cache, monkeypatch):
+    monkeypatch.setattr(response, "MOST_MEASURED", 1)
+    measured = []
+    of = Divergences.of
+    monkeypatch.setattr(Divergences, "of", lambda self, name, layer: measured.append(name) or of(self, name, layer))
+    # read again from what is kept, as a dry run does
+    curves = curves_of(checkpoints, text, "llama", structures="lowrank")
+    names = [curve.layer.target.name for curve in curves.layers]
+    assert set(measured) == {name for name in names if ".1." not in name}
+    found = {name: curve.response for name, curve in zip(names, curves.layers, strict=True)}
+    for name in names:
+        below, above = (found[name.replace(".1.", f".{block}.")] for block in (0, 2))
+        if ".1." in name:
+            assert found[name] == below.mixed(above, 0.5)
+        else:
+            assert found[name] in (below, above)
+    assert len({value.points for value in found.values()}) == len(names)
+
+
 def test_encoders_respond_as_predicted(checkpoints, text, cache):
     curves_of(checkpoints, text, "bert", structures="lowrank")
     curves_of(checkpoints, text, "gpt2", structures="lowrank")
@@ -343,8 +364,13 @@ def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, m
         return models[-1]
 
     load = fit_run.load_with_blocks_on_disk
+    # the calibration run of a whole run has loaded the model; one that goes on from its moments loads none
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 0)
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
     monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", kept)
-    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
+    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", resume=True, **changes)
     (model,) = models
     converted = [model.get_submodule(layer.name).weight for layer in result.layers]
     assert all(weight.is_meta for weight in converted)
@@ -403,7 +429,8 @@ def test_the_dense_model_is_loaded_once(checkpoints, text, tmp_path, cache, monk
     monkeypatch.setattr(loading, "load_dense_model", lambda *given: loads.append(given) or load_dense_model(*given))
     monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", lambda *_: pytest.fail("a second model"))
     spmconvert.convert(checkpoints["gpt2"], output, resume=resumed, **changes)
-    assert len(loads) == 1
+    # what was measured and chosen is kept, so that only fits in sequence need the model again
+    assert len(loads) == (0 if resumed and changes.get("sequential") is False else 1)
 
 
 def test_experts_are_not_on_one_path(checkpoints):
@@ -464,7 +491,7 @@ def test_dry_run_after_a_run_shows_budgets(run, checkpoints, text, tmp_path, cac
     code, out, _ = run(*command, "--keep", "0.3", "--dry-run")
     assert code == 0
     assert re.search(r"budget: [\d,]+ parameters of the [\d,]+ allowed, predicted loss [\d.e-]+", out), out
-    assert re.search(r"75% +[\d.e-]+ +\d+ +\d+ +\d+ +\d+ +[\d.]+ kB", out), out
+    assert re.search(r"75% +[\d.e-]+ +\d+ (lowrank|spm|dense).* +[\d.]+ kB", out), out
     code, out, _ = run(*command, "--max-error", "0.4", "--force")
     assert code == 0
     code, out, _ = run(*command, "--max-error", "0.4", "--dry-run")
@@ -635,7 +662,8 @@ def test_a_largest_error_wants_plain_fits_and_names_what_exceeds_it(checkpoints,
 
     def worse(*arguments, **keywords):
         layer, record = whole(*arguments, **keywords)
-        return layer, replace(record, error=0.5) if record.name.endswith("h.1.mlp.c_fc") else record
+        # on held-out rows a layer that is chosen to the limit may come out a little above it
+        return layer, replace(record, error=0.5 if record.name.endswith("h.1.mlp.c_fc") else 0.39)
 
     monkeypatch.setattr(fit_run, "fit_layer", worse)
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", max_error=0.4, calib=text, **QUICK)

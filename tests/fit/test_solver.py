@@ -8,9 +8,10 @@ import torch
 import spmconvert
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
-from spmconvert.errors import FitError
+from spmconvert.errors import FitError, OptionError
 from spmconvert.fit.error import measure_error
 from spmconvert.fit.solver import fit_, fit_linear
+from spmconvert.operator.design import Design
 from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.start import hierarchical_start_
@@ -308,3 +309,119 @@ def test_fit_linear_is_the_public_way_to_fit_one_layer():
     assert error < 0.9
     assert error.item() == pytest.approx(result.end, rel=1e-4)
     torch.testing.assert_close(layer.held_bias, source.bias)
+
+
+SUMS = [
+    [{"kind": "lowrank", "rank": 5}],
+    [{"kind": "sparse24"}],
+    [{"kind": "sparse24"}, {"kind": "lowrank", "rank": 5}],
+    [{"kind": "spm"}, {"kind": "sparse24"}],
+    [{"kind": "spm", "stages": 3}, {"kind": "sparse24"}, {"kind": "lowrank", "rank": 2}],
+]
+kinds = lambda entries: "+".join(entry["kind"] for entry in entries)  # noqa: E731
+
+
+def summed(entries, bias=True):
+    return SPMLinear(24, 40, bias, terms=Design.from_options(24, 40, entries).terms)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("iterations", [0, 30])
+@pytest.mark.parametrize("entries", SUMS, ids=kinds)
+def test_sums_of_terms_have_the_error_that_the_fit_reports(entries, iterations, weighted):
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    metric = OutputMetric.of(torch.diag(torch.logspace(0, -2, 40))) if weighted else None
+    layer = summed(entries)
+    result = fit_(layer, weight, bias, statistics, iterations=iterations, metric=metric)
+    root = covariance_root(statistics.covariance)
+    missed, whole = (root @ matrix.t() for matrix in (weight - layer.to_dense().detach(), weight))
+    energy = (lambda rows: rows.square().sum()) if metric is None else metric.energy
+    assert result.end == pytest.approx((energy(missed) / energy(whole)).item(), rel=1e-3)
+    assert result.end <= result.start <= 1 + 1e-6
+    rows = inputs(24)
+    torch.testing.assert_close(layer(rows).mean(0), (rows @ weight.t() + bias).mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entries", SUMS[2:], ids=kinds)
+def test_more_terms_are_better_than_the_closed_form_among_them(entries):
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    ends = [fit_(summed(terms), weight, bias, statistics, iterations=60).end for terms in ([{"kind": "sparse24"}], entries)]
+    assert ends[1] < 0.97 * ends[0]
+
+
+@pytest.mark.parametrize("entries", [SUMS[0], SUMS[1]], ids=kinds)
+def test_closed_forms_take_no_iterations_and_no_seed(entries):
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    layers = [summed(entries) for _ in range(2)]
+    for seed, layer in enumerate(layers):
+        result = fit_(layer, weight, bias, statistics, iterations=100 * seed, seed=seed)
+        assert result.iterations == 0
+        assert result.start == result.end
+    assert all(map(torch.equal, layers[0].parameters(), layers[1].parameters()))
+
+
+def test_low_rank_alone_is_the_whitened_svd():
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    layer = summed(SUMS[0])
+    fit_(layer, weight, bias, statistics)
+    left, right = truncated_svd(weight, covariance_root(statistics.covariance), 5)
+    torch.testing.assert_close(layer.to_dense(), left @ right, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(layer.lowrank.up.weight.norm(dim=0), layer.lowrank.down.weight.norm(dim=1))
+    torch.testing.assert_close(layer.held_bias, statistics.corrected_bias(weight, left @ right, bias), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("entries", SUMS, ids=kinds)
+def test_a_zero_weight_makes_every_term_zero(entries):
+    layer = summed(entries)
+    result = fit_(layer, torch.zeros(40, 24), torch.ones(40), ActivationStatistics.of(inputs(24)), iterations=5)
+    assert (result.start, result.end) == (1.0, 1.0)
+    assert not layer.to_dense().any()
+    torch.testing.assert_close(layer(inputs(24)), torch.ones(400, 40))
+
+
+@pytest.mark.parametrize("entries", SUMS, ids=kinds)
+def test_nothing_that_was_kept_before_a_fit_is_served_after_it(entries):
+    weight, bias = dense(24, 40)
+    layer, rows = summed(entries).eval(), inputs(24)
+    with torch.no_grad():
+        layer(rows)
+        fit_(layer, weight, bias, ActivationStatistics.of(rows), iterations=5)
+        expected = torch.nn.functional.linear(rows, layer.to_dense(), layer.held_bias)
+        torch.testing.assert_close(layer(rows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("entries", SUMS, ids=kinds)
+def test_a_layer_without_a_bias_is_fitted_too(entries):
+    weight, _ = dense(24, 40)
+    layer = summed(entries, bias=False)
+    assert fit_(layer, weight, None, ActivationStatistics.isotropic(24), iterations=5).end < 1
+    assert layer.held_bias is None
+
+
+def test_a_root_that_is_known_is_taken():
+    weight, bias = dense(24, 40)
+    statistics = ActivationStatistics.of(inputs(24))
+    layers = [SPMLinear(24, 40, stages=3, rank=2) for _ in range(2)]
+    for layer, root in zip(layers, (None, covariance_root(statistics.covariance)), strict=True):
+        fit_(layer, weight, bias, statistics, iterations=5, root=root)
+    assert all(map(torch.equal, layers[0].parameters(), layers[1].parameters()))
+
+
+def test_layers_that_are_not_in_single_precision_are_refused():
+    weight, bias = dense(8, 8)
+    with pytest.raises(OptionError, match="fits are made in float32"):
+        fit_(SPMLinear(8, 8).bfloat16(), weight, bias, ActivationStatistics.of(inputs(8)))
+
+
+def test_fit_linear_takes_terms():
+    torch.manual_seed(0)
+    source = torch.nn.Linear(24, 40, dtype=torch.bfloat16)
+    terms = Design.from_options(24, 40, SUMS[2]).terms
+    layer, result = spmconvert.fit_linear(source, terms=terms)
+    assert layer.design.terms == terms
+    assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
+    assert 0 < result.end < 1
