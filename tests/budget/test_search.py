@@ -9,7 +9,7 @@ from spmconvert.budget.cache import CacheIdentity, CurveCache
 from spmconvert.budget.candidates import Candidate
 from spmconvert.budget.curves import Curves, LayerCurve
 from spmconvert.budget.lowrank import LowRankCurve, candidate_ranks
-from spmconvert.budget.search import BEST_FORMS, ROUNDS, SAMPLE, Search, _is_new, spread
+from spmconvert.budget.search import ROUNDS, SAMPLE, Search, _is_new, spread
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.errors import OptionError
 from spmconvert.plan.plan import ConversionPlan
@@ -169,15 +169,15 @@ def test_layers_of_a_sample_are_spread():
     assert spread(list("abcdefg"), 3) == ["a", "d", "g"]
 
 
-def test_only_the_best_forms_of_a_shape_go_on(checkpoints):
-    world = World(checkpoints["gpt2"], {"spm": 0.5, "monarch": 0.6}, structures="spm,monarch,lowrank")
-    world.run(keep=0.5)
+def test_only_the_best_forms_of_a_shape_go_on(checkpoints, monkeypatch):
+    monkeypatch.setattr("spmconvert.budget.search.BEST_FORMS", 1)
+    monkeypatch.setattr("spmconvert.budget.search.ROUNDS", 0)
+    world = World(checkpoints["gpt2"], {"spm": 0.5, "sparse24": 2.0})
+    world.run()
     sample = {curve.layer.target.name for curve in spread(world.curves.layers, SAMPLE)}
-    other = next(curve.layer.target.name for curve in world.curves.layers if curve.layer.target.name not in sample)
-    on_the_sample = [design for name, design in world.tried if name in sample]
-    elsewhere = [design for name, design in world.tried if name == other]
-    assert 0 < len(elsewhere) <= BEST_FORMS * (ROUNDS + 1)
-    assert len(on_the_sample) > SAMPLE * BEST_FORMS
+    tried = {name: [other for other, _ in world.tried].count(name) for name, _ in world.tried}
+    assert len(tried) == LAYERS
+    assert all(count > 1 if name in sample else count == 1 for name, count in tried.items())
 
 
 def test_layers_are_tried_again_where_their_cost_changed():
