@@ -255,6 +255,9 @@ class StopAfter:
     def calibrating(self, done, total):
         pass
 
+    def measured(self, name, done, total):
+        pass
+
     def fitted(self, record, done, total):
         if done == self.layers:
             raise KeyboardInterrupt
