@@ -31,6 +31,7 @@ from spmconvert.fit.error import measure_error
 from spmconvert.fit.solver import fit_
 from spmconvert.model.architecture import load_config
 from spmconvert.model.swap import replace_module
+from spmconvert.operator.design import Design, staged_design
 from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.linear import SPMLinear
@@ -72,50 +73,50 @@ class Layer:
         return self.weight, self.bias
 
 
-Design = Callable[[int, int, float], Geometry]
+Rule = Callable[[int, int, float], Design]
 
 
-def spm_only(in_features: int, out_features: int, keep: float) -> Geometry:
+def spm_only(in_features: int, out_features: int, keep: float) -> Design:
     """As many plain stages as the budget holds."""
     width = Geometry.create(in_features, out_features).width
-    return Geometry.create(in_features, out_features, max(1, int(keep * in_features * out_features / (2 * width)) - 1))
+    return staged_design(in_features, out_features, max(1, int(keep * in_features * out_features / (2 * width)) - 1))
 
 
-def spm_and_rank(in_features: int, out_features: int, keep: float) -> Geometry:
+def spm_and_rank(in_features: int, out_features: int, keep: float) -> Design:
     """One pass of plain stages, the rest of the budget for the companion."""
     return _with_rank(in_features, out_features, keep, None, 1)
 
 
-def blocks_and_rank(in_features: int, out_features: int, keep: float) -> Geometry:
+def blocks_and_rank(in_features: int, out_features: int, keep: float) -> Design:
     """One stage of wide blocks for a third of the budget, the rest for the companion."""
     wanted = keep * min(in_features, out_features) / 6
     block = max(2, 2 ** round(torch.tensor(wanted).log2().item()))
     return _with_rank(in_features, out_features, keep, 1, block)
 
 
-def blocks_only(in_features: int, out_features: int, keep: float) -> Geometry:
+def blocks_only(in_features: int, out_features: int, keep: float) -> Design:
     """A pass over all strides of the widest blocks that fit.
 
     Raises:
         OptionError: when not even blocks of two do; plain stages would be another structure.
     """
     blocks = (2, 4, 8, 16, 32, 64)
-    passes = (Geometry.create(in_features, out_features, None, "general", block) for block in blocks)
+    passes = (staged_design(in_features, out_features, None, "general", block) for block in blocks)
     allowed = int(keep * in_features * out_features)
     fitting = [one for one in passes if one.parameter_count(bias=False) <= allowed]
     if not fitting:
         raise OptionError(f"no pass of blocks fits into {keep:.0%} of {in_features} x {out_features}; keep more")
-    return max(fitting, key=lambda one: one.block)
+    return fitting[-1]
 
 
-def _with_rank(in_features: int, out_features: int, keep: float, stages: int | None, block: int) -> Geometry:
-    bare = Geometry.create(in_features, out_features, stages, "general", block)
+def _with_rank(in_features: int, out_features: int, keep: float, stages: int | None, block: int) -> Design:
+    bare = staged_design(in_features, out_features, stages, "general", block)
     left = int(keep * in_features * out_features) - bare.parameter_count(bias=False)
     rank = max(0, rank_at(left, in_features, out_features))
-    return Geometry.create(in_features, out_features, bare.stages, "general", block, rank)
+    return staged_design(in_features, out_features, stages, "general", block, rank)
 
 
-STRUCTURES: dict[str, Design | None] = {
+STRUCTURES: dict[str, Rule | None] = {
     "whitened SVD": None,
     "SPM": spm_only,
     "SPM + companion": spm_and_rank,
@@ -135,23 +136,23 @@ def replace_layers(
 @torch.no_grad()
 def held_out_error(module: nn.Module, layer: Layer) -> float:
     """E‖y - ŷ‖² / E‖y‖² on the rows that were not fitted."""
-    bias = torch.zeros(len(layer.weight)) if module.bias is None else module.bias
+    bias = module(torch.zeros(1, layer.weight.shape[1]))[0]
     matrix = (module(torch.eye(layer.weight.shape[1])) - bias).t()
     return measure_error(layer.dense, (matrix, bias), layer.held_out).relative
 
 
 def _fitted(layer: Layer, structure: str, keep: float, cache: Path, seed: int) -> nn.Module:
     out_features, in_features = layer.weight.shape
-    design = STRUCTURES[structure]
-    if design is None:
+    rule = STRUCTURES[structure]
+    if rule is None:
         rank = rank_at(int(keep * layer.weight.numel()), in_features, out_features)
         outward, inward = truncated_svd(layer.weight, covariance_root(layer.fitted.covariance), rank)
         shift = (layer.weight - outward @ inward) @ layer.fitted.mean
         return LowRankLinear(outward, inward, layer.bias + shift)
-    g = design(in_features, out_features, keep)
-    module = SPMLinear(in_features, out_features, stages=g.stages, block=g.block, rank=g.rank)
+    design = rule(in_features, out_features, keep)
+    module = SPMLinear(in_features, out_features, terms=design.terms)
     digest = hashlib.sha256(layer.weight.numpy().tobytes() + layer.fitted.scatter.numpy().tobytes())
-    digest.update(repr((g, seed, FIT_ITERATIONS)).encode())
+    digest.update(repr((design, seed, FIT_ITERATIONS)).encode())
     file = cache / f"{digest.hexdigest()[:32]}.pt"
     if file.exists():
         module.load_state_dict(torch.load(file, weights_only=True))

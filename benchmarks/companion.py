@@ -61,16 +61,16 @@ def measure(layer: Layer, penalty: float, options: argparse.Namespace) -> dict[s
         fit_(module, layer.weight, layer.bias, layer.fitted, iterations=options.iterations, seed=1)
     finally:
         problem.DUPLICATION_PENALTY = default
-    rank = rank_at(module.geometry.parameter_count(bias=False), in_features, out_features)
+    rank = rank_at(module.design.parameter_count(bias=False), in_features, out_features)
     svd = torch.matmul(*truncated_svd(layer.weight, covariance_root(layer.fitted.covariance), rank))
     svd_bias = layer.fitted.corrected_bias(layer.weight, svd, layer.bias)
     with torch.no_grad():
-        whole, companion = module.to_dense(), module.low_rank_out @ module.low_rank_in
+        whole, companion = module.to_dense(), module.lowrank.matrix()
         size = _size(whole, layer)
         return {
             "layer": layer.name,
             "penalty": penalty,
-            "error": measure_error(layer.dense, (whole, module.bias), layer.held_out).centred,
+            "error": measure_error(layer.dense, (whole, module.held_bias), layer.held_out).centred,
             "svd_error": measure_error(layer.dense, (svd, svd_bias), layer.held_out).centred,
             "stages": _size(whole - companion, layer) / size,
             "companion": _size(companion, layer) / size,

@@ -66,13 +66,13 @@ def measure(backend: str, options: argparse.Namespace) -> dict[str, Any]:
         result = fit_(layer, weight, None, fitted, iterations=iterations)
         synchronize(options.device)
     with torch.no_grad():
-        error = measure_error((weight, None), (layer.to_dense(), layer.bias), held_out)
+        error = measure_error((weight, None), (layer.to_dense(), layer.held_bias), held_out)
     return {
         "backend": backend,
         "seconds": result.seconds,
         "fitted_error": result.end,
         "held_out_error": error.centred,
-        "kept": layer.geometry.parameter_count(bias=False) / weight.numel(),
+        "kept": layer.design.parameter_count(bias=False) / weight.numel(),
     }
 
 

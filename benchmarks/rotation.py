@@ -42,7 +42,8 @@ def floor_bytes(layer: torch.nn.Module, shape: tuple[int, int], tokens: int, ite
     if backward:
         return itemsize * (tokens * (3 * shape[0] + 2 * shape[1]) + 3 * parameters)
     if isinstance(layer, SPMLinear):
-        blocks = merge_stages(layer.weight, layer.scale_in, layer.scale_out, layer.plan)
+        stages = layer.spm
+        blocks = merge_stages(stages.weight, stages.scale_in, stages.scale_out, stages.plan)
         parameters = sum(block.numel() for block in blocks) + shape[1]
     return itemsize * (tokens * sum(shape) + parameters)
 

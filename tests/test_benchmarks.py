@@ -210,7 +210,7 @@ def test_blocks_that_do_not_fit_are_no_plain_stages():
     from benchmarks.common import blocks_only
     from spmconvert.errors import OptionError
 
-    assert blocks_only(256, 1024, 0.25).block == 2
+    assert blocks_only(256, 1024, 0.25).term("spm").block == 2
     with pytest.raises(OptionError, match=r"no pass of blocks fits into 10% of 256 x 1024"):
         blocks_only(256, 1024, 0.1)
 

@@ -155,7 +155,7 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
         options.append([*(one for one, _ in kept), None])
         designs.append([*(design for _, design in kept), None])
     dropped = known - sum(len(own) - 1 for own in options)
-    if dropped == known:
+    if known and dropped == known:
         raise OptionError(_why_dense(budget, dropped, known))
     costs = [[limit.cost(layer, design) for design in own] for layer, own in zip(layers, designs, strict=True)]
     losses = [[0.0 if option is None else option.loss for option in own] for own in options]

@@ -96,8 +96,9 @@ def _shapes(converted: Converted) -> Check:
     expected = {}
     for layer, spec in converted.layers.items():
         prefix = converted.stored_prefix(layer)
-        for part, parameter in layer_from_spec(spec, device="meta").named_parameters():
-            expected[f"{prefix}.{part}"] = tuple(parameter.shape)
+        # parameters, indices and the mark
+        for part, tensor in layer_from_spec(spec, device="meta").state_dict().items():
+            expected[f"{prefix}.{part}"] = tuple(tensor.shape)
     for name, shape in expected.items():
         entry = converted.tensors.get(name)
         if entry is None or entry.shape != shape:

@@ -68,6 +68,42 @@ def test_dry_run_predicts_what_happens(run, checkpoints, text, tmp_path):
     assert planned["predicted_seconds"] > 0
 
 
+def test_dry_run_names_the_terms_of_every_layer(run, checkpoints):
+    terms = '[{kind = "lowrank", rank = 3}, {kind = "sparse24"}]'
+    command = ("convert", checkpoints["llama"], "--targets", "*.up_proj", "--set", f"design.terms={terms}", "--dry-run")
+    code, out, _ = run(*command, "--json")
+    assert code == 0
+    for layer in json.loads(out)["layers"]:
+        assert layer["terms"] == [
+            {"kind": "sparse24", "wrap": False, "wrap_block": 0, "wrap_stages": 0},
+            {"kind": "lowrank", "rank": 3},
+        ]
+        # numbers in four bytes, positions in half a one each four inputs, the mark
+        assert layer["bytes_after"] == 4 * layer["parameters_after"] + 88 * 4 + 4
+    code, out, _ = run(*command)
+    assert code == 0
+    assert "2:4 + rank 3" in out
+
+
+def test_a_budget_is_shown_by_kinds_of_terms(run, checkpoints, text, tmp_path):
+    command = ("convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", text, "--keep", 0.5, "--allow-slower")
+    command += ("--structures", "sparse24,lowrank", "--set", "budget.iterations=2", *QUICK)
+    assert run(*command)[0] == 0
+    code, out, _ = run(*command, "--dry-run", "--json")
+    assert code == 0
+    planned = json.loads(out)
+    # the smallest share is below rank one
+    assert [row["keep"] for row in planned["budgets"]] == [0.1, 0.25, 0.5, 0.75]
+    for row in planned["budgets"]:
+        assert sum(row["layers"].values()) == 4
+        assert row["layers"].keys() <= {"sparse24", "lowrank", "sparse24+lowrank", "dense"}
+        assert 0 < row["kept"] <= row["keep"]
+    code, out, _ = run(*command, "--dry-run")
+    assert code == 0
+    assert re.search(r"--keep +predicted loss +layers +checkpoint", out)
+    assert re.search(r"50% +\S+ +\d (lowrank|dense|sparse24)", out)
+
+
 def test_options_reach_the_recipe(run, checkpoints, tmp_path):
     code, out, _ = run(
         *(

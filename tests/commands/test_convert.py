@@ -255,6 +255,9 @@ class StopAfter:
     def calibrating(self, done, total):
         pass
 
+    def measured(self, name, done, total):
+        pass
+
     def fitted(self, record, done, total):
         if done == self.layers:
             raise KeyboardInterrupt
@@ -275,6 +278,31 @@ def test_interrupted_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, 
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "cut", resume=True, **options)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+
+
+class Calibrations(StopAfter):
+    """Notes what is calibrated, besides."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__(layers)
+        self.calibrated: list[tuple[int, int]] = []
+
+    def calibrating(self, done, total):
+        self.calibrated.append((done, total))
+
+
+def test_a_resumed_run_takes_the_moments_that_it_gathered(checkpoints, text, tmp_path):
+    options = {"targets": "mlp", "calib": text, **QUICK}
+    first, second = Calibrations(1), Calibrations(0)
+    with pytest.raises(KeyboardInterrupt):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", progress=first, **options)
+    assert first.calibrated[-1][0] == first.calibrated[-1][1] > 0
+    # of every layer its moments on the fitted and on the held-out rows
+    assert len(list((tmp_path / ".o.partial" / "moments").glob("*.safetensors"))) == 2 * MLP_LAYERS["gpt2"]
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", progress=second, resume=True, **options)
+    assert second.calibrated == []
+    assert not list((tmp_path / "o").rglob("moments"))
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
 KILLED = """

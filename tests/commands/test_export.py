@@ -9,12 +9,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
+from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands import export as exporting
 from spmconvert.commands.convert import convert
 from spmconvert.commands.export import export
 from spmconvert.errors import FitError, OptionError, OutputError, UnsupportedLayerError
 from spmconvert.model.loading import load
-from tests.conftest import _save
+from tests.conftest import SUMS, _save
 
 QUICK = {"fit.iterations": 2, "calibration.rows": 16, "calibration.tokens": 32}
 ALONE = """
@@ -67,6 +68,24 @@ def test_biases_of_the_conversion_turn_on_the_switch_of_the_architecture(checkpo
     tensors = load_file(result.output / "model.safetensors")
     assert tensors["model.layers.0.mlp.up_proj.bias"].abs().max() > 0
     assert tensors["model.layers.0.mlp.down_proj.bias"].abs().max() == 0
+
+
+@pytest.mark.parametrize("name", SUMS)
+def test_every_kind_of_term_is_exported(sums, tmp_path, name):
+    result = export(sums[name], tmp_path / "dense")
+    assert 0 <= result.difference <= result.tolerance
+    converted = load(sums[name]).eval()
+    dense = LlamaForCausalLM.from_pretrained(result.output).eval()
+    for key in open_converted(sums[name]).layers:
+        layer, own = converted.get_submodule(key), dense.get_submodule(key)
+        assert torch.equal(own.weight, layer.to_dense())
+        assert torch.equal(own.bias, layer.held_bias)
+    with torch.no_grad():
+        found, expected = (model(torch.arange(3, 23)[None])[0] for model in (dense, converted))
+    assert (found - expected).abs().max() <= result.tolerance * expected.abs().max()
+    stored = load_file(result.output / "model.safetensors")
+    assert all(value.is_floating_point() and value.ndim < 3 for value in stored.values())
+    assert result.bytes == sum(value.nbytes for value in stored.values())
 
 
 def test_half_precision_is_kept(checkpoints, tmp_path):

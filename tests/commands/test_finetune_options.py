@@ -10,6 +10,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
 
 import spmconvert
 from spmconvert.checkpoint import places, writer
+from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands import finetune as finetuning
 from spmconvert.commands.finetune import finetune, store_teacher_logits
 from spmconvert.data.training import load_training_data
@@ -304,6 +305,33 @@ def test_the_space_that_is_asked_for_holds_the_state_twice(converted, text, tmp_
     finetune(converted["gpt2"], tmp_path / "o", data=text, **{**SHORT, **changes})
     written = sum(len(content) for _, content in raw_tensors(tmp_path / "o").values())
     state = states[-1]
+    parts = (state["parameters"], state["state"]["best"], state["state"]["average"], *state["moments"].values())
+    held = sum(tensor.nbytes for part in parts for tensor in part.values() if tensor.ndim)
+    assert asked == [written + 2 * held]
+
+
+@pytest.mark.parametrize("name", ["sparse24", "lowrank", "wrapped"])
+def test_terms_of_every_kind_are_trained_in_the_space_that_was_asked_for(sums, text, tmp_path, monkeypatch, name):
+    asked, states = [], []
+
+    class Asked(writer.OutputDirectory):
+        def __init__(self, *given, needed_bytes, **options):
+            asked.append(needed_bytes)
+            super().__init__(*given, needed_bytes=needed_bytes, **options)
+
+        def save_file(self, name, save):
+            super().save_file(name, save)
+            states.append(torch.load(self.partial / name))
+
+    monkeypatch.setattr(finetuning, "OutputDirectory", Asked)
+    result = finetune(sums[name], tmp_path / "o", data=text, learning_rate=2e-4, **SHORT)
+    assert result.best_loss < result.start_loss
+    before, after = raw_tensors(sums[name]), raw_tensors(tmp_path / "o")
+    layers = open_converted(sums[name]).layers
+    inside = {key for key in before if key.startswith(tuple(f"{layer}." for layer in layers))}
+    fixed = {key for key in inside if key.endswith(("positions", *(f"{layer}.weight" for layer in layers)))}
+    assert {key for key in before if before[key] != after[key]} == inside - fixed
+    written, state = sum(len(content) for _, content in after.values()), states[-1]
     parts = (state["parameters"], state["state"]["best"], state["state"]["average"], *state["moments"].values())
     held = sum(tensor.nbytes for part in parts for tensor in part.values() if tensor.ndim)
     assert asked == [written + 2 * held]

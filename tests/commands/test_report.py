@@ -115,6 +115,25 @@ def test_sizes_add_up(quick_report, gpt2_spm):
     assert quick_report.quantity("peak memory", "whole model").dense > 0
 
 
+@pytest.mark.parametrize("name", ["lowrank", "sparse24", "mixed"])
+def test_sizes_leave_out_marks_and_positions_but_for_bytes(sums, name):
+    found = report(sums[name], seconds=0)
+    converted = open_converted(sums[name])
+    model = load(sums[name])
+    sizes = {(quantity.what, quantity.scope): quantity.converted for quantity in found.quantities}
+    assert sizes["parameters", "whole model"] == sum(parameter.numel() for parameter in model.parameters())
+    inside = [parameter for layer in converted.layers for parameter in model.get_submodule(layer).parameters()]
+    assert sizes["parameters", "replaced layers"] == sum(parameter.numel() for parameter in inside)
+    files = sum(file.stat().st_size for file in sums[name].glob("*.safetensors"))
+    assert sizes["bytes on disk", "whole model"] == files
+    assert sizes["FLOPs per token", "replaced layers"] == sum(
+        spec.design.flops_per_token() for spec in converted.layers.values()
+    )
+    assert {row.name: row.design for row in found.layers} == {
+        layer: spec.design.describe() for layer, spec in converted.layers.items()
+    }
+
+
 def test_report_is_read_back_and_refused_when_it_does_not_fit(quick_report, tmp_path):
     file = tmp_path / "report.json"
     file.write_text(quick_report.model_dump_json())
@@ -252,6 +271,7 @@ def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, 
         tmp_path / "o",
         keep=0.5,
         structures="lowrank",
+        allow_slower=True,
         sequential=True,
         calib=text,
         **{"calibration.rows": 16},

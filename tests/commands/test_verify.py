@@ -59,6 +59,26 @@ def test_a_reported_conversion_passes_every_check(reported):
     assert "GPT2LMHeadModel with 4 SPM layers" in checks[5].detail
 
 
+@pytest.mark.parametrize("name", ["lowrank", "mixed"])
+def test_every_kind_of_term_passes_the_checks(sums, name):
+    checks = verify(sums[name])
+    assert set(outcomes(checks).values()) == {"ok", "skipped"}, checks
+    assert {check.name for check in checks if check.outcome == "skipped"} == {"recorded outputs"}
+    assert "LlamaForCausalLM with 9 SPM layers" in checks[5].detail
+
+
+@pytest.mark.parametrize("part", ["weight", "lowrank.down.weight", "sparse24.positions"])
+def test_shapes_of_every_tensor_are_compared_with_the_map(sums, tmp_path, no_process, part):
+    copy = tmp_path / "copy"
+    shutil.copytree(sums["sparse24+lowrank"], copy)
+    name = change(
+        copy, lambda name: name.endswith(f"up_proj.{part}"), lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1))
+    )
+    found = {check.name: check for check in verify(copy)}
+    assert found["shapes"].outcome == "FAILED"
+    assert name in found["shapes"].detail
+
+
 def test_a_changed_stage_is_found_by_hash_and_leaves_the_record_behind(damaged, no_process):
     change(damaged, lambda name: name.endswith("scale_in"), lambda tensor: tensor * 2)
     found = outcomes(verify(damaged))

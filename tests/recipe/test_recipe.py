@@ -49,6 +49,48 @@ def test_rotation_with_blocks_is_refused():
         load_recipe(None, {"design.variant": "rotation", "design.block": 2})
 
 
+def test_terms_are_read_from_a_file(tmp_path):
+    file = tmp_path / "r.toml"
+    file.write_text(
+        '[design]\nterms = [{kind = "spm", stages = 3}, {kind = "lowrank", rank = 8}]\n'
+        '[[overrides]]\npattern = "*.down_proj"\nterms = [{kind = "sparse24"}]\n'
+    )
+    recipe = load_recipe(file, {})
+    assert recipe.design.terms == ({"kind": "spm", "stages": 3}, {"kind": "lowrank", "rank": 8})
+    assert recipe.overrides[0].terms == ({"kind": "sparse24"},)
+    # numbers at their defaults say nothing
+    assert load_recipe(None, {"design.terms": [{"kind": "sparse24"}], "design.rank": 0}).design.rank == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"design.terms": "sparse24"}, r"design\.terms"),
+        ({"design.terms": []}, r"design\.terms.*at least 1"),
+        ({"design.terms": ["sparse24"]}, r"design\.terms\.0"),
+        ({"design.terms": [{}]}, r"kind None; choose among spm, "),
+        ({"design.terms": [{"kind": "24"}]}, r"kind '24'; choose among spm, .*sparse24, lowrank"),
+        ({"design.terms": [{"kind": "sparse24"}], "design.block": 2, "design.rank": 3}, "terms and block, rank are both"),
+        ({"budget.keep": 0.5, "design.terms": [{"kind": "sparse24"}]}, "keep chooses the design of every layer"),
+        ({"budget.keep": 0.5, "budget.structures": ["companion"]}, "'companion' is no kind of term; choose among spm"),
+    ],
+    ids=str,
+)
+def test_terms_that_are_no_terms(changes, words):
+    with pytest.raises(RecipeError, match=words) as refused:
+        load_recipe(None, changes)
+    assert "\n" not in str(refused.value)
+
+
+def test_short_keys_of_a_budget():
+    given = {"speedup": 1.5, "tokens": 64, "rows": 2, "allow_slower": True, "structures": "sparse24, lowrank"}
+    budget = recipe_from_keywords(given).budget
+    assert (budget.speedup, budget.tokens, budget.rows, budget.allow_slower) == (1.5, 64, 2, True)
+    assert budget.structures == ("sparse24", "lowrank")
+    assert budget.batch_tokens == 128
+    assert budget.limits == {"speedup": 1.5}
+
+
 def test_later_changes_win_over_the_file(tmp_path):
     file = tmp_path / "r.toml"
     file.write_text('targets = ["attn"]\n[design]\nstages = 4\n[calibration]\nfile = "t.txt"\n')
