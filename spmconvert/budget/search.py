@@ -5,8 +5,8 @@ of terms, alone or beside low rank) have to beat: they are tried at that cost on
 best of those that win there go on to all layers of the shape. Then the choice is made again, and the forms follow each
 layer to its new cost, until the choice no longer changes. Forms whose size is fixed are tried as they are.
 
-What it gives up: a form that wins at a cost at which it was never tried, or in layers unlike those of the sample, or as the
-third best of its shape.
+What it gives up: a form that wins at a cost at which it was never tried, in layers unlike those of the sample, or as the
+second best of its shape.
 """
 
 import statistics
@@ -19,10 +19,10 @@ from spmconvert.budget.curves import Curves, LayerCurve, SubjectOf
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
 
-# layers of a shape that forms are tried on first: the first, the last, and between
-SAMPLE = 3
-# forms of a shape that go on to all of its layers, for those whose size is fixed and for those whose size is given
-BEST_FORMS = 2
+# layers of a shape that forms are tried on first
+SAMPLE = 2
+# forms of a shape that go on to all of its layers, of those whose size is fixed and of those whose size is given
+BEST_FORMS = 1
 # choices that are made again with what the one before led to
 ROUNDS = 3
 # share of low rank's loss at the same cost that a form has to save on the sample in order to go on
@@ -175,10 +175,10 @@ class Search:
 
 
 def spread(members: Sequence[LayerCurve], count: int) -> list[LayerCurve]:
-    """At most ``count`` of the members, the first and the last among them."""
+    """At most ``count`` of the members, spread over all; ends are unlike the others, so they are not among a few."""
     if len(members) <= count:
         return list(members)
-    return [members[round(step * (len(members) - 1) / (count - 1))] for step in range(count)]
+    return [members[int((step + 0.5) * len(members) / count)] for step in range(count)]
 
 
 def _sizes(curve: LayerCurve) -> tuple[int, int]:

@@ -28,9 +28,11 @@ from spmconvert.system.timing import device_name, interleaved_seconds
 
 # changes with anything that changes how long a design takes
 TIMES_VERSION = 1
-SECONDS = 0.2
+SECONDS = 0.1
 # shares of the full rank at which low rank is timed
 TIMED_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 1)
+# ranks beside other terms are timed in steps of it
+COARSE = 16
 # below so many tokens a layer waits for its weights: copies of this size together are called in turn
 FEW_TOKENS, COPIED_BYTES, MOST_COPIES = 64, 1 << 25, 8
 # a layer counts as slower than the dense one beyond what two runs of the same product differ by
@@ -78,6 +80,11 @@ class TimeTable:
             return self.dense(design.in_features, design.out_features)
         if design.only_low_rank and isinstance(low_rank, LowRank):
             return self._interpolated(low_rank)
+        if isinstance(low_rank, LowRank):
+            # ranks beside other terms are many, and neighbours take the same time
+            rank = min(-(-low_rank.rank // COARSE) * COARSE, design.in_features, design.out_features)
+            others = tuple(term for term in design.terms if term is not low_rank)
+            design = Design(design.in_features, design.out_features, (*others, self._low_rank(low_rank, rank)))
         return self._measured(design)
 
     def is_slower(self, design: Design) -> bool:

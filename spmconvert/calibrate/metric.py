@@ -61,6 +61,10 @@ class OutputMetric:
         """Rows times C^(1/2): [rows, out_features]."""
         return self._power(outputs, 0.5)
 
+    def times(self, outputs: Tensor) -> Tensor:
+        """Rows times C: [rows, out_features]."""
+        return self._power(outputs, 1.0)
+
     def inverse_root(self, outputs: Tensor) -> Tensor:
         """Rows times C^(-1/2): [rows, out_features]."""
         return self._power(outputs, -0.5)

@@ -121,7 +121,7 @@ def refit(
 
     def curvature(direction: Tensor) -> Tensor:
         product = direction @ correlation
-        return (product if metric is None else metric.root(metric.root(product.t())).t()) * kept
+        return (product if metric is None else metric.times(product.t()).t()) * kept
 
     def dot(left: Tensor, right: Tensor) -> Tensor:
         return (left * right).sum(dim=1 if metric is None else (0, 1), keepdim=True)

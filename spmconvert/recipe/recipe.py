@@ -16,8 +16,9 @@ from spmconvert.units import parse_size
 
 # what names a dataset of the hub in the place of a text file: datasets:ID[:CONFIGURATION[:SPLIT]]
 DATASET_PREFIX = "datasets:"
-# kinds that a budget tries where the recipe names none
-DEFAULT_STRUCTURES = ("spm", "monarch", "sparse24", "lowrank")
+# kinds that a budget tries where the recipe names none; stages lose to Monarch at equal parameters wherever both were
+# measured (benchmarks/results/choices.md), and their fits take longest
+DEFAULT_STRUCTURES = ("monarch", "sparse24", "lowrank")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 

@@ -166,11 +166,11 @@ def test_a_choice_that_no_longer_changes_ends_the_search(checkpoints, monkeypatc
 def test_layers_of_a_sample_are_spread():
     assert spread(list("abc"), 3) == ["a", "b", "c"]
     assert spread(list("ab"), 3) == ["a", "b"]
-    assert spread(list("abcdefg"), 3) == ["a", "d", "g"]
+    assert spread(list("abcdefg"), 3) == ["b", "d", "f"]
+    assert spread(list("abcdefgh"), 2) == ["c", "g"]
 
 
 def test_only_the_best_forms_of_a_shape_go_on(checkpoints, monkeypatch):
-    monkeypatch.setattr("spmconvert.budget.search.BEST_FORMS", 1)
     monkeypatch.setattr("spmconvert.budget.search.ROUNDS", 0)
     world = World(checkpoints["gpt2"], {"spm": 0.5, "sparse24": 2.0})
     world.run()

@@ -17,7 +17,7 @@ import torch
 
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.terms.module import LeastSquares
-from spmconvert.operator.terms.monarch import BLOCK_SIZES, LEAST_SIZE, Monarch, MonarchModule, blocks_of
+from spmconvert.operator.terms.monarch import COLUMN_SIZE, LEAST_SIZE, Monarch, MonarchModule, blocks_of
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BlockDense(Monarch):
     @classmethod
     def designs(cls, in_features: int, out_features: int, parameters: int) -> list[Self]:
         """About two chunks, about four, and chunks of the largest size that Monarch has."""
-        sizes = (out_features // 2, out_features // 4, BLOCK_SIZES[0])
+        sizes = (out_features // 2, out_features // 4, COLUMN_SIZE)
         counts = dict.fromkeys(blocks_of(out_features, size) for size in sizes if size >= LEAST_SIZE)
         found = [
             cls._at(in_features, out_features, parameters, count) for count in counts if count is not None and count > 1

@@ -26,6 +26,10 @@ class OutputNorm(Protocol):
         """Rows [rows, out_features] times C^(1/2)."""
         ...
 
+    def times(self, outputs: Tensor) -> Tensor:
+        """Rows [rows, out_features] times C."""
+        ...
+
     def inverse_root(self, outputs: Tensor) -> Tensor:
         """Rows [rows, out_features] times C^(-1/2)."""
         ...

@@ -31,7 +31,7 @@ from spmconvert.operator.terms.module import LeastSquares, TermModule
 from spmconvert.operator.terms.term import Term
 
 # largest rows and columns of the blocks that a budget tries, and the least: smaller ones are slow to multiply
-BLOCK_SIZES = (128, 64, 32)
+COLUMN_SIZE, GRID_SIZE = 128, 64
 LEAST_SIZE = 16
 # up to as many tokens stand first between the products
 FEW_TOKENS = 4
@@ -94,9 +94,14 @@ class Monarch(Term):
 
     @classmethod
     def designs(cls, in_features: int, out_features: int, parameters: int) -> list[Self]:
-        """Blocks of a few sizes on both sides, and whole columns of blocks at the largest of them."""
-        grids = [(blocks_of(in_features, size), blocks_of(out_features, size)) for size in BLOCK_SIZES]
-        grids = [(blocks_of(in_features, BLOCK_SIZES[0]), 1), *grids]
+        """Whole columns of blocks, and a grid of blocks that are as small as they are useful on both sides.
+
+        Of grids of other sizes none was better by more than a few per cent (benchmarks/results/choices.md).
+        """
+        grids = [
+            (blocks_of(in_features, COLUMN_SIZE), 1),
+            (blocks_of(in_features, GRID_SIZE), blocks_of(out_features, GRID_SIZE)),
+        ]
         found = [cls._largest(in_features, out_features, parameters, *grid) for grid in dict.fromkeys(grids)]
         return [term for term in found if term is not None]
 
