@@ -1,9 +1,9 @@
 """Find the designs of all layers for a budget without fitting what cannot win.
 
-Low rank is known at every rank, so a first choice costs nothing. What each layer was given there is what other forms (kinds
-of terms, alone or beside low rank) have to beat: they are tried at that cost on a few layers of each shape, and only the
-best of those that win there go on to all layers of the shape. Then the choice is made again, and the forms follow each
-layer to its new cost, until the choice no longer changes. Forms whose size is fixed are tried as they are.
+Low rank is known at every rank, so a first choice among it and forms of fixed size costs little. What each layer was given
+there is what other forms (kinds of terms, alone or beside low rank) have to beat: they are tried at that cost on a few
+layers of each shape, and only the best of those that win there go on to all layers of the shape. Then the choice is made
+again, and the forms follow each layer to its new cost, until the choice no longer changes.
 
 What it gives up: a form that wins at a cost at which it was never tried, in layers unlike those of the sample, or as the
 second best of its shape.
@@ -18,6 +18,8 @@ from spmconvert.budget.candidates import Candidate, designs_of, standing_designs
 from spmconvert.budget.curves import Curves, LayerCurve, SubjectOf
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
+from spmconvert.operator.terms.registry import term_class
+from spmconvert.operator.terms.term import Term
 
 # layers of a shape that forms are tried on first
 SAMPLE = 2
@@ -56,10 +58,11 @@ class Search:
         Raises:
             OptionError: as ``allocate`` does.
         """
-        given = self._first_costs()
         winners: dict[tuple[int, int], list[str]] = {}
         if self._kinds:
             self._try(self._standing, self._winners(self._standing))
+        given = self._first_costs()
+        if self._kinds:
             at_first = self._forms_at(given)
             winners = self._winners(at_first)
             self._try(at_first, winners)
@@ -97,11 +100,17 @@ class Search:
         return {curve.layer.target.name: int(share * _size(curve)) for curve in self.curves.layers}
 
     def _costs(self, allocation: Allocation) -> dict[str, int]:
-        return {
-            curve.layer.target.name: picked.design(*_sizes(curve)).parameter_count(bias=False)
-            for curve, picked in zip(self.curves.layers, allocation.picked, strict=True)
-            if picked is not None
-        }
+        """Parameters that layers were given, by name, but for those that are best left as a form of fixed size is."""
+        costs = {}
+        for curve, picked in zip(self.curves.layers, allocation.picked, strict=True):
+            if picked is not None:
+                design = picked.design(*_sizes(curve))
+                if not any(design.terms == (term,) for term in self._standing_terms(curve)):
+                    costs[curve.layer.target.name] = design.parameter_count(bias=False)
+        return costs
+
+    def _standing_terms(self, curve: LayerCurve) -> list[Term]:
+        return [term for kind in self._kinds for term in term_class(kind).standing_designs(*_sizes(curve))]
 
     def _standing(self, curve: LayerCurve) -> Forms:
         return self._affordable((f"{kind} as it is", standing_designs_of(kind, *_sizes(curve))) for kind in self._kinds)
@@ -133,7 +142,7 @@ class Search:
         winners = {}
         for shape, members in self._shapes().items():
             savings: dict[str, list[float]] = {}
-            for curve in spread(members, SAMPLE):
+            for curve in spread([curve for curve in members if forms(curve)], SAMPLE):
                 tried = forms(curve)
                 self.curves.measure(curve, tried.values(), self.subject)
                 for name, design in tried.items():

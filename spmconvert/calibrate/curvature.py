@@ -14,8 +14,9 @@ without.
 What it gives up: third order, and the interplay of errors in several layers or tokens.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -58,11 +59,12 @@ class Curvatures:
     def add(self, batch: dict[str, Any]) -> None:
         """Run a batch, keyword arguments of the model, forwards and backwards."""
         self.look_at(batch)
-        with _frozen(self._model), _differentiated(self._model, self._names) as leaves, torch.enable_grad():
+        take = partial(self._take, batch)
+        with _frozen(self._model), _differentiated(self._model, self._names, take), torch.enable_grad():
             self._positions += self._probe(batch)
-        for name, layer_leaves in leaves.items():
-            for leaf in layer_leaves:
-                _add(self._sums, name, leaf.grad, batch)
+
+    def _take(self, batch: dict[str, Any], name: str, gradient: Tensor) -> None:
+        _add(self._sums, name, gradient, batch)
 
     def result(self) -> dict[str, Tensor]:
         """By name, a matrix [out_features, out_features], float32, on the CPU.
@@ -114,21 +116,22 @@ def _frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _differentiated(model: Any, names: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Add a zero to the outputs of layers, whose gradient is the gradient with respect to the output."""
-    leaves: dict[str, list[Tensor]] = {name: [] for name in names}
+def _differentiated(model: Any, names: Sequence[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """Have the gradients with respect to the outputs of layers taken when a backward pass comes by; none is kept."""
 
     def hook_for(name: str) -> Any:
         def hook(_: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            leaf = torch.zeros_like(output, requires_grad=True)
-            leaves[name].append(leaf)
-            return output + leaf
+            if not output.requires_grad:
+                # where the graph begins; not a leaf, since models may write into it
+                output = output.detach().requires_grad_() * 1
+            output.register_hook(partial(take, name))
+            return output
 
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
     try:
-        yield leaves
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -154,15 +157,16 @@ def _drawn_words(logits: Tensor, generator: torch.Generator) -> Tensor:
     return log_probabilities.gather(-1, drawn.to(logits.device)).sum()
 
 
-def _add(sums: dict[str, Tensor], name: str, gradient: Tensor | None, batch: dict[str, Any]) -> None:
-    if gradient is None:
-        return
+def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, Any]) -> None:
     rows = attended(gradient, batch.get("attention_mask")).float()
     norms = rows.norm(dim=1, keepdim=True)
     if norms.any():
         rows = rows * (CLIP * norms[norms > 0].median() / norms.clamp_min(1e-30)).clamp_max(1.0)
     product = (rows.t() @ rows).cpu()
-    sums[name] = sums[name] + product if name in sums else product
+    if name in sums:
+        sums[name] += product
+    else:
+        sums[name] = product
 
 
 def _checked(name: str, total: Tensor | None) -> Tensor:

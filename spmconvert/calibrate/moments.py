@@ -25,7 +25,7 @@ from spmconvert.system.files import save_whole
 
 PARTS = ("fitted", "choosing", "held_out")
 # tokens of a backward pass: what it keeps of every layer is the largest thing in memory
-GRADIENT_TOKENS = 512
+GRADIENT_TOKENS = 256
 # positions that weigh outputs where each has a word or class of its own; with one probe a row, all rows do
 WEIGHING_POSITIONS = 8192
 

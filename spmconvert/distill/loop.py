@@ -147,7 +147,7 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Structured layers at their own rate and without decay; dense matrices decay, biases and norms do not.
 
-    Stages and companion share the rate, though entries of stages are ten times larger: five times the rate for stages gains
+    Stages and low rank share the rate, though entries of stages are ten times larger: five times the rate for stages gains
     little under ``--keep`` (benchmarks/results/choices.md).
     """
     others = [(name, parameter) for name, parameter in trained.items() if name not in structured]

@@ -36,7 +36,7 @@ class LayerRecord:
         name: module name.
         in_features: size of the input.
         out_features: size of the output.
-        design: stages, variant, block and rank in words.
+        design: the terms in words.
         dense_parameters: parameters before, bias included.
         parameters: parameters after, bias included.
         fitted_error: error on the fitted rows.

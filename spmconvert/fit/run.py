@@ -92,7 +92,7 @@ def _sequential(run: FitRun, records: dict[str, LayerRecord]) -> Iterator[_Work]
     else:
         folder = run.target.partial / "offloaded"
         model = load_with_blocks_on_disk(dense.directory, dense.config, dense.device, container, folder)
-    streams = Streams(model, container, list(run.rows.batches(run.rows.fitted, model)))
+    streams = Streams(model, container, list(run.rows.batches(run.rows.fitted, model)), blocks)
     order = calling_order(model, list(blocks), next(run.rows.batches(run.rows.fitted[:1], model)))
     layers = sorted(run.plan.layers, key=lambda layer: (blocks[layer.target.name], order.index(layer.target.name)))
     reached = 0

@@ -5,16 +5,17 @@ regression of W x on z. It takes the place of the weight in the ordinary fit, wi
 structure and the output metric work as they are. A ridge towards W keeps what the calibration rows hardly show; it grows
 with the features to each row, since a fixed one is too small for some layers or too large for others.
 
-The calibration rows run twice through the one model, a block of the module list at a time, with and without the layers
-that are converted so far; only their hidden states between two blocks are kept, so that the blocks' weights may stay on
-disk. What it gives up: targets outside of one list of blocks, experts, which see other tokens in each run, and time.
+The calibration rows run through the one model, a block of the module list at a time, with and without the layers that are
+converted so far. Only their hidden states between two blocks are kept, and what the layers of the block at work put out, so
+that the blocks' weights may stay on disk. What it gives up: targets outside of one list of blocks, experts, which see other
+tokens in each run, and time.
 
 Default under a budget, where it is better before a finetune from 10 % of the parameters on (a small GPT-2 at 10 %: 4.595
 nats instead of 4.683) and about level after one. Low rank alone is worse with it, so there it is off. All figures, ridges
 and the budgets at which it loses: benchmarks/results/choices.md.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -157,19 +158,28 @@ class Streams:
 
     Both are one model, in which the converted layers of the block at work take the place of dense ones for a moment.
 
+    Every block runs once in the dense model, for the outputs of all of its layers, and in the converted model once for each
+    input that layers have and once to move on.
+
     Args:
         model: the dense model; it is as it was between two calls.
         container: name of its list of blocks.
         batches: keyword arguments of the model.
+        layers: block of every layer that is converted, by name.
     """
 
-    def __init__(self, model: Any, container: str, batches: Sequence[dict[str, Any]]) -> None:
+    def __init__(self, model: Any, container: str, batches: Sequence[dict[str, Any]], layers: Mapping[str, int]) -> None:
         self._model, self._blocks = model, model.get_submodule(container)
         check_chain(model, container, batches[0])
+        self._layers = layers
         self._converted: dict[str, nn.Module] = {}
         self._masks = [batch.get("attention_mask") for batch in batches]
         self._calls = [_block_calls(model, self._blocks, batch) for batch in batches]
+        # of the dense and of the converted model
         self._states = [[calls[0][0][0]] * 2 for calls in self._calls]
+        self._dense_outputs: dict[str, list[Tensor]] = {}
+        self._dense_next: list[Tensor] = []
+        self._inputs: dict[str, list[Tensor]] = {}
 
     def convert(self, name: str, layer: nn.Module) -> None:
         """Put a layer of the block at work in the place of the dense one, for the converted model."""
@@ -178,13 +188,11 @@ class Streams:
     @torch.no_grad()
     def pairs(self, index: int, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Inputs of a layer of block ``index`` when converted, its dense outputs, by batch: [rows, features] each."""
-        layer = self._model.get_submodule(name)
-        for batch, (mask, states) in enumerate(zip(self._masks, self._states, strict=True)):
-            with _caught(layer, outputs=True) as dense_outputs:
-                self._run(batch, index, states[0])
-            with _replaced(self._model, self._converted), _caught(layer, outputs=False) as converted_inputs:
-                self._run(batch, index, states[1])
-            inputs, outputs = attended(converted_inputs[0], mask), attended(dense_outputs[0], mask)
+        if not self._dense_next:
+            self._run_dense(index)
+        if name not in self._inputs:
+            self._run_converted(index, name)
+        for inputs, outputs in zip(self._inputs.pop(name), self._dense_outputs.pop(name), strict=True):
             if len(inputs) != len(outputs):
                 raise CalibrationError(
                     f"{name} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
@@ -195,11 +203,35 @@ class Streams:
     @torch.no_grad()
     def advance(self, index: int) -> None:
         """Move all rows through block ``index`` of both models."""
+        if not self._dense_next:
+            self._run_dense(index)
         for batch, states in enumerate(self._states):
-            states[0] = self._run(batch, index, states[0])
+            states[0] = self._dense_next[batch]
             with _replaced(self._model, self._converted):
                 states[1] = self._run(batch, index, states[1])
         self._converted.clear()
+        self._dense_outputs, self._dense_next, self._inputs = {}, [], {}
+
+    def _run_dense(self, index: int) -> None:
+        """Run a block of the dense model; its layers' outputs and the states behind it are kept until the next one."""
+        names = [name for name, block in self._layers.items() if block == index]
+        self._dense_outputs = {name: [] for name in names}
+        for batch, (mask, states) in enumerate(zip(self._masks, self._states, strict=True)):
+            with _caught(self._model, names, outputs=True) as caught:
+                self._dense_next.append(self._run(batch, index, states[0]))
+            for name in names:
+                self._dense_outputs[name].append(attended(caught[name], mask))
+
+    def _run_converted(self, index: int, name: str) -> None:
+        """Inputs of a layer in the converted model, and of every other one that has the very same input."""
+        names = [other for other in self._dense_outputs if other not in self._converted]
+        for batch, (mask, states) in enumerate(zip(self._masks, self._states, strict=True)):
+            with _replaced(self._model, self._converted), _caught(self._model, names, outputs=False) as caught:
+                self._run(batch, index, states[1])
+            inputs = attended(caught[name], mask)
+            for other in names:
+                if caught[other] is caught[name]:
+                    self._inputs.setdefault(other, []).append(inputs)
 
     def _run(self, batch: int, index: int, state: Tensor) -> Tensor:
         arguments, keywords = self._calls[batch][index]
@@ -270,14 +302,19 @@ def _replaced(model: Any, layers: dict[str, nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def _caught(module: nn.Module, *, outputs: bool) -> Iterator[list[Tensor]]:
-    caught: list[Tensor] = []
+def _caught(model: Any, names: Sequence[str], *, outputs: bool) -> Iterator[dict[str, Tensor]]:
+    """What goes into layers, or comes out of them, by name."""
+    caught: dict[str, Tensor] = {}
 
-    def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        caught.append(output if outputs else inputs[0])
+    def keep_for(name: str) -> Any:
+        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            caught[name] = output if outputs else inputs[0]
 
-    handle = module.register_forward_hook(keep)
+        return keep
+
+    handles = [model.get_submodule(name).register_forward_hook(keep_for(name)) for name in names]
     try:
         yield caught
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

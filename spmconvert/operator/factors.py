@@ -1,4 +1,4 @@
-"""Whitened truncated SVD: the baseline at equal parameters, and the start of the low-rank companion.
+"""Whitened truncated SVD: the baseline at equal parameters, and what low rank beside other terms is.
 
 Among all matrices of rank r it is the one that minimises E‖(W - S)(x - μ)‖² (Eckart and Young in the norm that the
 covariance gives; SVD-LLM's recipe). Only the left singular vectors are needed: S = U_r U_rᵀ W. They come from an

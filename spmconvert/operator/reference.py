@@ -164,7 +164,7 @@ def fold(y: Tensor, out_features: int) -> Tensor:
 
 
 def reference_forward(x: Tensor, weight: Tensor, scale_in: Tensor, scale_out: Tensor, geometry: Geometry) -> Tensor:
-    """Run the operator without bias and companion.
+    """Run the operator without bias.
 
     Args:
         x: [tokens, in_features].

@@ -338,7 +338,7 @@ class Recipe(_Table):
         if self.budget.limits and (self.design != LayerDesign() or self.overrides):
             limit = next(iter(self.budget.limits))
             raise ValueError(
-                f"{limit} chooses the design of every layer; leave stages, variant, block, rank and overrides out"
+                f"{limit} chooses the design of every layer; leave stages, variant, block, rank, terms and overrides out"
             )
         if not self.budget.limits and self.budget != Budget():
             given = ", ".join(f"budget.{key}" for key, value in self.budget if value != getattr(Budget(), key))

@@ -89,7 +89,7 @@ class Layer(_Part):
         name: module name.
         in_features: size of the input.
         out_features: size of the output.
-        design: stages, variant, block and rank in words.
+        design: its terms in words.
         dense_parameters: before, bias included.
         parameters: after, bias included.
         dense_flops: FLOPs a token before.

@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from spmconvert.operator import merged
+from spmconvert.operator.chunks import CHUNK_TOKENS
 from spmconvert.operator.geometry import Geometry
+from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages, merged_forward
 from spmconvert.operator.reference import reference_forward
 from tests.operator.dense import random_parameters
@@ -229,3 +231,29 @@ def test_dense_plan_is_the_matrix():
     identity = torch.eye(20, dtype=torch.double)
     torch.testing.assert_close(matrix.t(), reference_forward(identity, *parameters, geometry))
     torch.testing.assert_close(apply_blocks(identity, [matrix], None, merge_plan(geometry)), matrix.t())
+
+
+@pytest.mark.parametrize(
+    "shape", [(256, 256), (128, 512), (512, 128), (96, 200), (200, 96), (130, 70), (768, 192)], ids=str
+)
+@pytest.mark.parametrize("tokens", [1, 5, CHUNK_TOKENS, CHUNK_TOKENS + 1])
+@pytest.mark.parametrize("design", [{}, {"stages": 3}, {"block": 2}, {"rank": 3}], ids=str)
+def test_chunks_that_are_written_in_place_are_the_reference(shape, tokens, design):
+    torch.manual_seed(0)
+    layer = SPMLinear(*shape, **design).eval()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        x = torch.randn(tokens, shape[0])
+        expected = torch.nn.functional.linear(x.double(), layer.double().to_dense(), layer.held_bias)
+        layer.float()
+        for rows in (x, x.t().contiguous().t(), x[:, None].expand(-1, 2, -1)):
+            wanted = expected if rows.dim() == 2 else expected[:, None].expand(-1, 2, -1)
+            assert relative(layer(rows).double(), wanted) < 1e-6
+
+
+def test_one_pass_of_single_coordinates_is_written_by_two_products():
+    plans = {shape: merge_plan(Geometry.create(*shape)) for shape in ((256, 256), (128, 512), (512, 128), (96, 200))}
+    assert [plan.one_pass for plan in plans.values()] == [True, True, True, False]
+    assert not merge_plan(Geometry.create(256, 256, 3)).one_pass
+    assert not merge_plan(Geometry.create(256, 256, None, "general", 2)).one_pass
