@@ -25,11 +25,12 @@ from torch.nn.functional import log_softmax, normalize
 
 from spmconvert.calibrate.statistics import attended
 from spmconvert.errors import CalibrationError
-from spmconvert.outputs.losses import CHUNK_TOKENS
 from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_positions
 from spmconvert.outputs.words import has_plain_head, word_head, word_states
 
 _SEED_OFFSET = 7919
+# positions whose words are drawn at a time: their logits, several times over, are all that there is of the vocabulary
+DRAWN_POSITIONS = 64
 # largest norm of a position's gradient, in medians of its batch
 CLIP = 3.0
 
@@ -86,7 +87,7 @@ class Curvatures:
         # a few positions at a time: logits of all of them would be the largest tensors
         states = real_positions(word_states(self._model, self._model, batch, plain_head=True)[0], batch)
         head, gradients = word_head(self._model, plain_head=True), []
-        for chunk in states.detach().split(CHUNK_TOKENS):
+        for chunk in states.detach().split(DRAWN_POSITIONS):
             leaf = chunk.requires_grad_()
             _drawn_words(head(leaf), self._generator).backward()
             gradients.append(leaf.grad)
