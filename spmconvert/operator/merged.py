@@ -24,7 +24,7 @@ checkpoint can forget.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -65,13 +65,12 @@ class MergePlan:
         standard = len(self.groups) == len(self.digits) == 2 and self.groups[0].inner == self.groups[1].outer == 1
         return bool(whole and standard and g.block == 1 and self.groups[0].middle == self.digits[1])
 
-    @cached_property
+    @property
     def dense(self) -> bool:
         """Whether all stages are one group, so that the merged form is an ordinary weight matrix."""
         return len(self.groups) == 1 and self.groups[0].outer == self.groups[0].inner == 1
 
 
-@cache
 def merge_plan(geometry: Geometry) -> MergePlan:
     """Plan the merged form of a geometry."""
     groups = tuple(merge_groups(geometry.blocks, geometry.stages))

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from spmconvert.budget.candidates import (
-    ADDED_SHARES,
     Candidate,
     Subject,
     designs_of,
@@ -179,15 +178,14 @@ def test_designs_keep_to_their_parameters(kind, share, beside):
         assert alone > 0.5 * parameters
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_designs_of_a_fixed_size_get_some_low_rank(beside):
-    assert standing_designs_of("lowrank", 256, 384, beside_low_rank=beside) == []
-    assert standing_designs_of("spm", 256, 384, beside_low_rank=beside) == []
-    designs = standing_designs_of("sparse24", 256, 384, beside_low_rank=beside)
-    ranks = [0 if (low := design.term("lowrank")) is None else low.rank for design in designs]
-    assert ranks.count(0) >= 1
-    assert (max(ranks) > 0) == beside
-    assert all(rank * (256 + 384) <= max(ADDED_SHARES) * 256 * 384 for rank in ranks)
+def test_designs_of_a_fixed_size_leave_low_rank_the_rest():
+    assert standing_designs_of("lowrank", 256, 384) == standing_designs_of("spm", 256, 384) == []
+    (bare,) = standing_designs_of("sparse24", 256, 384)
+    size = bare.parameter_count(bias=False)
+    assert designs_of("sparse24", 256, 384, size, beside_low_rank=True) == []
+    (both,) = designs_of("sparse24", 256, 384, size + 5 * (256 + 384) + 1, beside_low_rank=True)
+    assert both.term("sparse24") == bare.terms[0]
+    assert both.term("lowrank").rank == 5
 
 
 def test_a_candidate_is_named_by_its_terms():

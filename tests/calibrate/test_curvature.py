@@ -127,7 +127,7 @@ def test_heads_in_chunks_and_rows_in_batches_are_one_backward_pass(checkpoints, 
     rows = load_rows(checkpoints["gpt2"], model.config, Calibration(file=text, rows=6, batch_size=size), seed=0)
     names = [LAYERS["gpt2"], "transformer.h.0.attn.c_proj"]
     batches = list(rows.batches(rows.fitted, model))
-    monkeypatch.setattr(sensitivity, "CHUNK_TOKENS", chunk)
+    monkeypatch.setattr(sensitivity, "DRAWN_POSITIONS", chunk)
     curvatures = Curvatures(model, names, seed=2)
     for batch in batches:
         curvatures.add(batch)

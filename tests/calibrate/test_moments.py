@@ -52,7 +52,8 @@ def opened(checkpoints, text, choosing=True):
 
 
 @pytest.mark.parametrize("weighted", [False, True])
-def test_each_part_is_gathered_from_its_own_rows_in_one_run(checkpoints, text, tmp_path, weighted):
+def test_each_part_is_gathered_from_its_own_rows_in_one_run(checkpoints, text, tmp_path, monkeypatch, weighted):
+    monkeypatch.setattr(moments_module, "GRADIENT_TOKENS", 512)
     plan, rows, model = opened(checkpoints, text)
     told = []
     store = MomentStore(tmp_path)

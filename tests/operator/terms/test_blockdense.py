@@ -53,7 +53,7 @@ def test_in_a_layer_with_the_others(tokens):
 
 def test_every_row_block_is_the_best_of_its_rank():
     least, module = problem(102, 200), BlockDense(102, 200, blocks_out=8, rank=5).build()
-    assert module.closed_form
+    assert module.term.closed_form
     module.solve_(least)
     for rows, found in zip(least.weight.chunk(8), module.matrix().detach().chunk(8), strict=True):
         sizes = torch.linalg.svdvals((rows @ least.root.t()).double()).square()

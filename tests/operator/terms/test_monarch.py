@@ -220,7 +220,7 @@ def test_what_is_refused(numbers, word):
 def test_designs_fit_and_fill_the_budget(shape, keep):
     budget = int(keep * shape[0] * shape[1])
     found = Monarch.designs(*shape, budget)
-    assert 2 <= len(found) <= 4
+    assert 1 <= len(found) <= 2
     assert len({(term.blocks_in, term.blocks_out) for term in found}) == len(found)
     for term in found:
         assert term.parameter_count() <= budget

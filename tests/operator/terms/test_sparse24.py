@@ -659,8 +659,8 @@ def test_wrapped_start_is_the_bare_core(shape, block):
 
 def test_wrapped_is_fitted_by_a_gradient():
     bare, wrapped = (Sparse24(32, 24, **form).build() for form in FORMS.values())
-    assert bare.closed_form
-    assert not wrapped.closed_form
+    assert bare.term.closed_form
+    assert not wrapped.term.closed_form
     task = problem(32, 24)
     wrapped.start_(task, seed=0)
     unknowns = wrapped.unknowns()
