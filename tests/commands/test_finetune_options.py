@@ -288,8 +288,8 @@ def test_force_never_replaces_the_source(checkpoints, text, tmp_path, command):
     assert files_of(dense) == before
 
 
-@pytest.mark.parametrize("changes", [{}, {"train": "norms"}, {"train": "all", "ema": 0.9}], ids=str)
-def test_the_space_that_is_asked_for_holds_the_state_twice(converted, text, tmp_path, monkeypatch, changes):
+def watched_output(monkeypatch):
+    """Space that finetunes ask for, and the training states that they keep, from now on."""
     asked, states = [], []
 
     class Asked(writer.OutputDirectory):
@@ -302,6 +302,12 @@ def test_the_space_that_is_asked_for_holds_the_state_twice(converted, text, tmp_
             states.append(torch.load(self.partial / name))
 
     monkeypatch.setattr(finetuning, "OutputDirectory", Asked)
+    return asked, states
+
+
+@pytest.mark.parametrize("changes", [{}, {"train": "norms"}, {"train": "all", "ema": 0.9}], ids=str)
+def test_the_space_that_is_asked_for_holds_the_state_twice(converted, text, tmp_path, monkeypatch, changes):
+    asked, states = watched_output(monkeypatch)
     finetune(converted["gpt2"], tmp_path / "o", data=text, **{**SHORT, **changes})
     written = sum(len(content) for _, content in raw_tensors(tmp_path / "o").values())
     state = states[-1]
@@ -312,18 +318,7 @@ def test_the_space_that_is_asked_for_holds_the_state_twice(converted, text, tmp_
 
 @pytest.mark.parametrize("name", ["sparse24", "lowrank", "wrapped"])
 def test_terms_of_every_kind_are_trained_in_the_space_that_was_asked_for(sums, text, tmp_path, monkeypatch, name):
-    asked, states = [], []
-
-    class Asked(writer.OutputDirectory):
-        def __init__(self, *given, needed_bytes, **options):
-            asked.append(needed_bytes)
-            super().__init__(*given, needed_bytes=needed_bytes, **options)
-
-        def save_file(self, name, save):
-            super().save_file(name, save)
-            states.append(torch.load(self.partial / name))
-
-    monkeypatch.setattr(finetuning, "OutputDirectory", Asked)
+    asked, states = watched_output(monkeypatch)
     result = finetune(sums[name], tmp_path / "o", data=text, learning_rate=2e-4, **SHORT)
     assert result.best_loss < result.start_loss
     before, after = raw_tensors(sums[name]), raw_tensors(tmp_path / "o")

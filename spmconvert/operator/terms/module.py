@@ -107,17 +107,17 @@ class TermModule(Keeper):
         identity = torch.eye(self.term.in_features, dtype=parameter.dtype, device=parameter.device)
         return self.reference(identity).t()
 
+    @abstractmethod
     def scale_parameter(self) -> nn.Parameter:
         """A parameter that the term's matrix is proportional to."""
-        raise NotImplementedError
 
     def solve_(self, problem: LeastSquares) -> None:
-        """Take the best parameters for a problem; only where the term has a ``closed_form``."""
-        raise NotImplementedError
+        """Take the best parameters for a problem; for terms that have a ``closed_form``."""
+        raise NotImplementedError(f"a {self.term.kind} term says that it has a closed form, and defines no solve_")
 
     def start_(self, problem: LeastSquares, seed: int) -> None:
-        """Take parameters that a solver may start from, the same for the same seed on any machine."""
-        raise NotImplementedError
+        """Take parameters that a solver may start from, the same for the same seed on any machine; for all others."""
+        raise NotImplementedError(f"a {self.term.kind} term has no closed form, and defines no start_ for a solver")
 
     def unknowns(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that a solver changes, each with the size that its steps are relative to."""
