@@ -49,7 +49,7 @@ def _require_triton(device_type: str) -> None:
     if device_type != "cuda" and not interprets_triton():
         raise BackendError(f"backend triton runs on cuda, the input is on {device_type}; use auto, merged or reference")
     if not HAS_TRITON:
-        raise BackendError("backend triton needs the package triton; install triton>=3.6, or use auto, merged or reference")
+        raise BackendError("backend triton needs the package triton; install triton>=3.7, or use auto, merged or reference")
 
 
 def interprets_triton() -> bool:

@@ -96,7 +96,7 @@ def _product(
 ):  # fmt: skip
     """One tile of a pass, float32 [batch, token, row], summed over all columns."""
     COLUMNS: tl.constexpr = PASS[1]
-    sums = tl.zeros((TILE[0], TILE[1], TILE[2]), tl.float32)
+    sums = tl.full((TILE[0], TILE[1], TILE[2]), 0.0, tl.float32)
     for first in range(0, COLUMNS, TILE[3]):
         column = first + tl.arange(0, TILE[3])
         rows_of_x = _load_tokens(x, stride, left, batch, column, COLUMNS, PASS, SOURCE, TILE[1], UPCAST)
@@ -234,7 +234,7 @@ def block_gradient_kernel(
     batch = item // (row_tiles * column_tiles) * TILE[0] + tl.arange(0, TILE[0])
     row = item // column_tiles % row_tiles * TILE[2] + tl.arange(0, TILE[2])
     column = item % column_tiles * TILE[3] + tl.arange(0, TILE[3])
-    sums = tl.zeros((TILE[0], TILE[2], TILE[3]), tl.float32)
+    sums = tl.full((TILE[0], TILE[2], TILE[3]), 0.0, tl.float32)
     for tile in range(tl.program_id(1), tl.cdiv(tokens, TILE[1]), tl.num_programs(1)):
         first = tl.full((), TILE[1], tl.int64) * tile
         left = tokens - tile * TILE[1]

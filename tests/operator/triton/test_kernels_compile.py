@@ -6,9 +6,11 @@ Each with every candidate that the tuner may choose. A default run compiles a sa
 import os
 import re
 import subprocess
+from importlib import metadata
 
 import pytest
 import torch
+from packaging import version
 
 from spmconvert.operator.geometry import Geometry
 from spmconvert.operator.merged import merge_plan
@@ -24,6 +26,8 @@ pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reaso
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 MULTIPROCESSORS = 132
+# bytes of stack that registers may spill to: the assemblers of Triton 3.7 and 3.8 need some registers more for one tile
+STACK = 0 if version.parse(metadata.version("triton")) >= version.parse("3.9") else 32
 
 
 def record(shape, tokens, dtype, monkeypatch, block=1, chosen=slice(None)):
@@ -133,7 +137,8 @@ def assert_fits(recorded, capability, tmp_path):
         compiled = compile_launch(launch, capability)
         used = resources(compiled, tmp_path)
         told = f"sm_{capability} {name} {constants} {tile}: {used}, {compiled.metadata.shared} bytes of shared memory"
-        assert used["STACK"] == used["LOCAL"] == 0, told
+        assert used["LOCAL"] == 0, told
+        assert used["STACK"] <= STACK, told
         assert compiled.metadata.shared <= 1024 * tile.shared <= SHARED_MEMORY[capability], told
         multiplies = name in ("mix_kernel", "fused_kernel", "block_gradient_kernel")
         assert ("mma" in compiled.asm["ptx"]) == (multiplies and arguments["x"].dtype != torch.float32), told
