@@ -181,16 +181,12 @@ class OutputDirectory:
         """The directory that will be renamed into place."""
         return self.partial / FINAL_DIRECTORY
 
-    def _layer_file(self, name: str) -> Path:
-        return self.partial / "layers" / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
+    def _part_file(self, folder: str, name: str) -> Path:
+        return self.partial / folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
 
     def store_layer(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
         """Keep a finished layer: tensors by parameter name, and a record of JSON values."""
-        from safetensors.torch import save
-
-        with _write_errors(self.output):
-            content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"record": json.dumps(record)})
-            write_whole(self._layer_file(name), content, durable=True)
+        self._store(self._part_file("layers", name), tensors, record)
 
     def load_layer(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
         """A finished layer, or None where it is not finished.
@@ -198,17 +194,23 @@ class OutputDirectory:
         Raises:
             CorruptCheckpointError: when its file is damaged.
         """
-        from safetensors import SafetensorError, safe_open
+        return _load_part(self._part_file("layers", name))
 
-        file = self._layer_file(name)
-        if not file.exists():
-            return None
-        try:
-            with safe_open(file, "pt") as opened:
-                tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-                return tensors, json.loads(opened.metadata()["record"])
-        except (SafetensorError, TypeError, KeyError, ValueError):
-            raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
+    def store_block(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
+        """Keep what is final of a block: tensors by their names in the output, and a record of JSON values."""
+        self._store(self._part_file("blocks", name), tensors, record)
+
+    def load_block(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
+        """What is final of a block, or None where nothing is; raises as ``load_layer``."""
+        return _load_part(self._part_file("blocks", name))
+
+    def _store(self, file: Path, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
+        from safetensors.torch import save
+
+        with _write_errors(self.output):
+            file.parent.mkdir(exist_ok=True)
+            content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"record": json.dumps(record)})
+            write_whole(file, content, durable=True)
 
     def store_file(self, name: str, content: bytes) -> None:
         """Keep what a run needs to go on beside finished layers; what was kept under the name before is replaced."""
@@ -296,6 +298,19 @@ class OutputDirectory:
             if aside is not None:
                 self.output.rename(aside)
             finish_commit(self.output)
+
+
+def _load_part(file: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
+    from safetensors import SafetensorError, safe_open
+
+    if not file.exists():
+        return None
+    try:
+        with safe_open(file, "pt") as opened:
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+            return tensors, json.loads(opened.metadata()["record"])
+    except (SafetensorError, TypeError, KeyError, ValueError):
+        raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
 
 
 def _save_shard(contents: "dict[str, torch.Tensor]", file: Path) -> None:

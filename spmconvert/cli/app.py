@@ -91,6 +91,10 @@ def convert(
     sequential: Annotated[
         bool | None, typer.Option("--sequential/--independent", help="Fit layers on what converted ones feed them.")
     ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="Passes that train each block as a whole after its fits; 0 for none."),
+    ] = None,
     calib: Annotated[
         str | None,
         typer.Option(help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none."),
@@ -114,6 +118,7 @@ def convert(
         **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
         **_given(rank=rank, dtype=dtype, seed=seed, sensitivity=sensitivity, structures=structures),
         **_given(keep=keep, keep_bytes=keep_bytes, keep_flops=keep_flops, max_error=max_error, sequential=sequential),
+        **_given(refine=refine),
         **_given(tokens=tokens, rows=rows, speedup=speedups[0] if speedups else None, allow_slower=allow_slower or None),
         **({} if calib is None else {"calib": None if calib == "none" else calib}),
     }

@@ -85,6 +85,11 @@ class ConversionProgress:
         self._progress.update(self._layers, completed=done, total=total, description=description)
         self._log.tell(description, done, total)
 
+    def refined(self, name: str, done: int, total: int) -> None:
+        """Name the last block."""
+        self._progress.update(self._layers, description=f"refined {name}")
+        self._log.tell(f"refined {name}", done, total)
+
     def writing(self, total_bytes: int) -> None:
         """Say that the output is being written."""
         self._progress.update(self._layers, description=f"writing {size(total_bytes)}")

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +31,13 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows, calibration_rows
 from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.errors import OptionError, OutputError
+from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
-from spmconvert.fit.run import FitRun, dense_tensors, fit_all, stored_layer
-from spmconvert.fit.sequential import check_chain, is_chain, layer_blocks, on_one_path
+from spmconvert.fit.refine import REFINEMENT_EPOCHS
+from spmconvert.fit.run import fit_all, is_finished
+from spmconvert.fit.stored import FitRun, dense_tensors, stored_layer
+from spmconvert.fit.streams import check_chain, is_chain, layer_blocks, on_one_path
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel
 from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
@@ -167,7 +170,7 @@ def _is_fitted(run: FitRun) -> bool:
     if run.recipe.budget.limits and chosen is None:
         return False
     plan = run.plan if chosen is None else Spent.from_json(run.plan, chosen).allocation.plan
-    return all(run.target.load_layer(layer.target.name) is not None for layer in plan.layers)
+    return is_finished(replace(run, plan=plan))
 
 
 def _spend_budget(run: FitRun) -> Spent:
@@ -207,7 +210,7 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     config = load_config(source.directory)
     model = skeleton(config)
     plan = plan_conversion(source, model, recipe)
-    if recipe.fit.sequential:
+    if recipe.fit.follows_blocks:
         layer_blocks(model, [layer.target.name for layer in plan.layers])
     return source, plan, config
 
@@ -220,25 +223,35 @@ def _load_and_settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows
     Raises:
         OptionError: when fits in sequence are asked for and cannot be made; before anything is measured for a budget.
     """
-    names = [layer.target.name for layer in plan.layers]
-    sequential = recipe.fit.sequential
-    if sequential is None:
-        sequential = recipe.prefers_sequence and on_one_path(skeleton(dense.config), names)
-    if sequential:
-        container, _ = layer_blocks(skeleton(dense.config), names)
-        if recipe.budget.limits and rows is not None:
-            model = dense()
-            batch = next(rows.batches(rows.fitted[:1], model))
-            if recipe.fit.sequential:
-                check_chain(model, container, batch)
-            else:
-                sequential = is_chain(model, container, batch)
-    settled = {"output_weighting": recipe.weights_fits, "sequential": sequential}
+    fit = recipe.fit
+    wanted = {
+        "sequential": recipe.prefers_sequence if fit.sequential is None else fit.sequential,
+        "refine": (REFINEMENT_EPOCHS if recipe.prefers_refinement else 0) if fit.refine is None else fit.refine,
+    }
+    if any(wanted.values()) and not _can_follow_blocks(recipe, plan, rows, dense):
+        wanted = {"sequential": False, "refine": 0}
+    settled = {"output_weighting": recipe.weights_fits, **wanted}
     calibration = recipe.calibration
     if calibration.file is not None and not calibration.is_dataset:
         # a relative path would mean another place to the commands that come later
         calibration = calibration.model_copy(update={"file": calibration.file.resolve()})
     return recipe.model_copy(update={"fit": recipe.fit.model_copy(update=settled), "calibration": calibration})
+
+
+def _can_follow_blocks(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> bool:
+    """Whether the targets are on one path through a chain of blocks.
+
+    Raises:
+        OptionError: when they are not, and the recipe asks for what needs it.
+    """
+    names, model = [layer.target.name for layer in plan.layers], skeleton(dense.config)
+    if rows is None or not (recipe.fit.follows_blocks or on_one_path(model, names)):
+        return False
+    container, _ = layer_blocks(model, names)
+    batch = next(rows.batches(rows.fitted[:1], dense()))
+    if recipe.fit.follows_blocks:
+        check_chain(dense(), container, batch)
+    return is_chain(dense(), container, batch)
 
 
 def default_output(model: str) -> Path:
@@ -274,18 +287,18 @@ def _fingerprint(source: Checkpoint, recipe: Recipe, rows: CalibrationRows | Non
 
 def _write(run: FitRun, conversion: Conversion) -> None:
     """Write weights, config, companions, provenance and model card, and make the output appear."""
-    target = run.target
-    target.write_weights(list(_output_tensors(run)))
+    target, changed = run.target, refined(run)
+    target.write_weights(list(_output_tensors(run, changed)))
     quantization = quantization_config({layer.target.name: layer.spec for layer in run.plan.layers})
     target.add_text("config.json", _json({**run.source.config, "quantization_config": quantization}))
-    target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion)))
+    target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion, changed)))
     target.add_text("README.md", _card(run, conversion))
     for file in run.source.companion_files():
         target.add_file(str(file.relative_to(run.source.directory)), file)
     target.commit()
 
 
-def _output_tensors(run: FitRun) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+def _output_tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
     replaced = {layer.weight: layer for layer in run.plan.layers}
     dropped = {layer.bias for layer in run.plan.layers}
@@ -293,13 +306,22 @@ def _output_tensors(run: FitRun) -> Iterator[tuple[str, int, Callable[[], Tensor
         if name in dropped:
             continue
         if name not in replaced:
-            yield name, entry.nbytes, partial(run.source.read, name)
+            reader = partial(run.source.read, name)
+            yield name, entry.nbytes, partial(_refined_tensor, run, changed, name) if name in changed.places else reader
             continue
         layer = replaced[name]
         item = DTYPE_BYTES[layer.stored_dtype]
         for part, tensor in layer_from_spec(layer.spec, device="meta").state_dict().items():
             size = tensor.numel() * (item if tensor.is_floating_point() else tensor.itemsize)
-            yield f"{layer.prefix}.{part}", size, partial(_stored_tensor, run.target, layer.target.name, part)
+            written = f"{layer.prefix}.{part}"
+            reader = partial(_stored_tensor, run.target, layer.target.name, part)
+            yield written, size, partial(_refined_tensor, run, changed, written) if written in changed.places else reader
+
+
+def _refined_tensor(run: FitRun, changed: Refined, name: str) -> Tensor:
+    stored = run.target.load_block(changed.places[name])
+    assert stored is not None
+    return stored[0][name]
 
 
 def _stored_tensor(target: OutputDirectory, layer: str, part: str) -> Tensor:
@@ -309,7 +331,7 @@ def _stored_tensor(target: OutputDirectory, layer: str, part: str) -> Tensor:
     return stored[0][part]
 
 
-def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
+def _provenance(run: FitRun, conversion: Conversion, changed: Refined) -> dict[str, Any]:
     rows = run.rows
     calibration = None
     if rows is not None:
@@ -332,6 +354,7 @@ def _provenance(run: FitRun, conversion: Conversion) -> dict[str, Any]:
         "layers": [asdict(record) for record in conversion.layers],
         "allocation": conversion.choice and choice_record(conversion.choice, run.recipe.budget),
         "speed": conversion.speed,
+        "refined": {"blocks": changed.blocks, "tensors": list(changed.vectors)},
         "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
     }
 

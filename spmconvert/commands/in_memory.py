@@ -36,8 +36,11 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
     Raises:
         SpmconvertError: as for ``convert``.
     """
-    if recipe.fit.sequential:
-        raise OptionError("sequential fits are not made while a model is loaded; use spmconvert.convert, or leave them out")
+    if recipe.fit.follows_blocks:
+        raise OptionError(
+            "fits in sequence and refinement are not made while a model is loaded; use spmconvert.convert, or leave them"
+            " out"
+        )
     source = open_loaded(model.config._name_or_path, files)
     plan = plan_conversion(source, model, recipe)
     rows = calibration_rows(tokenizer_place(source), model.config, recipe)

@@ -131,15 +131,18 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
     changed = [key for key in before if not _same_bytes(before[key], after[key])]
     trained = {run["recipe"]["train"] for run in converted.provenance.get("finetune", [])}
     # a finetune of norms trains biases as well: all that has one dimension
+    refined = set(converted.provenance.get("refined", {}).get("tensors", []))
+    changed = [key for key in changed if key not in refined]
     excused = [key for key in changed if "all" in trained or ("norms" in trained and len(before[key].shape) == 1)]
     odd = sorted(set(changed) - set(excused))
     if odd:
         return Check(name, "FAILED", f"{len(odd)} of {len(before)} differ from the source, for example {odd[0]}")
     if excused:
-        same = len(before) - len(excused)
+        same = len(before) - len(excused) - len(refined)
         scopes = ", ".join(sorted(trained))
         return Check(name, "ok", f"{same} of {len(before)} are those of the source; a finetune trained {scopes}")
-    return Check(name, "ok", f"{len(before)} tensors are byte for byte those of the source")
+    note = f"; {len(refined)} norms and biases were refined with their blocks" if refined else ""
+    return Check(name, "ok", f"{len(before) - len(refined)} tensors are byte for byte those of the source{note}")
 
 
 def _runs(converted: Converted) -> list[Check]:

@@ -41,10 +41,11 @@ class CalibrationRows:
     batch_size: int
     file_sha256: str
 
-    def batches(self, rows: list[Tensor], model: Any) -> Iterator[dict[str, Any]]:
-        """Padded batches as keyword arguments of the model, on its device."""
-        for first in range(0, len(rows), self.batch_size):
-            yield padded_batch(rows[first : first + self.batch_size], self.padding, model)
+    def batches(self, rows: list[Tensor], model: Any, *, size: int | None = None) -> Iterator[dict[str, Any]]:
+        """Padded batches as keyword arguments of the model, on its device; ``batch_size`` rows unless a size is given."""
+        size = size or self.batch_size
+        for first in range(0, len(rows), size):
+            yield padded_batch(rows[first : first + size], self.padding, model)
 
 
 def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:

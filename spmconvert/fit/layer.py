@@ -1,7 +1,7 @@
 """One planned layer: fit it, store it in its dtype, and measure it beside the baseline of equal size."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -118,6 +118,23 @@ def fit_layer(
         )
     warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype)
     return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds, warning)
+
+
+def measured_again(
+    record: LayerRecord, plan: LayerPlan, layer: SPMLinear, weight: Tensor, bias: Tensor | None, moments: Moments | None
+) -> LayerRecord:
+    """The record of a layer that changed after it was fitted, in the dtype in which it is stored; arguments as above."""
+    known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
+    stored = (_matrix(layer), layer.held_bias)
+    fitted, error = (measure_error((weight, bias), stored, rows) for rows in (known.fitted, known.held_out))
+    baseline = LayerError(record.baseline_error, record.baseline_centred_error)
+    return replace(
+        record,
+        fitted_error=fitted.relative,
+        error=error.relative,
+        centred_error=error.centred,
+        warning=_warning(fitted, fitted, error, baseline, plan.stored_dtype),
+    )
 
 
 def _warning(fitted: LayerError, unrounded: LayerError, error: LayerError, baseline: LayerError, stored_dtype: str) -> str:

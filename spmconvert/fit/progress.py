@@ -21,6 +21,9 @@ class Progress(Protocol):
     def fitted(self, record: LayerRecord, done: int, total: int) -> None:
         """A layer is finished."""
 
+    def refined(self, name: str, done: int, total: int) -> None:
+        """A block is refined."""
+
     def writing(self, total_bytes: int) -> None:
         """The output is being written."""
 
@@ -38,6 +41,9 @@ class Silent:
         """Nobody listens."""
 
     def fitted(self, record: LayerRecord, done: int, total: int) -> None:
+        """Nobody listens."""
+
+    def refined(self, name: str, done: int, total: int) -> None:
         """Nobody listens."""
 
     def writing(self, total_bytes: int) -> None:

@@ -59,6 +59,7 @@ _SHORT_KEYS = {
     "structures": "budget.structures",
     "sequential": "fit.sequential",
     "output_weighting": "fit.output_weighting",
+    "refine": "fit.refine",
 }
 
 

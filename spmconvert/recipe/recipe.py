@@ -129,17 +129,27 @@ class Fit(_Table):
         sequential: fit every layer on what the model converted so far feeds it, towards the dense model's outputs; needs
             calibration rows. None does so where a share or a size is kept, by more than low rank alone, and the targets
             are on one path through one list of blocks.
+        refine: passes over calibration rows in which a block's new layers, norms and biases are trained to do together
+            what the dense block did; 0 for none. None does so where there are rows and the targets are on one path
+            through one list of blocks.
     """
 
     iterations: Annotated[int, Field(ge=0)] = 200
     output_weighting: bool | None = None
     sequential: bool | None = None
+    refine: Annotated[int, Field(ge=0)] | None = None
+
+    @property
+    def follows_blocks(self) -> bool:
+        """Whether settled fits need the calibration rows in front of every block."""
+        return bool(self.sequential or self.refine)
 
     @property
     def fit_note(self) -> str:
         """What settled fits go for beside each layer's own error, in words; empty for nothing."""
         aims = ["weigh outputs by what their errors cost the model"] if self.output_weighting else []
         aims += ["make up for the layers converted before"] if self.sequential else []
+        aims += ["match blocks as a whole"] if self.refine else []
         return f"fits {' and '.join(aims)}, which these errors do not show" if aims else ""
 
 
@@ -333,6 +343,11 @@ class Recipe(_Table):
         wanted = bool(budget.limits) and budget.max_error is None and set(budget.structures) != {"lowrank"}
         return wanted and self.calibration.file is not None
 
+    @property
+    def prefers_refinement(self) -> bool:
+        """Whether blocks are refined where the model allows it and nothing is said about it; for ``max_error`` as above."""
+        return self.calibration.file is not None and self.budget.max_error is None
+
     @model_validator(mode="after")
     def _designs_are_named_or_chosen(self) -> "Recipe":
         if self.budget.limits and (self.design != LayerDesign() or self.overrides):
@@ -343,11 +358,12 @@ class Recipe(_Table):
         if not self.budget.limits and self.budget != Budget():
             given = ", ".join(f"budget.{key}" for key, value in self.budget if value != getattr(Budget(), key))
             raise ValueError(f"{given} is given without a budget to spend; add --keep, or another limit")
-        if self.budget.max_error is not None and self.fit.sequential:
+        if self.budget.max_error is not None and self.fit.follows_blocks:
             raise ValueError(
-                "max_error limits what each layer does alone, which fits in sequence do not go for; choose one"
+                "max_error limits what each layer does alone, which fits in sequence and refinement do not go for; choose "
+                "one"
             )
-        if self.calibration.file is None and (self.fit.output_weighting or self.fit.sequential):
-            option = "output_weighting" if self.fit.output_weighting else "sequential"
-            raise ValueError(f"fit.{option} needs calibration rows; give --calib FILE")
+        wanting = [name for name in ("output_weighting", "sequential", "refine") if getattr(self.fit, name)]
+        if self.calibration.file is None and wanting:
+            raise ValueError(f"fit.{wanting[0]} needs calibration rows; give --calib FILE")
         return self

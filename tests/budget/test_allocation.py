@@ -27,7 +27,7 @@ from spmconvert.data.calibration import calibration_rows, load_rows
 from spmconvert.data.documents import content_hash
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
 from spmconvert.fit import run as fit_run
-from spmconvert.fit.sequential import calling_order, on_one_path
+from spmconvert.fit.streams import calling_order, on_one_path
 from spmconvert.model import loading
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel, load_dense_model

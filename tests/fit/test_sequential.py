@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from spmconvert.fit.sequential import Streams, regress
+from spmconvert.fit.sequential import regress
+from spmconvert.fit.streams import Streams
 
 
 class FixedStreams(Streams):
@@ -12,7 +13,7 @@ class FixedStreams(Streams):
     def __init__(self, pairs):
         self._pairs = pairs
 
-    def pairs(self, index, name):
+    def pairs(self, name):
         return iter(self._pairs)
 
 
@@ -27,7 +28,7 @@ def drawn(rows, seed):
 def test_a_regression_is_never_worse_on_other_rows_than_the_weight(rows):
     weight = torch.randn(10, 24, generator=torch.Generator().manual_seed(1))
     x, z = drawn(rows, 2)
-    found = regress(FixedStreams([(z, x @ weight.t())]), 0, "layer", weight)
+    found = regress(FixedStreams([(z, x @ weight.t())]), "layer", weight)
     bias = (x.mean(0) - z.mean(0)) @ weight.t()
     x, z = drawn(5000, 3)
     errors = [
@@ -43,7 +44,7 @@ def test_batches_add_up_to_ridge_regression():
     order = z[:, -1].argsort()
     x, z = x[order], z[order]
     parts = [(z[first : first + 300], x[first : first + 300] @ weight.t()) for first in range(0, len(z), 300)]
-    found = regress(FixedStreams(parts), 0, "layer", weight)
+    found = regress(FixedStreams(parts), "layer", weight)
     inputs, outputs = z.double(), (x @ weight.t()).double()
     centred = inputs - inputs.mean(0)
     covariance = centred.t() @ centred / len(z)

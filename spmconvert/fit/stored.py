@@ -1,0 +1,77 @@
+"""What the fits of one conversion share, and one of them: fitted, measured, and stored beside the output that will be."""
+
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from spmconvert.calibrate.moments import Moments, MomentStore
+from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.data.calibration import CalibrationRows
+from spmconvert.fit.layer import LayerRecord, fit_layer
+from spmconvert.fit.progress import Progress
+from spmconvert.fit.sequential import Regression
+from spmconvert.model.loading import DenseModel
+from spmconvert.model.swap import layer_from_spec
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.plan.plan import ConversionPlan, LayerPlan
+from spmconvert.recipe.recipe import Recipe
+
+
+@dataclass
+class FitRun:
+    """What the fits of one conversion share.
+
+    Attributes:
+        source: the dense checkpoint.
+        dense: its model, for the calibration run.
+        plan: what is built.
+        recipe: how it is fitted.
+        rows: calibration rows, or None without data.
+        moments: what they say about each layer, or None without data.
+        target: where finished layers are stored.
+        progress: told how it gets on.
+    """
+
+    source: Checkpoint
+    dense: DenseModel
+    plan: ConversionPlan
+    recipe: Recipe
+    rows: CalibrationRows | None
+    moments: MomentStore | None
+    target: OutputDirectory
+    progress: Progress
+
+
+def dense_tensors(run: FitRun, layer: LayerPlan) -> tuple[Tensor, Tensor | None]:
+    """Weight [out_features, in_features] and bias of a dense layer, float32, on the device of the run."""
+    weight = run.source.read_finite(layer.weight).to(run.dense.device)
+    weight = weight.t() if layer.spec.fan_in_fan_out else weight
+    bias = None if layer.bias is None else run.source.read_finite(layer.bias).to(run.dense.device).float()
+    return weight.float(), bias
+
+
+def moments_of(run: FitRun, layer: LayerPlan) -> Moments | None:
+    """What calibration says about a layer, or None without data."""
+    return None if run.moments is None else run.moments.read(layer.target.name)
+
+
+def fit_one(run: FitRun, layer: LayerPlan, regression: Regression | None = None) -> LayerRecord:
+    """Fit and store a layer."""
+    weight, bias = dense_tensors(run, layer)
+    moments = moments_of(run, layer)
+    fitted, record = fit_layer(
+        layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed, regression=regression
+    )
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.state_dict().items()}
+    run.target.store_layer(layer.target.name, tensors, asdict(record))
+    return record
+
+
+def stored_layer(run: FitRun, layer: LayerPlan) -> SPMLinear:
+    """A finished layer as the conversion stores it, in float32."""
+    stored = run.target.load_layer(layer.target.name)
+    assert stored is not None
+    built = layer_from_spec(layer.spec)
+    built.load_state_dict(stored[0])
+    return built.float()
