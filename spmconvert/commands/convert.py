@@ -129,16 +129,30 @@ def convert(
     """
     resolved = resolve_recipe(recipe, changes)
     check_device(device)
-    source, plan, config = open_plan(str(model), resolved)
-    destination = default_output(str(model)) if output is None else Path(output)
     named_recipe = None if recipe is None or isinstance(recipe, Recipe) else Path(recipe)
+    # fresh layers draw parameters before they get those that were fitted; nobody's random numbers are to depend on that
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        return _convert(str(model), output, resolved, named_recipe, device, force, resume, progress or Silent())
+
+
+def _convert(
+    model: str,
+    output: str | Path | None,
+    resolved: Recipe,
+    named_recipe: Path | None,
+    device: str,
+    force: bool,
+    resume: bool,
+    listener: Progress,
+) -> Conversion:
+    source, plan, config = open_plan(model, resolved)
+    destination = default_output(model) if output is None else Path(output)
     check_apart(
         destination,
         {"source": source.directory, "calibration text": resolved.calibration.file, "recipe": named_recipe},
     )
     check_output(destination.resolve(), force=force)
     rows = calibration_rows(source.directory, config, resolved)
-    listener = progress or Silent()
     budgeted = bool(resolved.budget.limits)
     if budgeted:
         check_measurable(resolved)

@@ -80,6 +80,9 @@ class InterruptAfterTwo:
         if done == 2:
             raise KeyboardInterrupt
 
+    def refined(self, name, done, total):
+        pass
+
     def writing(self, total_bytes):
         pass
 

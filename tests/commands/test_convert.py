@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 import spmconvert
 from spmconvert.checkpoint.reader import open_checkpoint
+from spmconvert.commands.verify import verify
 from spmconvert.errors import (
     BackendError,
     CalibrationError,
@@ -51,7 +52,9 @@ def test_untargeted_tensors_are_byte_identical(checkpoints, text, tmp_path, name
     kept = {key: value for key, value in before.items() if key.rpartition(".")[0] not in replaced}
     assert prefixes(kept) == prefixes(before) - replaced
     inside = tuple(f"{prefix}." for prefix in replaced)
-    assert {key: after[key] for key in after if not key.startswith(inside)} == kept
+    refined = json.loads((tmp_path / "out" / "spm.json").read_text())["refined"]["tensors"]
+    assert all(len(after[key][1]) == len(kept[key][1]) for key in refined)
+    assert {key: kept[key] if key in refined else after[key] for key in after if not key.startswith(inside)} == kept
     assert {f"{prefix}.{part}" for prefix in replaced for part in STAGES} == after.keys() - kept.keys()
     assert sum(len(value) for _, value in after.values()) == result.bytes_after
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -262,6 +265,9 @@ class StopAfter:
         if done == self.layers:
             raise KeyboardInterrupt
 
+    def refined(self, name, done, total):
+        pass
+
     def writing(self, total_bytes):
         pass
 
@@ -278,6 +284,71 @@ def test_interrupted_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, 
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "cut", resume=True, **options)
     assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+
+
+class StopBetweenBlocks(StopAfter):
+    """Interrupts a conversion once so many blocks are refined."""
+
+    def fitted(self, record, done, total):
+        pass
+
+    def refined(self, name, done, total):
+        if done == self.layers:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("stop", [StopAfter(4), StopBetweenBlocks(1), StopBetweenBlocks(3)], ids=["in", "between", "end"])
+def test_refinement_resumes_to_the_same_bytes(checkpoints, text, tmp_path, stop):
+    options = {"targets": "mlp", "calib": text, "refine": 2, "sequential": True, **QUICK}
+    state = torch.get_rng_state()
+    spmconvert.convert(checkpoints["llama"], tmp_path / "whole", **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(KeyboardInterrupt):
+        spmconvert.convert(checkpoints["llama"], tmp_path / "cut", progress=stop, **options)
+    spmconvert.convert(checkpoints["llama"], tmp_path / "cut", resume=True, **options)
+    assert files_of(tmp_path / "cut") == files_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "llama-bf16", "bert"])
+def test_refinement_changes_layers_norms_and_biases_and_says_which(checkpoints, text, tmp_path, name):
+    options = {"targets": "mlp", "calib": text, "rank": 4, **QUICK}
+    spmconvert.convert(checkpoints[name], tmp_path / "fitted", refine=0, **options)
+    spmconvert.convert(checkpoints[name], tmp_path / "refined", refine=8, **options)
+    fitted, refined = (raw_tensors(tmp_path / which) for which in ("fitted", "refined"))
+    assert {key: len(value[1]) for key, value in fitted.items()} == {key: len(value[1]) for key, value in refined.items()}
+    record = json.loads((tmp_path / "refined" / "spm.json").read_text())
+    named = set(record["refined"]["tensors"])
+    layers = tuple(entry["name"] for entry in record["layers"])
+    changed = {key for key in fitted if fitted[key] != refined[key]}
+    assert changed
+    assert {key for key in changed if not key.startswith(layers)} <= named
+    assert not any(key.startswith(layers) for key in named)
+    dense = raw_tensors(checkpoints[name])
+    assert all(fitted[key] == dense[key] for key in named)
+    blocks = record["refined"]["blocks"].values()
+    assert len(blocks) == {"gpt2": 2, "bert": 2}.get(name, 3)
+    assert all(block["after"] <= block["before"] for block in blocks)
+    assert {check.outcome for check in verify(tmp_path / "refined")} == {"ok", "skipped"}
+    assert json.loads((tmp_path / "fitted" / "spm.json").read_text())["refined"] == {"blocks": {}, "tensors": []}
+
+
+def test_a_norm_that_is_not_said_to_be_refined_does_not_pass(checkpoints, text, tmp_path):
+    output = tmp_path / "o"
+    spmconvert.convert(checkpoints["llama"], output, targets="mlp", calib=text, refine=8, rank=4, **QUICK)
+    record = json.loads((output / "spm.json").read_text())
+    record["refined"]["tensors"] = record["refined"]["tensors"][1:]
+    (output / "spm.json").write_text(json.dumps(record))
+    outcomes = {check.name: check.outcome for check in verify(output)}
+    assert outcomes["untouched tensors"] == "FAILED"
+
+
+def test_refinement_needs_rows_and_one_path(checkpoints, text, tmp_path):
+    with pytest.raises(RecipeError, match="refine needs calibration rows"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", refine=2)
+    with pytest.raises(OptionError, match="in one list of blocks"):
+        spmconvert.convert(checkpoints["bert"], tmp_path / "o", targets="*.dense", calib=text, refine=2, **QUICK)
+    with pytest.raises(RecipeError, match="max_error limits"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", calib=text, refine=2, max_error=0.5)
 
 
 class Calibrations(StopAfter):

@@ -1,0 +1,166 @@
+"""A block is trained towards the dense one's output as the next block reads it, on what the converted model feeds it."""
+
+import copy
+
+import pytest
+import torch
+from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM
+
+from spmconvert.data.tokens import padded_batch
+from spmconvert.fit import refine
+from spmconvert.fit.refine import refine_
+from spmconvert.fit.streams import Streams, copy_of_block
+from spmconvert.model.loading import load_with_blocks_on_disk
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.terms.lowrank import LowRank
+from tests.conftest import VOCABULARY, bert_config, gpt2_config, llama_config
+
+LAYER = "model.layers.1.mlp.down_proj"
+
+
+def batches_of(model, count=6, length=12):
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(count):
+        rows = [torch.randint(3, VOCABULARY, (size,), generator=generator) for size in (length, length // 2, length)]
+        yield padded_batch(rows, 1, model)
+
+
+def llama():
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(llama_config()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    return model
+
+
+def streams_of(model, container="model.layers", names=(LAYER,)):
+    return Streams(model, container, list(batches_of(model)), list(names))
+
+
+def lossy(model, name=LAYER, rank=4):
+    dense = model.get_submodule(name)
+    layer = SPMLinear(
+        dense.in_features, dense.out_features, False, terms=[LowRank(dense.in_features, dense.out_features, rank)]
+    )
+    with torch.no_grad():
+        left, sizes, right = torch.linalg.svd(dense.weight)
+        layer.low_rank.down.weight.copy_(right[:rank])
+        layer.low_rank.up.weight.copy_(left[:, :rank] * sizes[:rank])
+    return layer.eval()
+
+
+def at_work(model):
+    """Streams in front of block 1, whose layer is replaced."""
+    streams = streams_of(model)
+    streams.advance()
+    streams.convert(LAYER, lossy(model))
+    return streams
+
+
+def test_a_refined_block_is_nearer_to_the_dense_one_and_the_model_stays_as_it_was(monkeypatch):
+    monkeypatch.setattr(refine, "RATE", 1e-2)
+    model = llama()
+    before = copy.deepcopy(model.state_dict())
+    streams = at_work(model)
+    trained = [*streams.block.mlp.down_proj.parameters(), streams.block.input_layernorm.weight]
+    change = refine_(streams, trained, epochs=8, seed=0)
+    assert change.after < 0.95 * change.before
+    streams.advance()
+    dense, converted = zip(*streams.states, strict=True)
+    norm = model.model.layers[2].input_layernorm
+    missed = sum(
+        (norm(c) - norm(d))[m.bool()].square().sum() for d, c, m in zip(dense, converted, streams.masks, strict=True)
+    )
+    energy = sum(norm(d)[m.bool()].square().sum() for d, m in zip(dense, streams.masks, strict=True))
+    assert missed / energy < change.before
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert not any(parameter.requires_grad for parameter in trained)
+
+
+def test_padding_teaches_nothing():
+    model, found = llama(), []
+    for garbage in (3, 9):
+        streams = at_work(model)
+        for (dense, converted), mask in zip(streams.states, streams.masks, strict=True):
+            # what nothing attends to
+            for state in (dense, converted):
+                state[mask == 0] = garbage
+        layer = streams.block.mlp.down_proj
+        refine_(streams, list(layer.parameters()), epochs=1, seed=0)
+        found.append(layer.low_rank.up.weight)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
+
+
+def test_a_block_that_training_makes_worse_is_put_back(monkeypatch):
+    monkeypatch.setattr(refine, "RATE", 10.0)
+    streams = at_work(llama())
+    layer = streams.block.mlp.down_proj
+    before = copy.deepcopy(layer.state_dict())
+    change = refine_(streams, list(layer.parameters()), epochs=1, seed=0)
+    assert change.after == change.before
+    for name, tensor in layer.state_dict().items():
+        assert torch.equal(tensor, before[name])
+
+
+def test_the_same_seed_gives_the_same_bytes_and_leaves_the_global_state():
+    found = []
+    for seed in (0, 0, 1):
+        streams = at_work(llama())
+        layer, state = streams.block.mlp.down_proj, torch.get_rng_state()
+        refine_(streams, list(layer.parameters()), epochs=2, seed=seed)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(layer.low_rank.up.weight)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(
+    ("model", "container", "names", "expected"),
+    [
+        (
+            LlamaForCausalLM(llama_config()),
+            "model.layers",
+            ["model.layers.1.mlp.up_proj"],
+            ["model.layers.1.input_layernorm", "model.layers.2.input_layernorm", "model.norm"],
+        ),
+        (
+            GPT2LMHeadModel(gpt2_config()),
+            "transformer.h",
+            ["transformer.h.0.mlp.c_fc"],
+            ["transformer.h.1.ln_1", "transformer.ln_f"],
+        ),
+        # the norm of a block of BERT is its own last step
+        (BertModel(bert_config()), "encoder.layer", ["encoder.layer.0.output.dense"], [None, None]),
+    ],
+    ids=["llama", "gpt2", "bert"],
+)
+def test_errors_are_seen_as_the_rest_of_the_model_reads_them(model, container, names, expected):
+    model = model.eval()
+    streams = streams_of(model, container, names)
+    for name in expected:
+        found = streams.reading_norm()
+        assert (found is None) == (name is None)
+        if name is not None:
+            assert torch.equal(found.weight, model.get_submodule(name).weight)
+        streams.advance()
+
+
+def test_a_block_on_disk_is_copied_as_it_is(checkpoints, tmp_path):
+    dense = LlamaForCausalLM.from_pretrained(checkpoints["llama"]).eval()
+    offloaded = load_with_blocks_on_disk(checkpoints["llama"], dense.config, "cpu", "model.layers", tmp_path)
+    whole, absent = (streams_of(model) for model in (dense, offloaded))
+    assert all(parameter.is_meta for parameter in offloaded.model.layers[0].mlp.parameters())
+    for streams in (whole, absent):
+        streams.advance()
+        assert not any(tensor.is_meta for tensor in streams.block.state_dict().values())
+    for first, second in zip(whole.states, absent.states, strict=True):
+        assert torch.equal(first[1], second[1])
+    for batch in range(len(whole.states)):
+        assert torch.equal(whole.run(batch), absent.run(batch))
+    block = copy_of_block(offloaded.model.layers[2])
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, dense.model.layers[2].state_dict()[name])
+    assert all(parameter.is_meta for parameter in offloaded.model.layers[2].mlp.parameters())
