@@ -259,3 +259,32 @@ def test_tokenizer_is_exact(text):
     words = "Hello, wörld — 12\n\tnaïve 日本"
     assert len(tokenizer) == 300
     assert tokenizer.decode(tokenizer(words)["input_ids"]) == words
+
+
+def test_refinement(run, checkpoints, text, other_text, tmp_path, monkeypatch):
+    from benchmarks import refinement
+
+    monkeypatch.setattr(refinement, "WINDOW", 64)
+    monkeypatch.setattr(refinement, "TIMED_SECONDS", 0.1)
+    given = [
+        "--calibration",
+        text,
+        "--evaluate",
+        other_text,
+        "--windows",
+        2,
+        "--keep",
+        0.5,
+        "--epochs",
+        0,
+        1,
+        "--allow-slower",
+    ]
+    given += ["--allow-slower"]
+    printed = run("refinement", checkpoints["llama"], *given, "--work", tmp_path / "work", "--json", tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    rows = [(row["method"], row["epochs"]) for row in result["rows"]]
+    assert rows[:4] == [("svd", 0), ("svd", 1), ("keep", 0), ("keep", 1)]
+    assert rows[4][0].startswith("drop blocks 1 to 1")
+    assert all(0 < row["parameters"] < 1 and row["loss"] > 0 and row["faster"] > 0 for row in result["rows"])
+    assert "above dense" in printed

@@ -1,0 +1,191 @@
+"""Loss, size and speed of a language model by ways to make it smaller, each with its blocks refined and not.
+
+    python -m benchmarks.smollm2 smollm2
+    python -m benchmarks.refinement smollm2 --calibration wikitext-2-valid.txt --evaluate wikitext-2-test.txt
+
+All methods replace the same matrices, are fitted on the same rows, and keep the same share of the parameters. ``svd`` is
+whitened truncated SVD of the same rank share everywhere, ``keep`` is what ``spmconvert convert --keep`` does, ``drop
+blocks`` leaves out the run of blocks without which the last hidden state changes least, with as many blocks as come nearest
+to the parameters; it has no refinement. The loss is that of a text that nothing was fitted on, in nats a token, on windows
+of 512 that are spread over it; the speed is a 512-token forward pass of the dense model, timed in turn.
+"""
+
+import argparse
+import copy
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, cross_entropy
+
+from benchmarks.common import save_json
+from benchmarks.environment import environment
+from spmconvert.commands.convert import convert, open_plan
+from spmconvert.data.tokens import load_tokenizer
+from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.loading import load
+from spmconvert.operator.factors import rank_at
+from spmconvert.recipe.recipe import Recipe
+from spmconvert.system.timing import interleaved_seconds
+
+METHODS = ("svd", "keep", "drop blocks")
+WINDOW = 512
+TIMED_SECONDS = 6.0
+
+
+def main() -> None:
+    """Measure, print the table, and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("directory", type=Path, help="the dense checkpoint")
+    parser.add_argument("--calibration", type=Path, required=True, help="text to fit and refine on")
+    parser.add_argument("--evaluate", type=Path, required=True, help="another text, only measured")
+    parser.add_argument("--keep", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--epochs", type=int, nargs="+", help="of the refinement; default none and the tool's own")
+    parser.add_argument("--allow-slower", action="store_true", help="let keep build layers that are slower than dense ones")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--work", type=Path, default=Path("refinement"), help="directory for converted models")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    dense = load(options.directory, dtype=torch.float32).eval()
+    windows = windows_of(options.directory, options.evaluate, options.windows)
+    result: dict[str, Any] = {
+        "environment": environment("cpu", "float32", torch.get_num_threads()),
+        "windows": len(windows),
+        "dense": loss(dense, windows),
+        "rows": [],
+    }
+    for keep in options.keep:
+        for row, model in measured(dense, keep, options):
+            result["rows"].append(
+                {"keep": keep, **row, "loss": loss(model, windows), "faster": faster(dense, model, windows[:1])}
+            )
+            print(result["rows"][-1], flush=True)
+            if options.json:
+                save_json(options.json, result)
+    show(result)
+
+
+def measured(dense: nn.Module, keep: float, options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """A row and a model of every method."""
+    for method in options.methods:
+        if method == "drop blocks":
+            yield drop_blocks(dense, keep, options)
+            continue
+        budget = {"keep": keep, "allow_slower": options.allow_slower}
+        changes = budget if method == "keep" else {"overrides": same_share(options.directory, keep)}
+        for epochs in options.epochs or (0, None):
+            output = options.work / f"{method}-{keep}-{epochs}"
+            began = time.perf_counter()
+            text = str(options.calibration)
+            done = convert(options.directory, output, force=True, targets="mlp", calib=text, refine=epochs, **changes)
+            row = {"method": method, "parameters": done.parameters_after / done.parameters_before}
+            row |= {"epochs": refined_epochs(output), "seconds": time.perf_counter() - began}
+            yield row, load(output, dtype=torch.float32).eval()
+
+
+def refined_epochs(output: Path) -> int:
+    """Passes of the refinement, as they are recorded."""
+    epochs: int = json.loads((output / "spm.json").read_text(encoding="utf-8"))["recipe"]["fit"]["refine"]
+    return epochs
+
+
+def same_share(directory: Path, keep: float) -> list[dict[str, Any]]:
+    """Low rank of the same share of every matrix."""
+    _, plan, _ = open_plan(str(directory), Recipe(targets=("mlp",)))
+    found = []
+    for target in (layer.target for layer in plan.layers):
+        allowed = int(keep * target.in_features * target.out_features)
+        rank = rank_at(allowed, target.in_features, target.out_features)
+        found.append({"pattern": target.name, "terms": [{"kind": "lowrank", "rank": rank}]})
+    return found
+
+
+@torch.no_grad()
+def drop_blocks(dense: Any, keep: float, options: argparse.Namespace) -> tuple[dict[str, Any], nn.Module]:
+    """The model without the run of blocks that its last hidden state depends on least."""
+    _, plan, _ = open_plan(str(options.directory), Recipe(targets=("mlp",)))
+    dropped = (1 - keep) * sum(layer.dense_parameters for layer in plan.layers)
+    container = plan.layers[0].target.name.partition(".layers.")[0] + ".layers"
+    blocks = dense.get_submodule(container)
+    count = max(1, round(dropped / sum(parameter.numel() for parameter in blocks[0].parameters())))
+    rows = windows_of(options.directory, options.calibration, 8)
+    wanted = hidden(dense, rows)
+
+    def without(first: int) -> Any:
+        model = copy.copy(dense)
+        model._modules = {**dense._modules, "model": copy.copy(dense.model)}
+        kept = [block for index, block in enumerate(blocks) if not first <= index < first + count]
+        model.model._modules = {**dense.model._modules, "layers": nn.ModuleList(kept)}
+        return model
+
+    starts = range(1, len(blocks) - count)
+    best = max(starts, key=lambda first: cosine_similarity(hidden(without(first), rows), wanted, dim=-1).mean().item())
+    model = without(best)
+    total = sum(parameter.numel() for parameter in skeleton(load_config(options.directory)).parameters())
+    row = {"method": f"drop blocks {best} to {best + count - 1}", "epochs": 0, "seconds": 0.0}
+    return {**row, "parameters": sum(parameter.numel() for parameter in model.parameters()) / total}, model
+
+
+def hidden(model: Any, rows: Tensor) -> Tensor:
+    """Last hidden states."""
+    states: Tensor = model.model(input_ids=rows, use_cache=False).last_hidden_state
+    return states
+
+
+def windows_of(directory: Path, text: Path, count: int) -> Tensor:
+    """Windows of a text that do not overlap, spread over it evenly, [windows, tokens]."""
+    ids = load_tokenizer(directory)(text.read_text(encoding="utf-8"), return_tensors="pt", verbose=False)["input_ids"][0]
+    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return windows[torch.linspace(0, len(windows) - 1, min(count, len(windows))).long()]
+
+
+@torch.no_grad()
+def loss(model: Any, windows: Tensor) -> float:
+    """Cross-entropy in nats a token."""
+    total = 0.0
+    for batch in windows.split(4):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        total += cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction="sum").item()
+    return total / (len(windows) * (WINDOW - 1))
+
+
+@torch.no_grad()
+def faster(dense: Any, model: Any, row: Tensor) -> float:
+    """How many times faster than the dense model a forward pass is."""
+    calls = {"dense": lambda: dense(row, use_cache=False), "own": lambda: model(row, use_cache=False)}
+    seconds = interleaved_seconds(calls, TIMED_SECONDS, "cpu")
+    return median(seconds["dense"]) / median(seconds["own"])
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table("targets kept", "method", "passes", "parameters", "loss", "above dense", "faster", "seconds", box=None)
+    for row in result["rows"]:
+        above = f"{row['loss'] - result['dense']:+.3f}"
+        kept, passes, share = f"{row['keep']:.0%}", str(row["epochs"]), f"{row['parameters']:.1%}"
+        table.add_row(
+            kept,
+            row["method"],
+            passes,
+            share,
+            f"{row['loss']:.3f}",
+            above,
+            f"{row['faster']:.2f}x",
+            f"{row['seconds']:.0f}",
+        )
+    print(f"dense: {result['dense']:.3f}")
+    Console(width=140).print(table)
+
+
+if __name__ == "__main__":
+    main()
