@@ -26,7 +26,7 @@ from spmconvert.plan.plan import LayerPlan
 # rows that run through both models: all of 256 take a third of a conversion of all-MiniLM-L6-v2
 FOLLOWING_ROWS = 128
 # rows a batch, which is a step of a refinement
-BATCH_ROWS = 8
+BATCH_ROWS = 4
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def _streams(run: FitRun, blocks: list[_Block]) -> tuple[Streams, list[str]]:
         model = load_with_blocks_on_disk(dense.directory, dense.config, dense.device, container, folder)
     rows = run.rows.fitted[:FOLLOWING_ROWS]
     names = [layer.target.name for layer in run.plan.layers]
-    streams = Streams(model, container, list(run.rows.batches(rows, model, size=BATCH_ROWS)), names)
+    batches = list(run.rows.batches(rows, model, size=BATCH_ROWS))
+    streams = Streams(model, container, batches, names, pairs=bool(run.recipe.fit.sequential))
     return streams, calling_order(model, names, next(run.rows.batches(rows[:1], model)))
 
 

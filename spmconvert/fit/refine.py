@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from spmconvert.fit.streams import Streams
 
 # where nothing is said about it
-REFINEMENT_EPOCHS = 6
-RATE, BETAS = 3e-4, (0.9, 0.95)
+REFINEMENT_EPOCHS = 4
+RATE, BETAS = 2e-3, (0.9, 0.95)
 # share of the steps in which the rate rises
 WARM_UP = 0.1
 # one batch of so many checks what the others train

@@ -108,6 +108,7 @@ class Streams:
         container: name of its list of blocks.
         batches: keyword arguments of the model.
         names: all layers that are converted.
+        pairs: whether ``pairs`` will be asked for; the outputs of a block's layers are kept for it.
 
     Attributes:
         index: position of the block at work.
@@ -115,11 +116,14 @@ class Streams:
         masks: which tokens are no padding, by batch; None for all.
     """
 
-    def __init__(self, model: Any, container: str, batches: Sequence[dict[str, Any]], names: Sequence[str]) -> None:
+    def __init__(
+        self, model: Any, container: str, batches: Sequence[dict[str, Any]], names: Sequence[str], *, pairs: bool = True
+    ) -> None:
         check_chain(model, container, batches[0])
         self.index = 0
         self.masks: list[Tensor | None] = [batch.get("attention_mask") for batch in batches]
         self._blocks, self._container, self._names = model.get_submodule(container), container, names
+        self._keeps_outputs = pairs
         self._calls = [_block_calls(model, self._blocks, batch) for batch in batches]
         self.states: list[tuple[Tensor, Tensor]] = [(calls[0][0][0],) * 2 for calls in self._calls]
         self._norms = _reading_norms(model, self._blocks, batches[0])
@@ -187,7 +191,7 @@ class Streams:
     def dense_after(self) -> list[Tensor]:
         """What the dense model's block puts out, by batch; its layers' outputs are kept until the next one."""
         if not self._dense_after:
-            names, block = self._here(), self._blocks[self.index]
+            names, block = self._here() if self._keeps_outputs else [], self._blocks[self.index]
             self._dense_outputs = {name: [] for name in names}
             for batch, mask in enumerate(self.masks):
                 with _caught(block, names, outputs=True) as caught:
