@@ -136,7 +136,7 @@ class Converted(dict[str, Path]):
     def __missing__(self, name: str) -> Path:
         # a few dense layers of a kind that others are converted of
         only = {"layers": "0"} if name == "llama" else {}
-        options = {"calib": self.text, "fit.iterations": 20, "calibration.rows": 24, **only}
+        options = {"calib": self.text, "fit.iterations": 20, "calibration.rows": 24, "fit.refine": 0, **only}
         convert(self.checkpoints[name], self.root / name, targets="mlp", **options)
         self[name] = self.root / name
         return self[name]
@@ -172,7 +172,7 @@ class Sums(dict[str, Path]):
         self.checkpoints, self.text, self.root = checkpoints, text, root
 
     def __missing__(self, name: str) -> Path:
-        options = {"calib": self.text, "fit.iterations": 4, "calibration.rows": 24, **SUMS[name]}
+        options = {"calib": self.text, "fit.iterations": 4, "calibration.rows": 24, "fit.refine": 0, **SUMS[name]}
         convert(self.checkpoints["llama"], self.root / name, targets="mlp", **options)
         self[name] = self.root / name
         return self[name]

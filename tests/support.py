@@ -8,7 +8,7 @@ from pathlib import Path
 from spmconvert.checkpoint.headers import read_headers
 
 # a conversion of a tiny model that takes about a second
-QUICK = {"fit.iterations": 8, "calibration.rows": 24}
+QUICK = {"fit.iterations": 8, "calibration.rows": 24, "fit.refine": 0}
 # a finetune of one
 SHORT = {"steps": 12, "batch_size": 4, "block_size": 32, "evaluate_every": 6, "save_every": 4, "evaluation_rows": 8}
 

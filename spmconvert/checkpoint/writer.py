@@ -11,7 +11,6 @@ file system.
 """
 
 import errno
-import hashlib
 import json
 import os
 import re
@@ -27,6 +26,7 @@ from filelock import FileLock, Timeout
 
 from spmconvert.checkpoint.checksums import write_checksums
 from spmconvert.checkpoint.headers import INDEX_FILE
+from spmconvert.checkpoint.parts import Parts
 from spmconvert.checkpoint.places import (
     CHOICE_FILE,
     COMMIT_FILE,
@@ -41,7 +41,6 @@ from spmconvert.checkpoint.places import (
 )
 from spmconvert.errors import (
     CheckpointError,
-    CorruptCheckpointError,
     LockedError,
     NotWritableError,
     OutputError,
@@ -68,6 +67,10 @@ class OutputDirectory:
         needed_bytes: space that the run needs.
         replaces: files of an output that the run replaces in place and has in the new one, too; None where it does not.
 
+    Attributes:
+        layers: finished layers.
+        blocks: what is final of blocks.
+
     Raises:
         LockedError: on entering, when another run holds the output.
         OutputError: on entering, when the output exists, there is nothing that can be resumed, or an unfinished run would
@@ -90,6 +93,7 @@ class OutputDirectory:
         self.fingerprint, self.force, self.resume, self.needed_bytes = fingerprint, force, resume, needed_bytes
         self._replaces = replaces
         self.partial = partial_directory(self.output)
+        self.layers, self.blocks = Parts(self.partial / "layers"), Parts(self.partial / "blocks")
         self._lock = FileLock(self.output.parent / f".{self.output.name}.lock")
 
     def __enter__(self) -> Self:
@@ -181,36 +185,15 @@ class OutputDirectory:
         """The directory that will be renamed into place."""
         return self.partial / FINAL_DIRECTORY
 
-    def _part_file(self, folder: str, name: str) -> Path:
-        return self.partial / folder / f"{hashlib.sha256(name.encode()).hexdigest()[:32]}.safetensors"
-
     def store_layer(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
         """Keep a finished layer: tensors by parameter name, and a record of JSON values."""
-        self._store(self._part_file("layers", name), tensors, record)
-
-    def load_layer(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
-        """A finished layer, or None where it is not finished.
-
-        Raises:
-            CorruptCheckpointError: when its file is damaged.
-        """
-        return _load_part(self._part_file("layers", name))
+        with _write_errors(self.output):
+            self.layers.store(name, tensors, record)
 
     def store_block(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
         """Keep what is final of a block: tensors by their names in the output, and a record of JSON values."""
-        self._store(self._part_file("blocks", name), tensors, record)
-
-    def load_block(self, name: str) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
-        """What is final of a block, or None where nothing is; raises as ``load_layer``."""
-        return _load_part(self._part_file("blocks", name))
-
-    def _store(self, file: Path, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
-        from safetensors.torch import save
-
         with _write_errors(self.output):
-            file.parent.mkdir(exist_ok=True)
-            content = save({key: tensor.contiguous() for key, tensor in tensors.items()}, {"record": json.dumps(record)})
-            write_whole(file, content, durable=True)
+            self.blocks.store(name, tensors, record)
 
     def store_file(self, name: str, content: bytes) -> None:
         """Keep what a run needs to go on beside finished layers; what was kept under the name before is replaced."""
@@ -298,19 +281,6 @@ class OutputDirectory:
             if aside is not None:
                 self.output.rename(aside)
             finish_commit(self.output)
-
-
-def _load_part(file: Path) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
-    from safetensors import SafetensorError, safe_open
-
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, "pt") as opened:
-            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-            return tensors, json.loads(opened.metadata()["record"])
-    except (SafetensorError, TypeError, KeyError, ValueError):
-        raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
 
 
 def _save_shard(contents: "dict[str, torch.Tensor]", file: Path) -> None:

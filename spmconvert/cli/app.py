@@ -256,7 +256,10 @@ def report(
     other_data: Annotated[Path | None, typer.Option(help="A second text, of another domain.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Another place of the calibration text, for --baselines.")] = None,
-    baselines: Annotated[bool, typer.Option("--baselines", help="Measure whitened SVD and 2:4 beside it.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Measure whitened SVD and 2:4 beside it, refined as it was.")
+    ] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Leave the refinement of the baselines out.")] = False,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")] = None,
     rows: Annotated[int, typer.Option(help="Most rows of a text that are measured.")] = 64,
     seconds: Annotated[float, typer.Option(help="About how long one timing takes; 0 measures no time and memory.")] = 2.0,
@@ -291,6 +294,7 @@ def report(
                 teacher=teacher,
                 calibration=calib,
                 baselines=baselines,
+                quick=quick,
                 tasks=names,
                 rows=rows,
                 seconds=seconds,

@@ -30,7 +30,7 @@ from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows, calibration_rows
 from spmconvert.data.tokens import tokenizer_hash
-from spmconvert.errors import OptionError, OutputError
+from spmconvert.errors import OptionError
 from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
@@ -47,6 +47,9 @@ from spmconvert.recipe.recipe import Recipe
 from spmconvert.system.devices import check_device
 from spmconvert.system.timing import device_name
 from spmconvert.version import __version__
+
+# of a model that would have been refined
+UNREFINED = "no block was refined, since the targets are on no path through one list of blocks"
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def _convert(
         check_measurable(resolved)
         check_reachable(limit_of(resolved.budget, plan, device, CacheIdentity.of_checkpoint(source, device)))
     dense = DenseModel(source.directory, config, device)
-    resolved = _load_and_settle(resolved, plan, rows, dense)
+    given, resolved = resolved, _load_and_settle(resolved, plan, rows, dense)
     # a budget is spent later; until then the output may be as large as the source
     needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
     needed += 0 if rows is None else moment_bytes(plan.layers)
@@ -174,6 +177,8 @@ def _convert(
         records = fit_all(run)
         listener.writing(run.plan.output_bytes)
         conversion = _summary(run, destination, records, spent)
+        if given.fit.refine is None and given.prefers_refinement and not resolved.fit.refine:
+            conversion = replace(conversion, fit_note="; ".join(filter(None, (conversion.fit_note, UNREFINED))))
         _write(run, conversion)
     return conversion
 
@@ -262,6 +267,10 @@ def _can_follow_blocks(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRo
     if rows is None or not (recipe.fit.follows_blocks or on_one_path(model, names)):
         return False
     container, _ = layer_blocks(model, names)
+    decided = recipe.fit.sequential is not None and recipe.fit.refine is not None
+    if decided and not recipe.budget.limits:
+        # what is asked for is refused where the blocks run first, so that the model need not be in memory here
+        return True
     batch = next(rows.batches(rows.fitted[:1], dense()))
     if recipe.fit.follows_blocks:
         check_chain(dense(), container, batch)
@@ -320,29 +329,20 @@ def _output_tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, int, C
         if name in dropped:
             continue
         if name not in replaced:
-            reader = partial(run.source.read, name)
-            yield name, entry.nbytes, partial(_refined_tensor, run, changed, name) if name in changed.places else reader
+            yield name, entry.nbytes, _reader(run, changed, name) or partial(run.source.read, name)
             continue
         layer = replaced[name]
         item = DTYPE_BYTES[layer.stored_dtype]
         for part, tensor in layer_from_spec(layer.spec, device="meta").state_dict().items():
             size = tensor.numel() * (item if tensor.is_floating_point() else tensor.itemsize)
             written = f"{layer.prefix}.{part}"
-            reader = partial(_stored_tensor, run.target, layer.target.name, part)
-            yield written, size, partial(_refined_tensor, run, changed, written) if written in changed.places else reader
+            fitted = partial(run.target.layers.tensor, layer.target.name, part)
+            yield written, size, _reader(run, changed, written) or fitted
 
 
-def _refined_tensor(run: FitRun, changed: Refined, name: str) -> Tensor:
-    stored = run.target.load_block(changed.places[name])
-    assert stored is not None
-    return stored[0][name]
-
-
-def _stored_tensor(target: OutputDirectory, layer: str, part: str) -> Tensor:
-    stored = target.load_layer(layer)
-    if stored is None:
-        raise OutputError(f"the finished layer {layer} is gone from the working directory; start again without --resume")
-    return stored[0][part]
+def _reader(run: FitRun, changed: Refined, name: str) -> Callable[[], Tensor] | None:
+    """Where a refined tensor is read, or None for one that was not refined."""
+    return partial(run.target.blocks.tensor, changed.places[name], name) if name in changed.places else None
 
 
 def _provenance(run: FitRun, conversion: Conversion, changed: Refined) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from spmconvert.reporting.schema import (
     FinetuneRecord,
     Generation,
     Machine,
+    MethodResult,
     Model,
     NotMeasured,
     Quality,
@@ -58,7 +59,8 @@ class ReportOptions:
     Attributes:
         teacher: another place of the source checkpoint; None for the recorded one.
         calibration: another place of the calibration text, for the baselines; None for the recorded one.
-        baselines: measure whitened SVD and 2:4 beside it.
+        baselines: measure whitened SVD and 2:4 beside it, refined as the conversion was.
+        quick: leave the refinement of the baselines out.
         tasks: names of lm-evaluation-harness tasks.
         rows: most rows of a text that are measured.
         seconds: about how long one timing may take; 0 measures neither time nor memory.
@@ -71,6 +73,7 @@ class ReportOptions:
     teacher: str | None = None
     calibration: str | Path | None = None
     baselines: bool = False
+    quick: bool = False
     tasks: tuple[str, ...] = ()
     rows: int = 64
     seconds: float = 2.0
@@ -82,6 +85,8 @@ class ReportOptions:
             raise OptionError(
                 f"rows is {self.rows}, seconds {self.seconds}; rows must be at least 1 and seconds at least 0"
             )
+        if self.quick and not self.baselines:
+            raise OptionError("quick leaves the refinement of baselines out, and none are measured; add --baselines")
 
 
 def report(
@@ -119,7 +124,9 @@ def report(
     layers = replaced_layers(converted)
     amounts = [*quantities(converted, run.source, config, layers), *_memory(run)]
     quality = _quality(run, texts)
-    methods = measure_candidates(run, layers, amounts, texts, quality, chosen.calibration) if chosen.baselines else ()
+    methods: tuple[MethodResult, ...] = ()
+    if chosen.baselines:
+        methods = measure_candidates(run, layers, amounts, texts, quality, chosen.calibration, quick=chosen.quick)
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

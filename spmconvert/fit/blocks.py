@@ -7,6 +7,7 @@ memory anyway (6 Llama blocks of 235 MB: 0.9 GB at the peak, 2.0 GB with all in 
 
 import hashlib
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -54,17 +55,16 @@ def _blocks(run: FitRun) -> list[_Block]:
 
 def is_refined(run: FitRun) -> bool:
     """Whether all blocks are stored as they were refined."""
-    return all(run.target.load_block(block.name) is not None for block in _blocks(run))
+    return all(run.target.blocks.record(block.name) is not None for block in _blocks(run))
 
 
 def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
     """Fit and store all layers, and refine all blocks, that are not stored yet; fills in their records."""
     blocks = _blocks(run)
-    refined = {block.name: run.target.load_block(block.name) for block in blocks} if run.recipe.fit.refine else {}
-    for stored in refined.values():
-        if stored is not None:
-            records.update({name: LayerRecord(**entry) for name, entry in stored[1]["layers"].items()})
-    if len(records) == len(run.plan.layers) and None not in refined.values():
+    changes = {block.name: run.target.blocks.record(block.name) for block in blocks} if run.recipe.fit.refine else {}
+    for change in filter(None, changes.values()):
+        records.update({name: LayerRecord(**entry) for name, entry in change["layers"].items()})
+    if len(records) == len(run.plan.layers) and None not in changes.values():
         return
     streams, order = _streams(run, blocks)
     for number, block in enumerate(blocks, 1):
@@ -77,12 +77,10 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
                 run.progress.fitted(records[layer.target.name], len(records), len(run.plan.layers))
             streams.convert(layer.target.name, stored_layer(run, layer).to(run.dense.device).eval())
         if run.recipe.fit.refine:
-            stored = refined[block.name]
-            if stored is None:
+            if changes[block.name] is None:
                 records.update(_refine(run, streams, block, records))
                 run.progress.refined(block.name, number, len(blocks))
-            else:
-                _put_back_(run, streams, block, stored[0])
+            _put_back_(run, streams, block)
 
 
 def _streams(run: FitRun, blocks: list[_Block]) -> tuple[Streams, list[str]]:
@@ -126,7 +124,6 @@ def _refine(run: FitRun, streams: Streams, block: _Block, records: dict[str, Lay
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in stored.items()}
     entries = {name: asdict(record) for name, record in remeasured.items()}
     run.target.store_block(block.name, stored, {"layers": entries, **asdict(change)})
-    _put_back_(run, streams, block, stored)
     return remeasured
 
 
@@ -156,14 +153,14 @@ def _vectors(run: FitRun, streams: Streams, block: _Block) -> dict[str, nn.Param
 
 
 @torch.no_grad()
-def _put_back_(run: FitRun, streams: Streams, block: _Block, stored: dict[str, Tensor]) -> None:
-    """Give the block at work what is stored of it."""
+def _put_back_(run: FitRun, streams: Streams, block: _Block) -> None:
+    """Give the block at work what is stored of it, as it was rounded."""
+    stored = partial(run.target.blocks.tensor, block.name)
     for layer in block.layers:
         converted = _converted(streams, layer)
-        parts = {part: stored[f"{layer.prefix}.{part}"] for part in converted.state_dict()}
-        converted.load_state_dict(parts)
+        converted.load_state_dict({part: stored(f"{layer.prefix}.{part}") for part in converted.state_dict()})
     for name, parameter in _vectors(run, streams, block).items():
-        parameter.copy_(stored[name])
+        parameter.copy_(stored(name))
 
 
 @dataclass(frozen=True)
@@ -185,11 +182,11 @@ def refined(run: FitRun) -> Refined:
     """What refinement changed, from what is stored; nothing where there is none."""
     found = Refined({}, {}, ())
     for block in _blocks(run) if run.recipe.fit.refine else ():
-        stored = run.target.load_block(block.name)
-        assert stored is not None
+        record, names = run.target.blocks.record(block.name), run.target.blocks.keys(block.name)
+        assert record is not None
         prefixes = tuple(f"{layer.prefix}." for layer in block.layers)
-        vectors = tuple(name for name in stored[0] if not name.startswith(prefixes))
-        change = {key: stored[1][key] for key in ("before", "after")}
-        places = dict.fromkeys(stored[0], block.name)
+        vectors = tuple(name for name in names if not name.startswith(prefixes))
+        change = {key: record[key] for key in ("before", "after")}
+        places = dict.fromkeys(names, block.name)
         found = Refined({**found.blocks, block.name: change}, {**found.places, **places}, (*found.vectors, *vectors))
     return found

@@ -10,12 +10,15 @@ was fitted. What it gives up: layers outside of one list of blocks, and experts 
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from spmconvert.fit.streams import Streams
+from spmconvert.fit.streams import Streams, layer_blocks
+from spmconvert.model.swap import replace_module
 
 # where nothing is said about it
 REFINEMENT_EPOCHS = 4
@@ -64,6 +67,39 @@ def refine_(streams: Streams, trained: list[nn.Parameter], *, epochs: int, seed:
         for parameter, value in zip(trained, kept, strict=True):
             parameter.copy_(value)
     return Refinement(before, before)
+
+
+def refine_model_(
+    model: Any, dense: Any, names: Sequence[str], batches: Sequence[dict[str, Any]], *, epochs: int, seed: int
+) -> None:
+    """Refine all blocks of a model whose layers are replaced, one after the other, in place; nothing is rounded or stored.
+
+    Args:
+        model: that shares every tensor that it does not change with the dense one; its blocks are replaced.
+        dense: the dense model, which stays as it is.
+        names: of the replaced layers.
+        batches: keyword arguments of the models.
+        epochs: passes over them.
+        seed: of the order of the batches, the same in every block.
+
+    Raises:
+        OptionError: when the layers are on no path through a chain of blocks.
+    """
+    container, places = layer_blocks(dense, names)
+    streams = Streams(dense, container, batches, names, pairs=False)
+    for index in sorted(set(places.values())):
+        while streams.index < index:
+            streams.advance()
+        here = [name for name in names if places[name] == index]
+        for name in here:
+            streams.convert(name, model.get_submodule(name).float())
+        layers = [parameter for name in here for parameter in model.get_submodule(name).parameters()]
+        known = set(map(id, layers))
+        vectors = [own for own in streams.block.parameters() if own.dim() == 1 and id(own) not in known]
+        refine_(streams, layers + vectors, epochs=epochs, seed=seed)
+        replace_module(model, f"{container}.{index}", streams.block)
+        streams.advance()
+    model.to(dense.dtype)
 
 
 def _train_(wanted: "_Wanted", trained: list[nn.Parameter], batches: list[int], epochs: int, seed: int) -> None:

@@ -13,9 +13,9 @@ def fit_all(run: FitRun) -> tuple[LayerRecord, ...]:
     """Fit and store all that is not stored yet; returns the records of all layers in order."""
     records: dict[str, LayerRecord] = {}
     for layer in run.plan.layers:
-        stored = run.target.load_layer(layer.target.name)
-        if stored is not None:
-            records[layer.target.name] = LayerRecord(**stored[1])
+        record = run.target.layers.record(layer.target.name)
+        if record is not None:
+            records[layer.target.name] = LayerRecord(**record)
     if run.recipe.fit.follows_blocks:
         fit_in_blocks(run, records)
     else:
@@ -30,5 +30,5 @@ def fit_all(run: FitRun) -> tuple[LayerRecord, ...]:
 
 def is_finished(run: FitRun) -> bool:
     """Whether all layers of the plan are stored, and refined where they are to be."""
-    fitted = all(run.target.load_layer(layer.target.name) is not None for layer in run.plan.layers)
+    fitted = all(run.target.layers.record(layer.target.name) is not None for layer in run.plan.layers)
     return fitted and (not run.recipe.fit.refine or is_refined(run))

@@ -70,7 +70,7 @@ def fit_one(run: FitRun, layer: LayerPlan, regression: Regression | None = None)
 
 def stored_layer(run: FitRun, layer: LayerPlan) -> SPMLinear:
     """A finished layer as the conversion stores it, in float32."""
-    stored = run.target.load_layer(layer.target.name)
+    stored = run.target.layers.load(layer.target.name)
     assert stored is not None
     built = layer_from_spec(layer.spec)
     built.load_state_dict(stored[0])

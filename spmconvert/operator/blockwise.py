@@ -148,7 +148,8 @@ def _solve_second_(blocks: Blocks, target: Tensor, sigma: Tensor) -> float:
     slopes = torch.cat([part @ first for part, first in zip(targets, firsts, strict=True)], dim=2).double()
     grams, second = _grams(blocks, sigma), blocks.second.flatten(2)
     left_over = slopes - second.double() @ grams
-    step = torch.linalg.solve(grams, left_over, left=False)
+    # one by one: after torch.set_num_threads, batches of more than 150 rows make MKL's LU hang or answer wrongly
+    step = torch.stack([torch.linalg.solve(gram, rest, left=False) for gram, rest in zip(grams, left_over, strict=True)])
     blocks.second = (second + step).float().view_as(blocks.second)
     return (step * (2 * left_over - step @ grams)).sum().item()
 

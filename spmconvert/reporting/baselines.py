@@ -4,8 +4,8 @@
 - Magnitude 2:4: of every four weights of an output the two largest stay. Run as a dense product, because that is what
   happens without kernels and hardware for it; half of the weights are stored, with two bits of position each.
 
-Both get the exact bias correction that an SPM layer gets, and neither is finetuned. Models share every tensor that they do
-not change.
+Both get the exact bias correction that an SPM layer gets, their blocks are refined as the conversion's were, and neither is
+finetuned. Models share every tensor that they do not change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -18,7 +18,9 @@ from torch.nn.functional import linear, pad
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.data.calibration import CalibrationRows
+from spmconvert.fit.blocks import BATCH_ROWS, FOLLOWING_ROWS
 from spmconvert.fit.layer import whitened_svd
+from spmconvert.fit.refine import refine_model_
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
 from spmconvert.plan.plan import STATISTICS_BUDGET, statistics_bytes
 
@@ -50,7 +52,7 @@ class LowRankLinear(nn.Module):
 
 
 class SparseLinear(nn.Module):
-    """A dense product with a weight that is half zeros.
+    """A dense product with a weight that is half zeros, which stay zeros when it is trained.
 
     Args:
         weight: [out_features, in_features].
@@ -63,6 +65,7 @@ class SparseLinear(nn.Module):
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
+        self.weight.register_hook(lambda gradient: gradient * (self.weight != 0))
         self.bias = None if bias is None else nn.Parameter(bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,13 +73,17 @@ class SparseLinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
 
-def build_baselines(dense: Any, specs: Mapping[str, LayerSpec], rows: CalibrationRows | None) -> dict[str, tuple[Any, int]]:
+def build_baselines(
+    dense: Any, specs: Mapping[str, LayerSpec], rows: CalibrationRows | None, *, epochs: int = 0, seed: int = 0
+) -> dict[str, tuple[Any, int]]:
     """Make the models of the other methods.
 
     Args:
         dense: the untouched model; it stays untouched.
         specs: layers that the conversion replaced.
         rows: the conversion's calibration rows, or None where it used none.
+        epochs: passes over them that refine the blocks, as the conversion's.
+        seed: of the refinement.
 
     Returns:
         Model and number of parameters in the replaced layers, by method.
@@ -98,6 +105,10 @@ def build_baselines(dense: Any, specs: Mapping[str, LayerSpec], rows: Calibratio
             replace_module(models[method], name, layer.to(module.weight).eval())
         parameters["svd"] += sum(parameter.numel() for parameter in replacements["svd"].parameters())
         parameters["2:4"] += int((pruned != 0).sum()) + (0 if pruned_bias is None else len(pruned_bias))
+    if epochs and rows is not None:
+        batches = list(rows.batches(rows.fitted[:FOLLOWING_ROWS], dense, size=BATCH_ROWS))
+        for model in models.values():
+            refine_model_(model, dense, list(specs), batches, epochs=epochs, seed=seed)
     return {method: (models[method], parameters[method]) for method in METHODS}
 
 

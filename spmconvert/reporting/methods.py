@@ -21,6 +21,8 @@ def measure_candidates(
     texts: list[EvaluationRows],
     quality: tuple[Quality, ...],
     calibration: str | Path | None,
+    *,
+    quick: bool = False,
 ) -> tuple[MethodResult, ...]:
     """The untouched model, ours, and the other methods, measured the same way and timed in turn."""
     if run.dense is None:
@@ -30,7 +32,10 @@ def measure_candidates(
         run.not_measured.append(rows)
         return ()
     run.progress("fitting the baselines")
-    others = build_baselines(run.dense, run.converted.layers, rows)
+    recipe = run.converted.provenance["recipe"]
+    epochs = recipe["fit"].get("refine") or 0
+    others = build_baselines(run.dense, run.converted.layers, rows, epochs=0 if quick else epochs, seed=recipe["seed"])
+    refined = "not refined (--quick), " if quick and epochs else "refined alike, " if epochs else ""
     models = {"dense": run.dense, "spm": run.student, **{method: model for method, (model, _) in others.items()}}
     latency = _time_candidates(run, models)
     whole = next(amount for amount in amounts if (amount.what, amount.scope) == ("parameters", "whole model"))
@@ -49,7 +54,7 @@ def measure_candidates(
                 title=TITLES[key],
                 parameters=whole.dense - replaced + in_layers[key],
                 layer_parameters=in_layers[key],
-                note=_note(key, bool(run.converted.provenance.get("finetune"))),
+                note=_note(key, bool(run.converted.provenance.get("finetune")), refined),
                 metrics=metrics,
                 latency=latency.get(key),
                 tokens=timing.TYPICAL_TOKENS,
@@ -61,12 +66,12 @@ def measure_candidates(
 TITLES = {"dense": "untouched", "spm": "SPM (this checkpoint)", **METHODS}
 
 
-def _note(key: str, finetuned: bool) -> str:
+def _note(key: str, finetuned: bool, refined: str) -> str:
     notes = {
         "dense": "what the others are compared with",
         "spm": "finetuned; the other methods are not" if finetuned else "not finetuned",
-        "svd": "two thin products, not finetuned",
-        "2:4": "stored with 2 bits of position a weight; timed as a dense product; not finetuned",
+        "svd": f"two thin products, {refined}not finetuned",
+        "2:4": f"stored with 2 bits of position a weight; timed as a dense product; {refined}not finetuned",
     }
     return notes[key]
 

@@ -26,7 +26,7 @@ from spmconvert.commands.report import report
 from spmconvert.data.calibration import calibration_rows, load_rows
 from spmconvert.data.documents import content_hash
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
-from spmconvert.fit import run as fit_run
+from spmconvert.fit import blocks, stored
 from spmconvert.fit.streams import calling_order, on_one_path
 from spmconvert.model import loading
 from spmconvert.model.architecture import load_config, skeleton
@@ -34,7 +34,7 @@ from spmconvert.model.loading import DenseModel, load_dense_model
 from spmconvert.reporting.rows import evaluation_rows
 from tests.support import files_of
 
-DESIGNED = {"fit.iterations": 6, "calibration.rows": 16}
+DESIGNED = {"fit.iterations": 6, "calibration.rows": 16, "fit.refine": 0}
 # any other design of layers as small as these is slower than the dense one
 QUICK = {**DESIGNED, "budget.iterations": 4, "structures": "spm,lowrank", "allow_slower": True}
 # where it does not matter what is measured
@@ -328,7 +328,7 @@ def test_sequential_fits_undo_errors_of_earlier_layers(checkpoints, text, tmp_pa
 
 
 def test_sequential_run_resumes_to_the_same_bytes(checkpoints, text, tmp_path, monkeypatch):
-    changes = {"calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True}
+    changes = {"calib": text, "rank": 2, "fit.iterations": 4, "calibration.rows": 12, "sequential": True, "fit.refine": 0}
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "whole", **changes)
     with monkeypatch.context() as patch:
         interrupt_after(patch, 2)
@@ -355,6 +355,7 @@ def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, m
         "rank": 2,
         "sequential": True,
         "fit.iterations": 4,
+        "fit.refine": 0,
         "calibration.rows": 12,
     }
     models = []
@@ -363,20 +364,20 @@ def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, m
         models.append(load(*arguments))
         return models[-1]
 
-    load = fit_run.load_with_blocks_on_disk
+    load = blocks.load_with_blocks_on_disk
     # the calibration run of a whole run has loaded the model; one that goes on from its moments loads none
     with monkeypatch.context() as patch:
         interrupt_after(patch, 0)
         with pytest.raises(KeyboardInterrupt):
             spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
-    monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", kept)
+    monkeypatch.setattr(blocks, "load_with_blocks_on_disk", kept)
     result = spmconvert.convert(checkpoints[name], tmp_path / "disk", resume=True, **changes)
     (model,) = models
     converted = [model.get_submodule(layer.name).weight for layer in result.layers]
     assert all(weight.is_meta for weight in converted)
     assert not model.get_input_embeddings().weight.is_meta
     monkeypatch.setattr(
-        fit_run,
+        blocks,
         "load_with_blocks_on_disk",
         lambda directory, config, device, *_: load_dense_model(directory, config, device),
     )
@@ -427,7 +428,7 @@ def test_the_dense_model_is_loaded_once(checkpoints, text, tmp_path, cache, monk
                 spmconvert.convert(checkpoints["gpt2"], output, **changes)
     loads = []
     monkeypatch.setattr(loading, "load_dense_model", lambda *given: loads.append(given) or load_dense_model(*given))
-    monkeypatch.setattr(fit_run, "load_with_blocks_on_disk", lambda *_: pytest.fail("a second model"))
+    monkeypatch.setattr(blocks, "load_with_blocks_on_disk", lambda *_: pytest.fail("a second model"))
     spmconvert.convert(checkpoints["gpt2"], output, resume=resumed, **changes)
     # what was measured and chosen is kept, so that only fits in sequence need the model again
     assert len(loads) == (0 if resumed and changes.get("sequential") is False else 1)
@@ -522,7 +523,7 @@ def test_budget_while_loading(checkpoints, text, tmp_path, filled_cache):
         torch.testing.assert_close(
             layer.to_dense(), spmconvert.load(tmp_path / "out").get_submodule(record.name).to_dense()
         )
-    with pytest.raises(OptionError, match="sequential fits are not made"):
+    with pytest.raises(OptionError, match="fits in sequence and refinement are not made"):
         AutoModelForCausalLM.from_pretrained(
             checkpoints["gpt2"], quantization_config=spmconvert.SPMConfig(calib=str(text), sequential=True, **DESIGNED)
         )
@@ -577,7 +578,7 @@ def test_nothing_is_measured_for_what_cannot_be_written(checkpoints, text, tmp_p
 
 def interrupt_after(monkeypatch, layers):
     """Stop the next conversion when so many layers are fitted."""
-    whole, calls = fit_run.fit_layer, []
+    whole, calls = stored.fit_layer, []
 
     def interrupted(*arguments, **keywords):
         calls.append(1)
@@ -585,7 +586,7 @@ def interrupt_after(monkeypatch, layers):
             raise KeyboardInterrupt
         return whole(*arguments, **keywords)
 
-    monkeypatch.setattr(fit_run, "fit_layer", interrupted)
+    monkeypatch.setattr(stored, "fit_layer", interrupted)
 
 
 @pytest.mark.parametrize("sequential", [False, True])
@@ -658,14 +659,14 @@ def test_a_dry_run_refuses_fits_in_sequence_that_a_run_would(run, checkpoints, t
 
 
 def test_a_largest_error_wants_plain_fits_and_names_what_exceeds_it(checkpoints, text, tmp_path, filled_cache, monkeypatch):
-    whole = fit_run.fit_layer
+    whole = stored.fit_layer
 
     def worse(*arguments, **keywords):
         layer, record = whole(*arguments, **keywords)
         # on held-out rows a layer that is chosen to the limit may come out a little above it
         return layer, replace(record, error=0.5 if record.name.endswith("h.1.mlp.c_fc") else 0.39)
 
-    monkeypatch.setattr(fit_run, "fit_layer", worse)
+    monkeypatch.setattr(stored, "fit_layer", worse)
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", max_error=0.4, calib=text, **QUICK)
     assert json.loads((tmp_path / "out" / "spm.json").read_text())["recipe"]["fit"]["output_weighting"] is False
     assert result.above_limit == ("transformer.h.1.mlp.c_fc",)

@@ -141,16 +141,16 @@ def test_layers_survive_and_resume(tmp_path):
     with directory(tmp_path / "out") as target:
         target.store_layer("h.0", TENSORS, {"error": 0.5})
     with directory(tmp_path / "out", resume=True) as target:
-        tensors, record = target.load_layer("h.0")
+        tensors, record = target.layers.load("h.0")
         assert record == {"error": 0.5}
         assert all(torch.equal(tensors[name], tensor) for name, tensor in TENSORS.items())
-        assert target.load_layer("h.1") is None
+        assert target.layers.load("h.1") is None
     with pytest.raises(OutputError, match=r"1 finished layers; continue it with --resume, or discard it with --force"):
         directory(tmp_path / "out").__enter__()
     with directory(tmp_path / "out", resume=True) as target:
-        assert target.load_layer("h.0") is not None, "still there"
+        assert target.layers.load("h.0") is not None, "still there"
     with directory(tmp_path / "out", force=True) as target:
-        assert target.load_layer("h.0") is None, "given up"
+        assert target.layers.load("h.0") is None, "given up"
 
 
 def test_damaged_layer(tmp_path):
@@ -158,7 +158,7 @@ def test_damaged_layer(tmp_path):
         target.store_layer("h.0", TENSORS, {})
         next((target.partial / "layers").glob("*.safetensors")).write_bytes(b"short")
         with pytest.raises(CorruptCheckpointError, match="damaged"):
-            target.load_layer("h.0")
+            target.layers.load("h.0")
 
 
 def test_resume_needs_the_same_run(tmp_path):
@@ -393,7 +393,7 @@ def test_bytes_are_kept(tmp_path):
         plan = [(name, entry.nbytes, partial(source.read, name)) for name, entry in source.tensors.items()]
         target.write_weights(plan, shard_bytes=20)
         target.add_text("config.json", "{}")
-        stored, _ = target.load_layer("h.0")
+        stored, _ = target.layers.load("h.0")
         target.commit()
     copy = open_checkpoint(str(tmp_path / "out"))
     assert copy.tensors.keys() == source.tensors.keys() == stored.keys()
@@ -480,9 +480,9 @@ def convert(path, marker, **options):
     """A run as the tool makes it: layers that are not there yet, weights in shards, files, commit."""
     with directory(path, **options) as target:
         for number in range(2):
-            if target.load_layer(f"h.{number}") is None:
+            if target.layers.load(f"h.{number}") is None:
                 target.store_layer(f"h.{number}", {"w": torch.full((4,), float(number + len(marker)))}, {})
-        layers = [(f"h.{n}", 16, lambda n=n: target.load_layer(f"h.{n}")[0]["w"]) for n in range(2)]
+        layers = [(f"h.{n}", 16, lambda n=n: target.layers.load(f"h.{n}")[0]["w"]) for n in range(2)]
         target.write_weights([*layers, *entries(TENSORS)], shard_bytes=32)
         target.add_text("config.json", marker)
         target.commit()

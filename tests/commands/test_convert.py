@@ -299,7 +299,7 @@ class StopBetweenBlocks(StopAfter):
 
 @pytest.mark.parametrize("stop", [StopAfter(4), StopBetweenBlocks(1), StopBetweenBlocks(3)], ids=["in", "between", "end"])
 def test_refinement_resumes_to_the_same_bytes(checkpoints, text, tmp_path, stop):
-    options = {"targets": "mlp", "calib": text, "refine": 2, "sequential": True, **QUICK}
+    options = {"targets": "mlp", "calib": text, "sequential": True, **QUICK, "fit.refine": 2}
     state = torch.get_rng_state()
     spmconvert.convert(checkpoints["llama"], tmp_path / "whole", **options)
     assert torch.equal(torch.get_rng_state(), state)
@@ -312,8 +312,8 @@ def test_refinement_resumes_to_the_same_bytes(checkpoints, text, tmp_path, stop)
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama-bf16", "bert"])
 def test_refinement_changes_layers_norms_and_biases_and_says_which(checkpoints, text, tmp_path, name):
     options = {"targets": "mlp", "calib": text, "rank": 4, **QUICK}
-    spmconvert.convert(checkpoints[name], tmp_path / "fitted", refine=0, **options)
-    spmconvert.convert(checkpoints[name], tmp_path / "refined", refine=8, **options)
+    spmconvert.convert(checkpoints[name], tmp_path / "fitted", **options)
+    spmconvert.convert(checkpoints[name], tmp_path / "refined", **{**options, "fit.refine": 8})
     fitted, refined = (raw_tensors(tmp_path / which) for which in ("fitted", "refined"))
     assert {key: len(value[1]) for key, value in fitted.items()} == {key: len(value[1]) for key, value in refined.items()}
     record = json.loads((tmp_path / "refined" / "spm.json").read_text())
@@ -334,7 +334,7 @@ def test_refinement_changes_layers_norms_and_biases_and_says_which(checkpoints, 
 
 def test_a_norm_that_is_not_said_to_be_refined_does_not_pass(checkpoints, text, tmp_path):
     output = tmp_path / "o"
-    spmconvert.convert(checkpoints["llama"], output, targets="mlp", calib=text, refine=8, rank=4, **QUICK)
+    spmconvert.convert(checkpoints["llama"], output, targets="mlp", calib=text, rank=4, **{**QUICK, "fit.refine": 8})
     record = json.loads((output / "spm.json").read_text())
     record["refined"]["tensors"] = record["refined"]["tensors"][1:]
     (output / "spm.json").write_text(json.dumps(record))
@@ -342,11 +342,20 @@ def test_a_norm_that_is_not_said_to_be_refined_does_not_pass(checkpoints, text, 
     assert outcomes["untouched tensors"] == "FAILED"
 
 
+def test_a_model_that_cannot_be_refined_is_converted_and_says_so(checkpoints, text, tmp_path):
+    options = {"targets": "*.dense", "calib": text, **QUICK}
+    result = spmconvert.convert(checkpoints["bert"], tmp_path / "o", **{**options, "fit.refine": None})
+    assert "no block was refined" in result.measured_on
+    assert json.loads((tmp_path / "o" / "spm.json").read_text())["recipe"]["fit"]["refine"] == 0
+    result = spmconvert.convert(checkpoints["bert"], tmp_path / "p", **options)
+    assert "refined" not in result.measured_on
+
+
 def test_refinement_needs_rows_and_one_path(checkpoints, text, tmp_path):
     with pytest.raises(RecipeError, match="refine needs calibration rows"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", refine=2)
     with pytest.raises(OptionError, match="in one list of blocks"):
-        spmconvert.convert(checkpoints["bert"], tmp_path / "o", targets="*.dense", calib=text, refine=2, **QUICK)
+        spmconvert.convert(checkpoints["bert"], tmp_path / "o", **{**QUICK, "fit.refine": 2}, targets="*.dense", calib=text)
     with pytest.raises(RecipeError, match="max_error limits"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", calib=text, refine=2, max_error=0.5)
 
@@ -539,7 +548,7 @@ def test_a_dataset_calibrates_as_its_text_does(checkpoints, text, tmp_path, monk
     recorded = json.loads((tmp_path / "name" / "spm.json").read_text())
     assert recorded["recipe"]["calibration"]["file"] == name
     (tmp_path / "r.toml").write_text(
-        f'[calibration]\nfile = "{name}"\nrows = 24\n[fit]\niterations = 8\n[design]\nrank = 2\n'
+        f'[calibration]\nfile = "{name}"\nrows = 24\n[fit]\niterations = 8\nrefine = 0\n[design]\nrank = 2\n'
     )
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "recipe", recipe=tmp_path / "r.toml")
     assert raw_tensors(tmp_path / "recipe") == raw_tensors(tmp_path / "name")

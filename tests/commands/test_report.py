@@ -21,7 +21,7 @@ from spmconvert.reporting.comparison import rows
 from spmconvert.reporting.rows import evaluation_rows
 from spmconvert.reporting.schema import NotMeasured, read_report
 from spmconvert.reporting.summary import findings, key_figures
-from tests.support import QUICK
+from tests.support import QUICK, raw_tensors
 
 # one worker makes the report that both files read
 pytestmark = pytest.mark.xdist_group("report")
@@ -274,6 +274,7 @@ def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, 
         allow_slower=True,
         sequential=True,
         calib=text,
+        refine=0,
         **{"calibration.rows": 16},
     )
     found = report(tmp_path / "o", seconds=0)
@@ -283,6 +284,24 @@ def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, 
     figure = key_figures(found)[-1]
     assert aims in figure.detail
     assert figure.tone == "plain"
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_baselines_are_refined_as_the_conversion_was(checkpoints, text, other_text, tmp_path, name):
+    options = {"rank": 4, "stages": 0, "refine": 6, "calibration.rows": 24}
+    convert(checkpoints[name], tmp_path / "o", targets="mlp", calib=text, **options)
+    before = raw_tensors(checkpoints[name])
+    found, quick = (
+        report(tmp_path / "o", data=other_text, baselines=True, quick=quick, rows=8, seconds=0) for quick in (0, 1)
+    )
+    assert raw_tensors(checkpoints[name]) == before
+    alike, left_out = ({one.key: one for one in result.candidates} for result in (found, quick))
+    for key in ("svd", "2:4"):
+        assert "refined alike" in alike[key].note
+        assert "not refined (--quick)" in left_out[key].note
+        kl = [next(m.converted for m in one[key].metrics if m.key == "kl") for one in (alike, left_out)]
+        assert kl[0] != kl[1]
+        assert alike[key].layer_parameters == left_out[key].layer_parameters
 
 
 def test_baselines_without_the_calibration_text_are_named(gpt2_spm, other_text, tmp_path):

@@ -67,6 +67,7 @@ def test_fits_weigh_outputs_where_the_recipe_says_so(checkpoints, text, tmp_path
         "rank": 4,
         "calibration.rows": 16,
         "output_weighting": weighted,
+        "refine": 0,
     }
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", **changes)
     found = spmconvert.load(tmp_path / "out").get_submodule(LAYER).to_dense().detach()

@@ -304,6 +304,20 @@ def shared_direction():
     return LeastSquares(weight - weight.mean(1, keepdim=True), root)
 
 
+def test_systems_are_solved_one_by_one(monkeypatch):
+    """A batch of them hangs, or is solved wrongly, in MKL's LU once ``torch.set_num_threads`` was called."""
+    solve = torch.linalg.solve
+
+    def single(matrix, *arguments, **options):
+        assert matrix.dim() == 2
+        return solve(matrix, *arguments, **options)
+
+    monkeypatch.setattr(torch.linalg, "solve", single)
+    generator = torch.Generator().manual_seed(0)
+    problem = LeastSquares(torch.randn(24, 32, generator=generator), torch.randn(64, 32, generator=generator))
+    assert fit_blocks(problem, 4, 3, 2).matrix().isfinite().all()
+
+
 def test_correlated_inputs_do_not_hold_it_up():
     least = shared_direction()
     blocks = truncated_grid(least.weight, least.root, 6, 8, 1)
