@@ -237,10 +237,11 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
 def _load_and_settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> Recipe:
     """The recipe with what it leaves open about the fits decided, so that it is recorded as it was done.
 
-    Whether blocks are a chain is seen by running them, so the dense model is loaded where fits in sequence are wanted.
+    Whether blocks are a chain is seen by running them, so the dense model is loaded where fits in sequence or refinement
+    are wanted.
 
     Raises:
-        OptionError: when fits in sequence are asked for and cannot be made; before anything is measured for a budget.
+        OptionError: when they are asked for and cannot be made; before anything is measured for a budget.
     """
     fit = recipe.fit
     wanted = {

@@ -130,9 +130,9 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
         return Check(name, "FAILED", f"{len(odd)} tensors are on one side only, for example {odd[0]}")
     changed = [key for key in before if not _same_bytes(before[key], after[key])]
     trained = {run["recipe"]["train"] for run in converted.provenance.get("finetune", [])}
-    # a finetune of norms trains biases as well: all that has one dimension
     refined = set(converted.provenance.get("refined", {}).get("tensors", []))
     changed = [key for key in changed if key not in refined]
+    # a finetune of norms trains biases as well: all that has one dimension
     excused = [key for key in changed if "all" in trained or ("norms" in trained and len(before[key].shape) == 1)]
     odd = sorted(set(changed) - set(excused))
     if odd:

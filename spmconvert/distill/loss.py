@@ -8,16 +8,16 @@ logits, and where it is not (soft caps, scaled logits, heads with layers of thei
 Hidden states of all layers, pooled states and the outputs of the converted layers can be matched beside any of these.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spmconvert.distill.stored import StoredLogits
 from spmconvert.errors import OptionError
+from spmconvert.model.recording import recorded
 from spmconvert.outputs.losses import class_loss, hidden_state_loss, relative_square
 from spmconvert.outputs.objective import Objective, all_states, class_logits, next_tokens, pooled, real_positions
 from spmconvert.outputs.words import compare_words, has_plain_head, word_head, word_states
@@ -90,8 +90,8 @@ class Distillation:
         if self.objective == "logits" and self.plain_head is None:
             self.plain_head = has_plain_head(self.student, batch)
         with ExitStack() as stack:
-            student_outputs = stack.enter_context(_recorded(self.student, self._watched))
-            target_outputs = stack.enter_context(_recorded(self.teacher, self._watched))
+            student_outputs = stack.enter_context(recorded(self.student, self._watched, "outputs"))
+            target_outputs = stack.enter_context(recorded(self.teacher, self._watched, "outputs"))
             student_run = self._run(model if model is not None else self.student, self.student, batch)
             target = None if self.teacher is None else self._run_teacher(batch)
         if self.objective == "logits":
@@ -191,22 +191,3 @@ def _single(name: str, total: Tensor, positions: int) -> Loss:
 def _add(loss: Loss, name: str, weight: float | Tensor, value: Tensor) -> None:
     loss.parts[name] = value.detach()
     loss.total = loss.total + weight * value
-
-
-@contextmanager
-def _recorded(model: Any, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Outputs of named modules during one call."""
-    outputs: dict[str, Tensor] = {}
-
-    def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, inputs: Any, output: Tensor) -> None:
-            outputs[name] = output
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in names]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -10,7 +10,6 @@ What it gives up: targets outside of one list of blocks, and experts, which see 
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from spmconvert.calibrate.statistics import attended
 from spmconvert.errors import CalibrationError, OptionError
+from spmconvert.model.recording import recorded
 from spmconvert.model.swap import replace_module
 from spmconvert.operator.offloaded import fetched
 
@@ -194,7 +194,7 @@ class Streams:
             names, block = self._here() if self._keeps_outputs else [], self._blocks[self.index]
             self._dense_outputs = {name: [] for name in names}
             for batch, mask in enumerate(self.masks):
-                with _caught(block, names, outputs=True) as caught:
+                with recorded(block, names, "outputs") as caught:
                     self._dense_after.append(self._run_dense(batch, self.states[batch][0]))
                 for name in names:
                     self._dense_outputs[name].append(attended(caught[name], mask))
@@ -219,7 +219,7 @@ class Streams:
         block = self.block
         names = sorted(self._waiting)
         for batch, mask in enumerate(self.masks):
-            with _caught(block, names, outputs=False) as caught:
+            with recorded(block, names, "inputs") as caught:
                 self.run(batch)
             inputs = attended(caught[name], mask)
             for other in names:
@@ -310,22 +310,3 @@ def _reading_norms(model: Any, blocks: nn.ModuleList, batch: dict[str, Any]) -> 
         for handle in handles:
             handle.remove()
     return readers
-
-
-@contextmanager
-def _caught(block: nn.Module, names: Sequence[str], *, outputs: bool) -> Iterator[dict[str, Tensor]]:
-    """What goes into layers of a block, or comes out of them, by name."""
-    caught: dict[str, Tensor] = {}
-
-    def keep_for(name: str) -> Any:
-        def keep(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            caught[name] = output if outputs else inputs[0]
-
-        return keep
-
-    handles = [block.get_submodule(name).register_forward_hook(keep_for(name)) for name in names]
-    try:
-        yield caught
-    finally:
-        for handle in handles:
-            handle.remove()

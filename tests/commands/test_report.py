@@ -286,7 +286,7 @@ def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, 
     assert figure.tone == "plain"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-bf16"])
 def test_baselines_are_refined_as_the_conversion_was(checkpoints, text, other_text, tmp_path, name):
     options = {"rank": 4, "stages": 0, "refine": 6, "calibration.rows": 24}
     convert(checkpoints[name], tmp_path / "o", targets="mlp", calib=text, **options)
