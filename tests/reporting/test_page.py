@@ -134,9 +134,9 @@ def contrast(one, other):
 def test_several_reports_stand_side_by_side(opened, quick_report):
     other = quick_report.model_copy(update={"model": quick_report.model.model_copy(update={"name": "another"})})
     page = opened([quick_report, other])
-    assert page.locator("h1").inner_text() == "gpt2-spm, another"
+    assert page.locator("h1").inner_text() == "gpt2, another"
     columns = page.locator("table").first.locator("thead th").all_inner_texts()
-    assert columns[1:] == ["gpt2-spm", "another"]
+    assert columns[1:] == ["gpt2", "another"]
     assert page.locator("article").count() == 2
     ids = page.evaluate("[...document.querySelectorAll('[id]')].map(one => one.id)")
     assert len(ids) == len(set(ids))
