@@ -111,16 +111,18 @@ class SPMLinear(Keeper):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply the layer to x [..., in_features] -> [..., out_features], in the dtype of x or of autocast."""
+        if self._only_low_rank and x.dtype == self._buffers["weight"].dtype:  # type: ignore[union-attr]
+            return self._modules["lowrank"].called(x)  # type: ignore[union-attr, operator]
         device = x.device.type
         # other devices than these two may not know of autocast
-        casts = (x.is_cpu or torch.amp.is_autocast_available(device)) and torch.is_autocast_enabled(device)
-        if self._only_low_rank and (casts or x.dtype == self._buffers["weight"].dtype):  # type: ignore[union-attr]
-            y: Tensor = self._modules["lowrank"](x)  # type: ignore[misc]
-            return y
-        if casts and x.dtype != torch.float64:
-            with torch.autocast(device, enabled=False):
-                return self._run(x.to(torch.get_autocast_dtype(device)))
-        return self._run(x)
+        if not (x.is_cpu or torch.amp.is_autocast_available(device)) or not torch.is_autocast_enabled(device):
+            return self._run(x)
+        if self._only_low_rank:
+            return self._modules["lowrank"].called(x)  # type: ignore[union-attr, operator]
+        if x.dtype == torch.float64:
+            return self._run(x)
+        with torch.autocast(device, enabled=False):
+            return self._run(x.to(torch.get_autocast_dtype(device)))
 
     def _run(self, x: Tensor) -> Tensor:
         tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)

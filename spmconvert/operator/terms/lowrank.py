@@ -106,8 +106,12 @@ class LowRankModule(TermModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both layers, the bias included."""
-        y: Tensor = self.up(self.down(x))
+        y: Tensor = self._modules["up"](self._modules["down"](x))  # type: ignore[misc]
         return y
+
+    def called(self, x: Tensor) -> Tensor:
+        """The same as a call; without its cost, which is a tenth of both products of one token, where nobody watches it."""
+        return self(x) if _is_hooked(self) else self.forward(x)
 
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Both products in the dtype of x, and a bias in the place of the own one."""
