@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from spmconvert.calibrate.metric import OutputMetric
-from spmconvert.calibrate.moments import Moments
 from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.calibrate.store import Moments
 from spmconvert.fit.error import measure_error
 from spmconvert.fit.solver import fit_
 from spmconvert.operator.design import Design

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.calibrate.metric import OutputMetric
-from spmconvert.calibrate.moments import Moments
+from spmconvert.calibrate.store import Moments
 from spmconvert.operator.factors import covariance_root, left_singular_vectors, metric_weighted
 from spmconvert.operator.terms.lowrank import ALIGNED
 

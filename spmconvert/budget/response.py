@@ -13,8 +13,9 @@ candidate. In a model of many layers only a part of each role is measured, and t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain as joined
 from typing import Any
 
 import torch
@@ -22,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from spmconvert.errors import CalibrationError
+from spmconvert.model.chain import Chain, Walk
+from spmconvert.model.states import STATES_LIMIT, States
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
 from spmconvert.outputs.losses import class_loss
 from spmconvert.outputs.objective import class_logits, objective_for, pooled, real_positions
@@ -73,6 +76,38 @@ class Response:
         return predicted * math.exp(first + min(max(position, 0.0), 1.0) * (last - first))
 
 
+class Comparison:
+    """How far what a changed model puts out is from what it did before, in the unit of its layers' curvature.
+
+    Args:
+        model: the dense model.
+        batch: keyword arguments of it, to find out how words follow from states.
+    """
+
+    def __init__(self, model: Any, batch: dict[str, Any]) -> None:
+        self._model = model
+        self._objective = objective_for(model.config, type(model).__name__)
+        self._plain_head = self._objective == "logits" and has_plain_head(model, batch)
+
+    def output(self, model: Any, batch: dict[str, Any]) -> Tensor:
+        """What is compared, [positions, ...]."""
+        if self._objective == "logits":
+            return real_positions(word_states(model, model, batch, plain_head=self._plain_head)[0], batch)
+        output = model(**batch)
+        if self._objective == "hidden":
+            return normalize(pooled(output[0], batch).float(), dim=-1)
+        return class_logits(output, batch)
+
+    def distance(self, student: Any, found: Tensor, target: Tensor) -> Tensor:
+        """Of two outputs, summed over positions."""
+        if self._objective == "logits":
+            head, target_head = (word_head(model, plain_head=self._plain_head) for model in (student, self._model))
+            return compare_words(found, head, (target,), target_head)[0]
+        if self._objective == "hidden":
+            return (found - target).square().sum()
+        return class_loss(found, target, scores=self._objective == "scores")
+
+
 class Divergences:
     """Mean divergence of a model's output when one layer is replaced, in the unit of its curvature.
 
@@ -84,15 +119,8 @@ class Divergences:
     @torch.no_grad()
     def __init__(self, model: Any, batches: Sequence[dict[str, Any]]) -> None:
         self._model, self._batches = model, batches
-        self._objective = objective_for(model.config, type(model).__name__)
-        self._plain_head = self._objective == "logits" and has_plain_head(model, batches[0])
-        self._targets = [self._output(model, batch) for batch in batches]
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """That replacements have to be in."""
-        dtype: torch.dtype = self._model.dtype
-        return dtype
+        self._comparison = Comparison(model, batches[0])
+        self._targets = [self._comparison.output(model, batch) for batch in batches]
 
     @torch.no_grad()
     def of(self, name: str, replacement: nn.Module) -> float:
@@ -105,32 +133,70 @@ class Divergences:
             CalibrationError: when it is not finite.
         """
         student = copy_sharing_tensors(self._model)
-        replace_module(student, name, replacement.eval())
-        total = positions = 0.0
-        for batch, target in zip(self._batches, self._targets, strict=True):
-            found = self._output(student, batch)
-            total += self._distance(student, found, target).item()
-            positions += len(found)
-        if not math.isfinite(total):
-            raise CalibrationError.not_finite(f"outputs of the model with layer {name} replaced", name)
-        return total / positions
+        replace_module(student, name, replacement.to(self._model.dtype).eval())
+        found = (self._comparison.output(student, batch) for batch in self._batches)
+        return _mean_distance(name, self._comparison, student, zip(found, self._targets, strict=True))
 
-    def _output(self, model: Any, batch: dict[str, Any]) -> Tensor:
-        """What is compared, [positions, ...]."""
-        if self._objective == "logits":
-            return real_positions(word_states(model, model, batch, plain_head=self._plain_head)[0], batch)
-        output = model(**batch)
-        if self._objective == "hidden":
-            return normalize(pooled(output[0], batch).float(), dim=-1)
-        return class_logits(output, batch)
 
-    def _distance(self, student: Any, found: Tensor, target: Tensor) -> Tensor:
-        if self._objective == "logits":
-            head, target_head = (word_head(model, plain_head=self._plain_head) for model in (student, self._model))
-            return compare_words(found, head, (target,), target_head)[0]
-        if self._objective == "hidden":
-            return (found - target).square().sum()
-        return class_loss(found, target, scores=self._objective == "scores")
+@torch.no_grad()
+def divergences_by_block(
+    chain: Chain, batches: Sequence[dict[str, Any]], names: Sequence[str], replacements: Callable[[str], list[nn.Module]]
+) -> dict[str, list[float]]:
+    """The same for many replacements, one at a time each, in one walk through the blocks.
+
+    Args:
+        chain: the dense model, which is left alone.
+        batches: keyword arguments of the model.
+        names: of layers in the chain.
+        replacements: what takes a layer's place, in the order of the blocks asked for once a layer.
+
+    Returns:
+        By name the divergences, as ``Divergences.of`` gives them, in the order of the replacements.
+
+    Raises:
+        CalibrationError: when one is not finite.
+    """
+    walk = Walk(chain, batches)
+    branches: dict[str, list[States]] = {name: [] for name in names}
+    for index in range(len(chain)):
+        block, prefix = chain.block(index), f"{chain.name(index)}."
+        for states in joined(*branches.values()):
+            for batch in range(len(walk)):
+                states[batch] = walk.run(block, batch, states[batch])
+        for name in (name for name in names if name.startswith(prefix)):
+            inside = name.removeprefix(prefix)
+            dense = block.get_submodule(inside)
+            for replacement in replacements(name):
+                replace_module(block, inside, replacement.float().eval())
+                changed = [walk.run(block, batch) for batch in range(len(walk))]
+                branches[name].append(States(changed, chain.folder, STATES_LIMIT // MOST_MEASURED))
+            replace_module(block, inside, dense)
+        walk.advance(block)
+    with chain.ending_in():
+        comparison = Comparison(chain.model, batches[0])
+
+    def outputs(states: States) -> Iterator[Tensor]:
+        for batch, state in zip(batches, states, strict=True):
+            with chain.ending_in(state):
+                yield comparison.output(chain.model, batch)
+
+    targets = list(outputs(walk.states))
+    return {
+        name: [
+            _mean_distance(name, comparison, chain.model, zip(outputs(states), targets, strict=True)) for states in found
+        ]
+        for name, found in branches.items()
+    }
+
+
+def _mean_distance(name: str, comparison: Comparison, student: Any, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    total = positions = 0.0
+    for found, target in pairs:
+        total += comparison.distance(student, found, target).item()
+        positions += len(found)
+    if not math.isfinite(total):
+        raise CalibrationError.not_finite(f"outputs of the model with layer {name} replaced", name)
+    return total / positions
 
 
 def measured_sample(names: Sequence[str]) -> list[str]:

@@ -9,20 +9,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
 from spmconvert.budget.cache import RESPONSE, CacheIdentity, write_part
 from spmconvert.budget.candidates import Subject
 from spmconvert.budget.curves import Curves, check_measurable, known_curves, measure_low_rank, spread_responses
-from spmconvert.budget.response import MEASURED_ROWS, MEASURED_SHARES, Divergences, Response, measured_sample
+from spmconvert.budget.response import (
+    MEASURED_ROWS,
+    MEASURED_SHARES,
+    Divergences,
+    Response,
+    divergences_by_block,
+    measured_sample,
+)
 from spmconvert.budget.search import Search
 from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model, whole_model
 from spmconvert.budget.times import TimeTable
-from spmconvert.calibrate.moments import Moments
+from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.errors import OptionError
+from spmconvert.model.chain import Chain
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.lowrank import LowRank
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
@@ -47,7 +55,8 @@ class Spending:
         recipe: with a budget.
         identity: how the model is measured.
         rows: calibration rows, or None without data.
-        model: gives the dense model.
+        model: gives the dense model, where the whole of it is needed.
+        chain: gives its blocks, or None where the layers are in no chain of blocks.
         moments: gives the moments of a layer by name.
         weights: gives weight [out_features, in_features] and bias of a layer, float32.
         device: where.
@@ -60,6 +69,7 @@ class Spending:
     identity: CacheIdentity
     rows: CalibrationRows | None
     model: Callable[[], Any]
+    chain: Callable[[], Chain | None]
     moments: Callable[[str], Moments | None]
     weights: Callable[[LayerPlan], tuple[Tensor, Tensor | None]]
     device: str
@@ -108,14 +118,32 @@ class Spending:
         sample = set(measured_sample(names))
         missing = [curve for curve in curves.layers if curve.response is None and curve.layer.target.name in sample]
         if missing:
-            assert self.rows is not None
-            batches = list(self.rows.batches(self.rows.choosing[:MEASURED_ROWS], self.model()))
-            divergences = Divergences(self.model(), batches)
-            for curve in missing:
-                points = _response_points(self._subject(curve.layer), curve.layer.target.name, divergences)
+            for curve, points in zip(missing, self._response_points([curve.layer for curve in missing]), strict=True):
                 write_part(curves.cache.files(curve.layer)[RESPONSE], points)
                 curve.response = Response.of(points)
         spread_responses(curves)
+
+    def _response_points(self, layers: Sequence[LayerPlan]) -> list[list[tuple[float, float]]]:
+        """Predicted and measured losses of each layer's low-rank candidates at two sizes."""
+        assert self.rows is not None
+        by_name = {layer.target.name: layer for layer in layers}
+        predicted: dict[str, list[float]] = {}
+
+        def fitted(name: str) -> list[nn.Module]:
+            subject = self._subject(by_name[name])
+            designs = _measured_designs(by_name[name])
+            predicted[name] = [candidate.loss for candidate in subject.measure(designs)]
+            return [subject.fitted(design) for design in designs]
+
+        chain, choosing = self.chain(), self.rows.choosing[:MEASURED_ROWS]
+        model = self.model() if chain is None else chain.model
+        batches = list(self.rows.batches(choosing, model))
+        if chain is None:
+            divergences = Divergences(model, batches)
+            measured = {name: [divergences.of(name, replacement) for replacement in fitted(name)] for name in by_name}
+        else:
+            measured = divergences_by_block(chain, batches, list(by_name), fitted)
+        return [list(zip(predicted[name], measured[name], strict=True)) for name in by_name]
 
 
 @dataclass(frozen=True)
@@ -181,15 +209,8 @@ def compare_speedups(
     return rows
 
 
-def _response_points(subject: Subject, name: str, divergences: Divergences) -> list[tuple[float, float]]:
-    """Predicted and measured losses of a layer's low-rank candidates at two sizes."""
-    out_features, in_features = subject.weight.shape
-    designs = []
-    for share in MEASURED_SHARES:
-        parameters = max(int(share * subject.weight.numel()), in_features + out_features)
-        term = LowRank.designs(in_features, out_features, parameters)[0]
-        designs.append(Design(in_features, out_features, (term,)))
-    points = []
-    for design, candidate in zip(designs, subject.measure(designs), strict=True):
-        points.append((candidate.loss, divergences.of(name, subject.fitted(design).to(divergences.dtype))))
-    return points
+def _measured_designs(layer: LayerPlan) -> list[Design]:
+    in_features, out_features = layer.target.in_features, layer.target.out_features
+    sizes = [max(int(share * in_features * out_features), in_features + out_features) for share in MEASURED_SHARES]
+    terms = [LowRank.designs(in_features, out_features, parameters)[0] for parameters in sizes]
+    return [Design(in_features, out_features, (term,)) for term in terms]

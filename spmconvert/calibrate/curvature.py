@@ -14,7 +14,7 @@ without.
 What it gives up: third order, and the interplay of errors in several layers or tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -60,15 +60,31 @@ class Curvatures:
     def add(self, batch: dict[str, Any]) -> None:
         """Run a batch, keyword arguments of the model, forwards and backwards."""
         self.look_at(batch)
-        take = partial(self._take, batch)
-        with _frozen(self._model), _differentiated(self._model, self._names, take), torch.enable_grad():
-            self._positions += self._probe(batch)
+        with _frozen(self._model), self.watching(self._model, {name: name for name in self._names}, batch):
+            self.probe(batch)
 
-    def _take(self, batch: dict[str, Any], name: str, gradient: Tensor) -> None:
-        _add(self._sums, name, gradient, batch)
+    @contextmanager
+    def watching(self, module: nn.Module, names: Mapping[str, str], batch: dict[str, Any]) -> Iterator[None]:
+        """Take the gradients with respect to the outputs of layers when a backward pass comes by.
+
+        Args:
+            module: that runs meanwhile, on a batch.
+            names: of the layers in the model, by their names in the module.
+            batch: its keyword arguments.
+        """
+
+        def take(inside: str, gradient: Tensor) -> None:
+            _add(self._sums, names[inside], gradient, batch)
+
+        with _differentiated(module, list(names), take):
+            yield
 
     def result(self) -> dict[str, Tensor]:
-        """By name, a matrix [out_features, out_features], float32, on the CPU.
+        """The curvatures of all layers by name, as ``result_of`` gives them."""
+        return {name: self.result_of(name) for name in self._names}
+
+    def result_of(self, name: str) -> Tensor:
+        """The curvature of a layer [out_features, out_features], float32, on the CPU, which is then forgotten.
 
         Together with a layer's input moments it predicts the loss a position of the model's output.
 
@@ -76,10 +92,15 @@ class Curvatures:
             CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
         """
         factor = 1.0 if self._objective == "hidden" else 0.5
-        return {name: _checked(name, self._sums.pop(name, None)).mul_(factor / self._positions) for name in self._names}
+        return _checked(name, self._sums.pop(name, None)).mul_(factor / self._positions)
+
+    @torch.enable_grad()
+    def probe(self, batch: dict[str, Any]) -> None:
+        """Differentiate a random scalar of the output for a batch, without watching layers."""
+        self._positions += self._probe(batch)
 
     def _probe(self, batch: dict[str, Any]) -> int:
-        """Differentiate a random scalar of the output; returns the number of positions that it sums over."""
+        """Returns the number of positions that the scalar sums over."""
         if not self._plain_head:
             probe, count = _probe(self._model(**batch), self._objective, batch, self._generator)
             probe.backward()

@@ -1,112 +1,31 @@
-"""What calibration rows say about layers: input moments on each part of the rows, output metrics, and where they are kept.
+"""What calibration rows say about layers: input moments on each part of the rows, and output metrics.
 
-One run over the rows serves everything that asks for moments: curves, designs and final fits. They are written to a folder
-a layer at a time, so that a resumed run takes the same numbers, and only the layer at work is in memory.
+One run over the rows serves everything that asks for moments: curves, designs and final fits. It goes a block at a time
+where the layers are in a chain of blocks (``by_block``), and through the whole model in memory where they are not.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from spmconvert.calibrate.by_block import BlockCalibration
 from spmconvert.calibrate.curvature import Curvatures
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
+from spmconvert.calibrate.store import PARTS, MomentStore
 from spmconvert.data.calibration import CalibrationRows
+from spmconvert.model.chain import Chain, common_list
 from spmconvert.model.loading import in_float32
 from spmconvert.outputs.objective import objective_for
-from spmconvert.plan.plan import LayerPlan, statistics_bytes, statistics_groups
-from spmconvert.system.files import save_whole
+from spmconvert.plan.plan import LayerPlan, statistics_groups
 
-PARTS = ("fitted", "choosing", "held_out")
 # tokens of a backward pass: what it keeps of every layer is the largest thing in memory
 GRADIENT_TOKENS = 256
+# the same where it goes through one block
+BLOCK_GRADIENT_TOKENS = 1024
 # positions that weigh outputs where each has a word or class of its own; with one probe a row, all rows do
 WEIGHING_POSITIONS = 8192
-
-
-@dataclass(frozen=True)
-class Moments:
-    """What calibration rows say about one layer.
-
-    Attributes:
-        fitted: moments of its inputs on the rows that are fitted.
-        held_out: the same on the rows that errors are measured on.
-        choosing: the same on the rows that choose designs, None where the recipe names them.
-        metric: what errors of its outputs cost, where that was asked for.
-    """
-
-    fitted: ActivationStatistics
-    held_out: ActivationStatistics
-    choosing: ActivationStatistics | None = None
-    metric: OutputMetric | None = None
-
-    @classmethod
-    def isotropic(cls, in_features: int) -> "Moments":
-        """What stands in for data when there is none."""
-        moments = ActivationStatistics.isotropic(in_features)
-        return cls(moments, moments, moments)
-
-    def to(self, device: torch.device | str) -> "Moments":
-        """The same on another device."""
-        choosing = None if self.choosing is None else self.choosing.to(device)
-        metric = None if self.metric is None else self.metric.to(device)
-        return Moments(self.fitted.to(device), self.held_out.to(device), choosing, metric)
-
-
-def moment_bytes(layers: Sequence[LayerPlan]) -> int:
-    """Disk space that the moments of layers take."""
-    return sum(len(PARTS) * statistics_bytes(layer.target.in_features) for layer in layers)
-
-
-class MomentStore:
-    """A folder with the moments of every layer.
-
-    Args:
-        folder: made where it is not there.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
-
-    def __contains__(self, name: str) -> bool:
-        return self._file(name, "fitted").exists()
-
-    def read(self, name: str) -> Moments:
-        """The moments of a layer that was gathered."""
-        statistics = {part: self._part(name, part) for part in PARTS}
-        fitted, held_out = statistics["fitted"], statistics["held_out"]
-        assert fitted is not None
-        assert held_out is not None
-        return Moments(fitted[0], held_out[0], statistics["choosing"] and statistics["choosing"][0], fitted[1])
-
-    def write(self, name: str, part: str, statistics: ActivationStatistics, metric: OutputMetric | None = None) -> None:
-        """Keep one part of a layer's moments; the fitted one comes last."""
-        tensors = {"rows": torch.tensor(statistics.rows), "mean": statistics.mean, "scatter": statistics.scatter}
-        if metric is not None:
-            tensors |= {"vectors": metric.vectors, "values": metric.values}
-            tensors["level"] = torch.tensor(metric.level, dtype=torch.float64)
-        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
-        save_whole(self._file(name, part), lambda temporary: save_file(contiguous, temporary))
-
-    def _part(self, name: str, part: str) -> tuple[ActivationStatistics, OutputMetric | None] | None:
-        file = self._file(name, part)
-        if not file.exists():
-            return None
-        found = load_file(file)
-        metric = None
-        if "vectors" in found:
-            metric = OutputMetric(found["vectors"], found["values"], found["level"].item())
-        return ActivationStatistics(int(found["rows"]), found["mean"], found["scatter"]), metric
-
-    def _file(self, name: str, part: str) -> Path:
-        return self._folder / f"{sha256(name.encode()).hexdigest()[:32]}.{part}.safetensors"
 
 
 def gather_moments(
@@ -116,20 +35,27 @@ def gather_moments(
     store: MomentStore,
     report: Callable[[int, int], None],
     *,
+    chain: Callable[[], Chain | None] = lambda: None,
     weighted: bool = False,
     seed: int = 0,
 ) -> None:
     """Run the calibration rows through the model and keep the moments of all layers that are not kept yet.
 
     Args:
-        model: gives the dense model, where anything is missing.
+        model: gives the dense model, where anything is missing and there is no chain.
         layers: whose inputs are wanted.
         rows: of the calibration text.
         store: where moments are kept.
-        report: told how many rows are through, and of how many.
+        report: told how far it is, and of how much: rows, or batches in a block.
+        chain: gives the blocks that all layers are in; None where they are in no chain.
         weighted: measure what errors of the outputs cost, too; takes a backward pass over the fitted rows.
         seed: seed of that measurement.
     """
+    missing = [layer for layer in layers if layer.target.name not in store]
+    blocks = chain() if missing else None
+    if blocks is not None:
+        _gather_by_block(blocks, missing, rows, store, report, weighted=weighted, seed=seed)
+        return
     groups = [
         [layer.target.name for layer in group]
         for group in statistics_groups(layers, weighted=weighted)
@@ -155,6 +81,38 @@ def gather_moments(
             store.write(name, "fitted", statistics, metric)
 
 
+def _gather_by_block(
+    chain: Chain,
+    layers: Sequence[LayerPlan],
+    rows: CalibrationRows,
+    store: MomentStore,
+    report: Callable[[int, int], None],
+    *,
+    weighted: bool,
+    seed: int,
+) -> None:
+    found = common_list(chain.model, [layer.target.name for layer in layers])
+    assert found is not None
+    by_block: dict[int, list[LayerPlan]] = {}
+    for layer in layers:
+        by_block.setdefault(found[1][layer.target.name], []).append(layer)
+    longest = max(len(row) for row in rows.fitted)
+    size = min(rows.batch_size, max(1, BLOCK_GRADIENT_TOKENS // longest)) if weighted else rows.batch_size
+    drawn = {part: getattr(rows, part) for part in ("choosing", "held_out") if getattr(rows, part)}
+    batches = {part: list(rows.batches(given, chain.model)) for part, given in drawn.items()}
+    batches["fitted"] = list(rows.batches(rows.fitted, chain.model, size=size))
+    weighing = -(-_weighing_rows(chain.model, rows) // size) if weighted else 0
+    BlockCalibration(chain, by_block, batches, weighing, store, report, seed).run()
+
+
+def _weighing_rows(model: Any, rows: CalibrationRows) -> int:
+    """How many of the fitted rows weigh outputs."""
+    if objective_for(model.config, type(model).__name__) != "logits":
+        return len(rows.fitted)
+    longest = max(len(row) for row in rows.fitted)
+    return min(len(rows.fitted), max(1, WEIGHING_POSITIONS // longest))
+
+
 def _fitted(
     model: Any,
     names: Sequence[str],
@@ -171,9 +129,7 @@ def _fitted(
         return
     longest = max(len(row) for row in rows.fitted)
     size = min(rows.batch_size, max(1, GRADIENT_TOKENS // longest))
-    weighing = len(rows.fitted)
-    if objective_for(model.config, type(model).__name__) == "logits":
-        weighing = min(weighing, max(1, WEIGHING_POSITIONS // longest))
+    weighing = _weighing_rows(model, rows)
     # gradients of a model in half precision round to nothing where they are small
     with in_float32(model):
         curvatures = Curvatures(model, names, seed)

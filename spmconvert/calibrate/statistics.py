@@ -161,9 +161,17 @@ def collect(
                     step(batch)
     finally:
         model.train(was_training)
-    for name in names:
-        if name not in gathered:
-            raise CalibrationError(f"layer {name} never ran on the calibration rows; leave it out with --ignore {name}")
-        if not gathered[name].scatter.isfinite().all():
-            raise CalibrationError.not_finite(f"inputs of layer {name}", name)
+    return {name: checked(name, gathered.get(name)) for name in names}
+
+
+def checked(name: str, gathered: ActivationStatistics | None) -> ActivationStatistics:
+    """What was gathered of a layer.
+
+    Raises:
+        CalibrationError: when that is nothing, or its inputs are not finite.
+    """
+    if gathered is None:
+        raise CalibrationError(f"layer {name} never ran on the calibration rows; leave it out with --ignore {name}")
+    if not gathered.scatter.isfinite().all():
+        raise CalibrationError.not_finite(f"inputs of layer {name}", name)
     return gathered

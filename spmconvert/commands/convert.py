@@ -22,7 +22,8 @@ from spmconvert.budget.curves import check_measurable
 from spmconvert.budget.knapsack import Choice
 from spmconvert.budget.speed import forward_seconds
 from spmconvert.budget.spend import Spending, Spent, limit_of
-from spmconvert.calibrate.moments import MomentStore, gather_moments, moment_bytes
+from spmconvert.calibrate.moments import gather_moments
+from spmconvert.calibrate.store import MomentStore, moment_bytes
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
@@ -36,8 +37,8 @@ from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
 from spmconvert.fit.refine import REFINEMENT_EPOCHS
 from spmconvert.fit.run import fit_all, is_finished
-from spmconvert.fit.stored import FitRun, dense_tensors, stored_layer
-from spmconvert.fit.streams import check_chain, is_chain, layer_blocks, on_one_path
+from spmconvert.fit.stored import FitRun, chain_of, dense_tensors, stored_layer
+from spmconvert.fit.streams import layer_blocks, no_chain, on_one_path
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel
 from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
@@ -160,8 +161,8 @@ def _convert(
     if budgeted:
         check_measurable(resolved)
         check_reachable(limit_of(resolved.budget, plan, device, CacheIdentity.of_checkpoint(source, device)))
-    dense = DenseModel(source.directory, config, device)
-    given, resolved = resolved, _load_and_settle(resolved, plan, rows, dense)
+    dense = DenseModel(source.directory, config, device, destination.absolute().parent)
+    given, resolved = resolved, _settle(resolved, plan, rows, dense)
     # a budget is spent later; until then the output may be as large as the source
     needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
     needed += 0 if rows is None else moment_bytes(plan.layers)
@@ -171,7 +172,16 @@ def _convert(
         run = FitRun(source, dense, plan, resolved, rows, moments, target, listener)
         if rows is not None and moments is not None and not _is_fitted(run):
             weighted = resolved.weights_fits or resolved.predicts_loss
-            gather_moments(dense, plan.layers, rows, moments, listener.calibrating, weighted=weighted, seed=resolved.seed)
+            gather_moments(
+                dense,
+                plan.layers,
+                rows,
+                moments,
+                listener.calibrating,
+                chain=run.chain,
+                weighted=weighted,
+                seed=resolved.seed,
+            )
         spent = _spend_budget(run) if budgeted else None
         listener.planned(run.plan)
         records = fit_all(run)
@@ -203,6 +213,7 @@ def _spend_budget(run: FitRun) -> Spent:
             identity=CacheIdentity.of_checkpoint(run.source, run.dense.device),
             rows=run.rows,
             model=run.dense,
+            chain=run.chain,
             moments=lambda name: None if run.moments is None else run.moments.read(name),
             weights=partial(dense_tensors, run),
             device=run.dense.device,
@@ -234,11 +245,10 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     return source, plan, config
 
 
-def _load_and_settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> Recipe:
+def _settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> Recipe:
     """The recipe with what it leaves open about the fits decided, so that it is recorded as it was done.
 
-    Whether blocks are a chain is seen by running them, so the dense model is loaded where fits in sequence or refinement
-    are wanted.
+    Whether blocks are a chain is seen by running them, where fits in sequence or refinement are wanted.
 
     Raises:
         OptionError: when they are asked for and cannot be made; before anything is measured for a budget.
@@ -268,14 +278,11 @@ def _can_follow_blocks(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRo
     if rows is None or not (recipe.fit.follows_blocks or on_one_path(model, names)):
         return False
     container, _ = layer_blocks(model, names)
-    decided = recipe.fit.sequential is not None and recipe.fit.refine is not None
-    if decided and not recipe.budget.limits:
-        # what is asked for is refused where the blocks run first, so that the model need not be in memory here
+    if chain_of(dense, plan, rows) is not None:
         return True
-    batch = next(rows.batches(rows.fitted[:1], dense()))
     if recipe.fit.follows_blocks:
-        check_chain(dense(), container, batch)
-    return is_chain(dense(), container, batch)
+        raise no_chain(container)
+    return False
 
 
 def default_output(model: str) -> Path:

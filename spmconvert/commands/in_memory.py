@@ -10,7 +10,8 @@ from torch import Tensor
 
 from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.spend import Spending
-from spmconvert.calibrate.moments import Moments, MomentStore, gather_moments
+from spmconvert.calibrate.moments import gather_moments
+from spmconvert.calibrate.store import Moments, MomentStore
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import open_loaded, tokenizer_place
 from spmconvert.data.calibration import calibration_rows
@@ -63,6 +64,7 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
                     identity=CacheIdentity.of_model(model),
                     rows=rows,
                     model=lambda: model,
+                    chain=lambda: None,
                     moments=moments,
                     weights=partial(_dense_tensors, model),
                     device=str(model.device),

@@ -1,8 +1,7 @@
 """Fits that follow a list of blocks: each block's layers to what the converted model feeds them, then the block as a whole.
 
 What a block's refinement changed is stored as one file, its layers and its norms and biases, under the names that they have
-in the output; the layers as they were fitted stay beside it. The model's blocks stay on disk where the model is not in
-memory anyway (6 Llama blocks of 235 MB: 0.9 GB at the peak, 2.0 GB with all in memory).
+in the output; the layers as they were fitted stay beside it.
 """
 
 import hashlib
@@ -18,9 +17,8 @@ from spmconvert.fit.layer import LayerRecord, measured_again
 from spmconvert.fit.refine import refine_
 from spmconvert.fit.sequential import Regression, regress
 from spmconvert.fit.stored import FitRun, dense_tensors, fit_one, moments_of, stored_layer
-from spmconvert.fit.streams import Streams, calling_order, layer_blocks
+from spmconvert.fit.streams import Streams, layer_blocks
 from spmconvert.model.architecture import skeleton
-from spmconvert.model.loading import load_with_blocks_on_disk
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
 
@@ -66,10 +64,11 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
         records.update({name: LayerRecord(**entry) for name, entry in change["layers"].items()})
     if len(records) == len(run.plan.layers) and None not in changes.values():
         return
-    streams, order = _streams(run, blocks)
+    streams = _streams(run)
     for number, block in enumerate(blocks, 1):
         while streams.index < block.index:
             streams.advance()
+        order = streams.calling_order()
         for layer in sorted(block.layers, key=lambda layer: order.index(layer.target.name)):
             if layer.target.name not in records:
                 regression = _regression(run, streams, layer) if run.recipe.fit.sequential else None
@@ -83,20 +82,14 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
             _put_back_(run, streams, block)
 
 
-def _streams(run: FitRun, blocks: list[_Block]) -> tuple[Streams, list[str]]:
-    """The rows in front of the first block, and all layers in the order in which the model calls them."""
+def _streams(run: FitRun) -> Streams:
+    """The rows in front of the first block."""
+    chain = run.chain()
     assert run.rows is not None
-    dense, container = run.dense, blocks[0].name.rpartition(".")[0]
-    if dense.is_loaded:
-        model = dense()
-    else:
-        folder = run.target.partial / "offloaded"
-        model = load_with_blocks_on_disk(dense.directory, dense.config, dense.device, container, folder)
-    rows = run.rows.fitted[:FOLLOWING_ROWS]
+    assert chain is not None
+    batches = list(run.rows.batches(run.rows.fitted[:FOLLOWING_ROWS], chain.model, size=BATCH_ROWS))
     names = [layer.target.name for layer in run.plan.layers]
-    batches = list(run.rows.batches(rows, model, size=BATCH_ROWS))
-    streams = Streams(model, container, batches, names, pairs=bool(run.recipe.fit.sequential))
-    return streams, calling_order(model, names, next(run.rows.batches(rows[:1], model)))
+    return Streams(chain, batches, names, pairs=bool(run.recipe.fit.sequential))
 
 
 def _regression(run: FitRun, streams: Streams, layer: LayerPlan) -> Regression:

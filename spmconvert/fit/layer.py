@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from spmconvert.calibrate.moments import Moments
 from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.errors import FitError
 from spmconvert.fit.error import LayerError, measure_error

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spmconvert.fit.streams import Streams, layer_blocks
+from spmconvert.fit.streams import Streams, layer_blocks, no_chain
+from spmconvert.model.chain import chain_through
 from spmconvert.model.swap import replace_module
 
 # where nothing is said about it
@@ -55,8 +56,8 @@ def refine_(streams: Streams, trained: list[nn.Parameter], *, epochs: int, seed:
         What it changed.
     """
     wanted = _Wanted(streams)
-    checking = range(0, len(streams.states), CHECKED)
-    training = [batch for batch in range(len(streams.states)) if batch not in checking] or list(checking)
+    checking = range(0, len(streams.masks), CHECKED)
+    training = [batch for batch in range(len(streams.masks)) if batch not in checking] or list(checking)
     before = wanted.error(checking)
     kept = [parameter.detach().clone() for parameter in trained]
     _train_(wanted, trained, training, epochs, seed)
@@ -86,7 +87,10 @@ def refine_model_(
         OptionError: when the layers are on no path through a chain of blocks.
     """
     container, places = layer_blocks(dense, names)
-    streams = Streams(dense, container, batches, names, pairs=False)
+    chain = chain_through(dense, container, batches[0])
+    if chain is None:
+        raise no_chain(container)
+    streams = Streams(chain, batches, names, pairs=False)
     for index in sorted(set(places.values())):
         while streams.index < index:
             streams.advance()
@@ -133,7 +137,7 @@ class _Wanted:
     def __init__(self, streams: Streams) -> None:
         self._streams, self._norm = streams, streams.reading_norm()
         with torch.no_grad():
-            self._targets = [self._read(after.float(), batch) for batch, after in enumerate(streams.dense_after())]
+            self._targets = [self._read(after, batch) for batch, after in enumerate(streams.dense_after())]
             energy = sum(target.square().sum() for target in self._targets)
             self._mean_energy = energy / sum(len(target) for target in self._targets)
 

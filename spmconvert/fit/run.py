@@ -1,7 +1,7 @@
 """All fits of one conversion, stored one by one, so that a run can be interrupted anywhere and go on to the same bytes.
 
-Only the weight of the layer at work is in memory while layers are fitted; the whole model is loaded for the calibration
-run alone, and not at all without calibration data. What follows blocks runs through the model all the time, see ``blocks``.
+Only the weight of the layer at work is in memory while layers are fitted, and one block in each of its two forms where fits
+follow the blocks, see ``blocks``. Where the layers are in no chain of blocks, the whole model is loaded to be calibrated.
 """
 
 from spmconvert.fit.blocks import fit_in_blocks, is_refined

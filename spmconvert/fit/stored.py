@@ -4,13 +4,15 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
-from spmconvert.calibrate.moments import Moments, MomentStore
+from spmconvert.calibrate.store import Moments, MomentStore
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.fit.layer import LayerRecord, fit_layer
 from spmconvert.fit.progress import Progress
 from spmconvert.fit.sequential import Regression
+from spmconvert.model.architecture import skeleton
+from spmconvert.model.chain import Chain, common_list
 from spmconvert.model.loading import DenseModel
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.linear import SPMLinear
@@ -41,6 +43,18 @@ class FitRun:
     moments: MomentStore | None
     target: OutputDirectory
     progress: Progress
+
+    def chain(self) -> Chain | None:
+        """The dense model's blocks, one in memory at a time; None without data, or where the layers are in no chain."""
+        return chain_of(self.dense, self.plan, self.rows)
+
+
+def chain_of(dense: DenseModel, plan: ConversionPlan, rows: CalibrationRows | None) -> Chain | None:
+    """The blocks that all layers of a plan are in; None without rows to try them on, or where they are no chain."""
+    found = common_list(skeleton(dense.config), [layer.target.name for layer in plan.layers])
+    if rows is None or found is None:
+        return None
+    return dense.chain(found[0], lambda model: next(rows.batches(rows.fitted[:1], model)))
 
 
 def dense_tensors(run: FitRun, layer: LayerPlan) -> tuple[Tensor, Tensor | None]:

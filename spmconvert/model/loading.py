@@ -1,6 +1,8 @@
 """Loading models: a converted one as its config names it, the dense one as it is calibrated, whole or from disk."""
 
-from collections.abc import Iterator
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 
 from spmconvert.model.architecture import load_config, model_class, skeleton
+from spmconvert.model.chain import Chain, chain_through
 
 
 def load(model: str | Path, **options: Any) -> Any:
@@ -33,12 +36,15 @@ class DenseModel:
         directory: checkpoint directory.
         config: the model's config.
         device: where it runs.
+        folder: where hidden states may be that are too many for memory; None keeps them there.
     """
 
     directory: Path
     config: Any
     device: str
+    folder: Path | None = None
     _loaded: Any = field(default=None, init=False, repr=False)
+    _chains: dict[str, Chain | None] = field(default_factory=dict, init=False, repr=False)
 
     def __call__(self) -> Any:
         """The model, loaded once."""
@@ -46,10 +52,17 @@ class DenseModel:
             self._loaded = load_dense_model(self.directory, self.config, self.device)
         return self._loaded
 
-    @property
-    def is_loaded(self) -> bool:
-        """Whether it is in memory."""
-        return self._loaded is not None
+    def chain(self, container: str, batch_for: Callable[[Any], dict[str, Any]]) -> Chain | None:
+        """A list of its blocks, each read from disk when it is asked for; made once. None where they are no chain.
+
+        Args:
+            container: name of the list.
+            batch_for: keyword arguments to try it on, for the model that it is given.
+        """
+        if container not in self._chains:
+            model = load_with_blocks_on_disk(self.directory, self.config, self.device, container)
+            self._chains[container] = chain_through(model, container, batch_for(model), self.folder)
+        return self._chains[container]
 
     def release(self) -> None:
         """Let it go; it would be loaded again."""
@@ -70,20 +83,25 @@ def in_float32(model: nn.Module) -> Iterator[None]:
             tensor.data = half
 
 
-def load_with_blocks_on_disk(directory: Path, config: Any, device: str, container: str, folder: Path) -> Any:
-    """The dense model with the weights of a list of blocks in the checkpoint's files, read whenever a block runs.
+def load_with_blocks_on_disk(directory: Path, config: Any, device: str, container: str) -> Any:
+    """The dense model with a list of blocks in the checkpoint's files, in the dtype there, and the rest in float32.
 
     Args:
         directory: checkpoint directory.
         config: the model's config.
         device: where it runs.
         container: name of the list of blocks.
-        folder: for tensors that the model stores in another form than the checkpoint.
     """
     places = _places(skeleton(config), container, device)
-    dtype = "float32" if device == "cpu" else "auto"
-    loaded = model_class(config).from_pretrained(directory, dtype=dtype, device_map=places, offload_folder=folder)
-    return loaded.eval()
+    # for tensors that the model has in another form than the checkpoint
+    folder = tempfile.TemporaryDirectory(prefix="spmconvert-", ignore_cleanup_errors=True)
+    loaded = model_class(config).from_pretrained(directory, dtype="auto", device_map=places, offload_folder=folder.name)
+    # as long as the model, which reads them there
+    weakref.finalize(loaded, folder.cleanup)
+    for tensor in (*loaded.parameters(), *loaded.buffers()):
+        if tensor.is_floating_point() and not tensor.is_meta:
+            tensor.data = tensor.data.float()
+    return loaded.eval().requires_grad_(False)
 
 
 def _places(model: Any, container: str, device: str) -> dict[str, str]:

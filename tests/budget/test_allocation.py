@@ -19,17 +19,19 @@ from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.curves import read_curves
 from spmconvert.budget.response import Divergences
 from spmconvert.budget.spend import Spending, Spent
-from spmconvert.calibrate.moments import MomentStore, gather_moments
+from spmconvert.calibrate.moments import gather_moments
+from spmconvert.calibrate.store import MomentStore
 from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.commands.report import report
 from spmconvert.data.calibration import calibration_rows, load_rows
 from spmconvert.data.documents import content_hash
 from spmconvert.errors import CalibrationError, NotWritableError, OptionError, OutputError, RecipeError
-from spmconvert.fit import blocks, stored
-from spmconvert.fit.streams import calling_order, on_one_path
+from spmconvert.fit import stored
+from spmconvert.fit.streams import Streams, on_one_path
 from spmconvert.model import loading
 from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.chain import chain_through
 from spmconvert.model.loading import DenseModel, load_dense_model
 from spmconvert.reporting.rows import evaluation_rows
 from tests.support import files_of
@@ -95,8 +97,7 @@ def spend(checkpoints, text, name="gpt2", **changes):
     form = CacheIdentity.of_checkpoint(source, "cpu")
 
     def model():
-        if not dense.is_loaded:
-            loads.append(1)
+        loads[:] = [1]
         return dense()
 
     def weights(layer):
@@ -112,7 +113,7 @@ def spend(checkpoints, text, name="gpt2", **changes):
             gather_moments(model, plan.layers, rows, store, lambda *_: None, weighted=recipe.weights_fits, seed=recipe.seed)
             return store.read(name)
 
-        spent = Spending(source, plan, recipe, form, rows, model, moments, weights, "cpu", Quiet()).choose()
+        spent = Spending(source, plan, recipe, form, rows, model, lambda: None, moments, weights, "cpu", Quiet()).choose()
     digest = None if text is None else content_hash(text)
     return spent, read_curves(source, plan, recipe, form, digest), loads, recipe, source
 
@@ -364,20 +365,16 @@ def test_sequential_fits_leave_the_blocks_on_disk(checkpoints, text, tmp_path, m
         models.append(load(*arguments))
         return models[-1]
 
-    load = blocks.load_with_blocks_on_disk
-    # the calibration run of a whole run has loaded the model; one that goes on from its moments loads none
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 0)
-        with pytest.raises(KeyboardInterrupt):
-            spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
-    monkeypatch.setattr(blocks, "load_with_blocks_on_disk", kept)
-    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", resume=True, **changes)
+    load = loading.load_with_blocks_on_disk
+    monkeypatch.setattr(loading, "load_with_blocks_on_disk", kept)
+    monkeypatch.setattr(loading, "load_dense_model", lambda *_: pytest.fail("the whole model"))
+    result = spmconvert.convert(checkpoints[name], tmp_path / "disk", **changes)
     (model,) = models
     converted = [model.get_submodule(layer.name).weight for layer in result.layers]
     assert all(weight.is_meta for weight in converted)
     assert not model.get_input_embeddings().weight.is_meta
     monkeypatch.setattr(
-        blocks,
+        loading,
         "load_with_blocks_on_disk",
         lambda directory, config, device, *_: load_dense_model(directory, config, device),
     )
@@ -426,9 +423,9 @@ def test_the_dense_model_is_loaded_once(checkpoints, text, tmp_path, cache, monk
             interrupt_after(patch, 1)
             with pytest.raises(KeyboardInterrupt):
                 spmconvert.convert(checkpoints["gpt2"], output, **changes)
-    loads = []
-    monkeypatch.setattr(loading, "load_dense_model", lambda *given: loads.append(given) or load_dense_model(*given))
-    monkeypatch.setattr(blocks, "load_with_blocks_on_disk", lambda *_: pytest.fail("a second model"))
+    loads, load = [], loading.load_with_blocks_on_disk
+    monkeypatch.setattr(loading, "load_with_blocks_on_disk", lambda *given: loads.append(given) or load(*given))
+    monkeypatch.setattr(loading, "load_dense_model", lambda *_: pytest.fail("the whole model"))
     spmconvert.convert(checkpoints["gpt2"], output, resume=resumed, **changes)
     # what was measured and chosen is kept, so that only fits in sequence need the model again
     assert len(loads) == (0 if resumed and changes.get("sequential") is False else 1)
@@ -444,8 +441,8 @@ def test_experts_are_not_on_one_path(checkpoints):
 
 @pytest.mark.parametrize("change", ["states", "calls"])
 def test_blocks_that_pass_on_something_else_are_refused(checkpoints, text, tmp_path, cache, monkeypatch, change):
-    def load(*arguments):
-        model = load_dense_model(*arguments)
+    def load(directory, config, device, *_):
+        model = load_dense_model(directory, config, device)
         block = model.transformer.h[1]
         if change == "states":
             block.register_forward_pre_hook(lambda _, given: (given[0] + 1.0, *given[1:]))
@@ -455,7 +452,7 @@ def test_blocks_that_pass_on_something_else_are_refused(checkpoints, text, tmp_p
             model.config.num_hidden_layers += 1
         return model
 
-    monkeypatch.setattr(loading, "load_dense_model", load)
+    monkeypatch.setattr(loading, "load_with_blocks_on_disk", load)
     with pytest.raises(OptionError, match=r"transformer\.h do not .* choose --independent"):
         spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", keep=0.5, calib=text, sequential=True, **LITTLE)
     assert not cache.exists(), "refused before anything is measured"
@@ -680,5 +677,8 @@ def test_layers_are_fitted_in_the_order_of_their_calls(text):
     model = Phi3ForCausalLM(config).eval()
     names = [f"model.layers.{index}.self_attn.{part}" for index in (0, 1) for part in ("o_proj", "qkv_proj")]
     assert [name for name, _ in model.named_modules() if name in names] == names, "registered in the other order"
-    order = calling_order(model, names, {"input_ids": torch.randint(3, 90, (1, 8))})
-    assert order == [names[1], names[0], names[3], names[2]]
+    batch = {"input_ids": torch.randint(3, 90, (1, 8))}
+    streams = Streams(chain_through(model, "model.layers", batch), [batch], names)
+    assert streams.calling_order() == [names[1], names[0]]
+    streams.advance()
+    assert streams.calling_order() == [names[3], names[2]]

@@ -12,8 +12,8 @@ from spmconvert.budget.candidates import (
 )
 from spmconvert.budget.lowrank import DENSELY, candidate_ranks, low_rank_curve
 from spmconvert.calibrate.metric import OutputMetric
-from spmconvert.calibrate.moments import Moments
 from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.calibrate.store import Moments
 from spmconvert.fit.error import measure_error
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.operator.factors import covariance_root, truncated_svd

@@ -6,8 +6,9 @@ import torch
 from spmconvert.calibrate import moments as moments_module
 from spmconvert.calibrate.curvature import gather_curvatures
 from spmconvert.calibrate.metric import OutputMetric
-from spmconvert.calibrate.moments import PARTS, MomentStore, gather_moments, moment_bytes
+from spmconvert.calibrate.moments import gather_moments
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
+from spmconvert.calibrate.store import PARTS, MomentStore, moment_bytes
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.data.calibration import calibration_rows, load_rows
 from spmconvert.model.loading import in_float32, load, load_dense_model

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import spmconvert
-from spmconvert.calibrate.moments import MomentStore, gather_moments
+from spmconvert.calibrate.moments import gather_moments
+from spmconvert.calibrate.store import MomentStore
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.data.calibration import load_rows
 from spmconvert.errors import FitError

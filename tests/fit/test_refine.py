@@ -9,8 +9,8 @@ from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM
 from spmconvert.data.tokens import padded_batch
 from spmconvert.fit import refine
 from spmconvert.fit.refine import refine_
-from spmconvert.fit.streams import Streams, copy_of_block
-from spmconvert.model.loading import load_with_blocks_on_disk
+from spmconvert.fit.streams import Streams
+from spmconvert.model.chain import chain_through
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import LowRank
 from tests.conftest import VOCABULARY, bert_config, gpt2_config, llama_config
@@ -36,7 +36,11 @@ def llama():
 
 
 def streams_of(model, container="model.layers", names=(LAYER,)):
-    return Streams(model, container, list(batches_of(model)), list(names))
+    return Streams(chain_of(model, container), list(batches_of(model)), list(names))
+
+
+def chain_of(model, container="model.layers"):
+    return chain_through(model, container, next(batches_of(model)))
 
 
 def lossy(model, name=LAYER, rank=4):
@@ -68,7 +72,7 @@ def test_a_refined_block_is_nearer_to_the_dense_one_and_the_model_stays_as_it_wa
     change = refine_(streams, trained, epochs=8, seed=0)
     assert change.after < 0.95 * change.before
     streams.advance()
-    dense, converted = zip(*streams.states, strict=True)
+    dense, converted = list(streams.dense), list(streams.converted)
     norm = model.model.layers[2].input_layernorm
     missed = sum(
         (norm(c) - norm(d))[m.bool()].square().sum() for d, c, m in zip(dense, converted, streams.masks, strict=True)
@@ -84,7 +88,7 @@ def test_padding_teaches_nothing():
     model, found = llama(), []
     for garbage in (3, 9):
         streams = at_work(model)
-        for (dense, converted), mask in zip(streams.states, streams.masks, strict=True):
+        for dense, converted, mask in zip(streams.dense, streams.converted, streams.masks, strict=True):
             # what nothing attends to
             for state in (dense, converted):
                 state[mask == 0] = garbage
@@ -146,21 +150,3 @@ def test_errors_are_seen_as_the_rest_of_the_model_reads_them(model, container, n
         if name is not None:
             assert torch.equal(found.weight, model.get_submodule(name).weight)
         streams.advance()
-
-
-def test_a_block_on_disk_is_copied_as_it_is(checkpoints, tmp_path):
-    dense = LlamaForCausalLM.from_pretrained(checkpoints["llama"]).eval()
-    offloaded = load_with_blocks_on_disk(checkpoints["llama"], dense.config, "cpu", "model.layers", tmp_path)
-    whole, absent = (streams_of(model) for model in (dense, offloaded))
-    assert all(parameter.is_meta for parameter in offloaded.model.layers[0].mlp.parameters())
-    for streams in (whole, absent):
-        streams.advance()
-        assert not any(tensor.is_meta for tensor in streams.block.state_dict().values())
-    for first, second in zip(whole.states, absent.states, strict=True):
-        assert torch.equal(first[1], second[1])
-    for batch in range(len(whole.states)):
-        assert torch.equal(whole.run(batch), absent.run(batch))
-    block = copy_of_block(offloaded.model.layers[2])
-    for name, tensor in block.state_dict().items():
-        assert torch.equal(tensor, dense.model.layers[2].state_dict()[name])
-    assert all(parameter.is_meta for parameter in offloaded.model.layers[2].mlp.parameters())

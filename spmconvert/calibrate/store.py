@@ -1,0 +1,111 @@
+"""What calibration rows say about each layer, kept in a folder a layer at a time.
+
+A resumed run takes the same numbers, and only the layer at work is in memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from spmconvert.calibrate.metric import OutputMetric
+from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.plan.plan import LayerPlan, statistics_bytes
+from spmconvert.system.files import save_whole
+
+PARTS = ("fitted", "choosing", "held_out")
+# of the fitted rows, while its metric is not known
+_PREPARED = "prepared"
+
+
+@dataclass(frozen=True)
+class Moments:
+    """What calibration rows say about one layer.
+
+    Attributes:
+        fitted: moments of its inputs on the rows that are fitted.
+        held_out: the same on the rows that errors are measured on.
+        choosing: the same on the rows that choose designs, None where the recipe names them.
+        metric: what errors of its outputs cost, where that was asked for.
+    """
+
+    fitted: ActivationStatistics
+    held_out: ActivationStatistics
+    choosing: ActivationStatistics | None = None
+    metric: OutputMetric | None = None
+
+    @classmethod
+    def isotropic(cls, in_features: int) -> "Moments":
+        """What stands in for data when there is none."""
+        moments = ActivationStatistics.isotropic(in_features)
+        return cls(moments, moments, moments)
+
+    def to(self, device: torch.device | str) -> "Moments":
+        """The same on another device."""
+        choosing = None if self.choosing is None else self.choosing.to(device)
+        metric = None if self.metric is None else self.metric.to(device)
+        return Moments(self.fitted.to(device), self.held_out.to(device), choosing, metric)
+
+
+def moment_bytes(layers: Sequence[LayerPlan]) -> int:
+    """Disk space that the moments of layers take."""
+    return sum(len(PARTS) * statistics_bytes(layer.target.in_features) for layer in layers)
+
+
+class MomentStore:
+    """A folder with the moments of every layer.
+
+    Args:
+        folder: made where it is not there.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return self._file(name, "fitted").exists()
+
+    def read(self, name: str) -> Moments:
+        """The moments of a layer that was gathered."""
+        statistics = {part: self._part(name, part) for part in PARTS}
+        fitted, held_out = statistics["fitted"], statistics["held_out"]
+        assert fitted is not None
+        assert held_out is not None
+        return Moments(fitted[0], held_out[0], statistics["choosing"] and statistics["choosing"][0], fitted[1])
+
+    def write(self, name: str, part: str, statistics: ActivationStatistics, metric: OutputMetric | None = None) -> None:
+        """Keep one part of a layer's moments; the fitted one comes last."""
+        tensors = {"rows": torch.tensor(statistics.rows), "mean": statistics.mean, "scatter": statistics.scatter}
+        if metric is not None:
+            tensors |= {"vectors": metric.vectors, "values": metric.values}
+            tensors["level"] = torch.tensor(metric.level, dtype=torch.float64)
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        save_whole(self._file(name, part), lambda temporary: save_file(contiguous, temporary))
+
+    def prepare(self, name: str, statistics: ActivationStatistics) -> None:
+        """Keep what fitted rows say about a layer's inputs until its metric is known."""
+        self.write(name, _PREPARED, statistics)
+
+    def finish(self, name: str, metric: OutputMetric) -> None:
+        """Keep what was prepared as the fitted part, with a metric."""
+        prepared = self._part(name, _PREPARED)
+        assert prepared is not None
+        self.write(name, "fitted", prepared[0], metric)
+        self._file(name, _PREPARED).unlink()
+
+    def _part(self, name: str, part: str) -> tuple[ActivationStatistics, OutputMetric | None] | None:
+        file = self._file(name, part)
+        if not file.exists():
+            return None
+        found = load_file(file)
+        metric = None
+        if "vectors" in found:
+            metric = OutputMetric(found["vectors"], found["values"], found["level"].item())
+        return ActivationStatistics(int(found["rows"]), found["mean"], found["scatter"]), metric
+
+    def _file(self, name: str, part: str) -> Path:
+        return self._folder / f"{sha256(name.encode()).hexdigest()[:32]}.{part}.safetensors"
