@@ -1,8 +1,10 @@
 """A budget in time: what the whole model's forward pass takes, and what that leaves for the targeted layers.
 
-The dense model is timed as a whole; what its targeted layers do not take, by their own times, no design changes. A choice
-of designs is timed as a whole too, before anything is fitted, since times do not depend on values: where it misses the
-target, the layers are given less and the choice is made again.
+The dense model is timed as a whole, in turn with itself without its targeted layers: what is left then no design changes.
+Times of single layers are scaled so that the dense ones add up to the rest. A choice of designs is timed as a whole too,
+before anything is fitted, since times do not depend on values. Where it misses the target in two measurements, the layers
+are given less and the choice is made again, once and by a little: on a busy machine a target that follows every measurement
+ruins the model (SmolLM2-135M, 1.3 wanted: designs for 1.53, 5.20 nats instead of what 1.3 costs).
 """
 
 import statistics
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from spmconvert.budget.allocation import Allocation, Limit
 from spmconvert.errors import OptionError
@@ -22,9 +25,12 @@ from spmconvert.recipe.recipe import Budget
 from spmconvert.system.timing import interleaved_seconds
 
 SECONDS = 4.0
-# a target is tightened by what was missed and so much more of it, since times of two runs differ
-TIGHTENING = 1.25
-TRIES = 3
+# what a choice aims at, in speed-ups that are wanted, so that most measurements are above that
+AIM = 1.02
+# share of the wanted speed-up below which a choice has missed it
+MISSED = 0.95
+# most that a target is tightened by
+TIGHTENING = 1.1
 
 
 @dataclass(frozen=True)
@@ -33,24 +39,26 @@ class WholeModel:
 
     Attributes:
         dense: seconds of the whole pass.
+        rest: seconds that no design changes.
         layers: seconds of its targeted layers together, by their own times.
     """
 
     dense: float
+    rest: float
     layers: float
 
     @property
-    def rest(self) -> float:
-        """Seconds that no design changes."""
-        return max(self.dense - self.layers, 0.0)
+    def scale(self) -> float:
+        """Seconds that layers take inside of the model for each that they take by themselves."""
+        return (self.dense - self.rest) / self.layers
 
     def speedup(self, seconds: float) -> float:
-        """How many times faster the model is when its targeted layers take so many seconds together."""
-        return self.dense / (self.rest + seconds)
+        """How many times faster the model is when its targeted layers take so many seconds, by their own times."""
+        return self.dense / (self.rest + self.scale * seconds)
 
     def allowed(self, speedup: float) -> float:
-        """Seconds that the targeted layers may take together."""
-        return self.dense / speedup - self.rest
+        """Seconds that the targeted layers may take together, by their own times."""
+        return (self.dense / speedup - self.rest) / self.scale
 
 
 def forward_seconds(models: Mapping[str, Any], budget: Budget, device: str, seconds: float = SECONDS) -> dict[str, float]:
@@ -77,21 +85,38 @@ def _call(model: Any, batch: dict[str, Any]) -> Callable[[], Any]:
 
 
 def time_whole_model(model: Any, limit: Limit, device: str) -> WholeModel:
-    """Time the dense model."""
-    return whole_model(forward_seconds({"dense": model}, limit.budget, device)["dense"], limit)
+    """Time the dense model, and what is left of it without its targeted layers."""
+    sizes = {layer.target.name: layer.target.out_features for layer in limit.layers}
+    rest = with_layers(model, {name: _NoProduct(out_features) for name, out_features in sizes.items()})
+    times = forward_seconds({"dense": model, "rest": rest}, limit.budget, device)
+    return whole_model(times["dense"], times["rest"], limit)
 
 
-def whole_model(dense: float, limit: Limit) -> WholeModel:
-    """The times of a dense model whose forward pass takes so many seconds."""
+class _NoProduct(nn.Module):
+    """What is left of a layer without its product: room for the outputs."""
+
+    def __init__(self, out_features: int) -> None:
+        super().__init__()
+        self._out_features = out_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """X [..., in_features] -> zeros [..., out_features]."""
+        return x.new_zeros(*x.shape[:-1], self._out_features)
+
+
+def whole_model(dense: float, rest: float, limit: Limit) -> WholeModel:
+    """The times of a dense model whose forward pass takes so many seconds, and so many without its targeted layers."""
     assert limit.times is not None
-    times = limit.times
-    return WholeModel(
-        dense, sum(times.dense(layer.target.in_features, layer.target.out_features) for layer in limit.layers)
-    )
+    layers = sum(limit.times.dense(layer.target.in_features, layer.target.out_features) for layer in limit.layers)
+    # layers that take no time that can be measured
+    return WholeModel(dense, min(rest, (1 - 1e-3) * dense), layers)
 
 
-def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], list[Design]]) -> None:
+def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], list[Design]]) -> float:
     """Refuse a speed-up that the smallest designs do not reach.
+
+    Returns:
+        The one that they reach.
 
     Raises:
         OptionError: when they do not; it names the largest value that they reach.
@@ -110,27 +135,36 @@ def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], lis
             f"speedup {wanted:g} is out of reach: with the smallest designs the model is {reachable:.2f} times faster at "
             f"{shape} on this device; ask for less, or target more layers"
         )
+    return reachable
+
+
+def with_layers(model: Any, layers: Mapping[str, nn.Module]) -> Any:
+    """The model with other layers by name, sharing every other tensor."""
+    changed = copy_sharing_tensors(model)
+    for name, layer in layers.items():
+        replace_module(changed, name, layer.eval().requires_grad_(False))
+    return changed
 
 
 def with_fresh_layers(model: Any, plan: ConversionPlan) -> Any:
     """The model with fresh layers of the planned designs, sharing every other tensor."""
-    converted = copy_sharing_tensors(model)
+    fresh = {}
     for layer in plan.layers:
         dense = model.get_submodule(layer.target.name)
-        built = layer_from_spec(layer.spec, device=dense.weight.device).to(dense.weight.dtype)
-        replace_module(converted, layer.target.name, built.eval().requires_grad_(False))
-    return converted
+        fresh[layer.target.name] = layer_from_spec(layer.spec, device=dense.weight.device).to(dense.weight.dtype)
+    return with_layers(model, fresh)
 
 
 def search_for_speed(
-    model: Any, limit: Limit, whole: WholeModel, search: Callable[[float], Allocation], device: str
+    model: Any, limit: Limit, whole: WholeModel, most: float, search: Callable[[float], Allocation], device: str
 ) -> tuple[Allocation, float, float]:
-    """Search designs until the whole model reaches the target, or tries are used up.
+    """Search designs with which the whole model reaches the target; a second time where the first ones miss it.
 
     Args:
         model: the dense model.
         limit: the budget.
         whole: times of the dense model.
+        most: the largest speed-up that can be reached.
         search: finds designs whose layers take at most so many seconds together.
         device: where.
 
@@ -142,15 +176,20 @@ def search_for_speed(
     """
     wanted = limit.budget.speedup
     assert wanted is not None
-    seconds = whole.allowed(wanted)
-    for attempt in range(TRIES):
-        allocation = search(seconds)
-        predicted = whole.speedup(allocation.choice.cost / 1e9)
-        times = forward_seconds(
-            {"dense": model, "converted": with_fresh_layers(model, allocation.plan)}, limit.budget, device
-        )
-        measured = times["dense"] / times["converted"]
-        if measured >= wanted or attempt == TRIES - 1:
-            break
-        seconds -= TIGHTENING * whole.dense * (1 / measured - 1 / wanted)
-    return allocation, predicted, measured
+    aim = min(wanted * AIM, most)
+    allocation = search(whole.allowed(aim))
+    measured = _measured(model, allocation, limit, device)
+    if measured < MISSED * wanted:
+        # the one that was disturbed less
+        measured = max(measured, _measured(model, allocation, limit, device))
+    if measured < MISSED * wanted:
+        allocation = search(whole.allowed(min(aim * min(wanted / measured, TIGHTENING), most)))
+        measured = _measured(model, allocation, limit, device)
+    return allocation, whole.speedup(allocation.choice.cost / 1e9), measured
+
+
+def _measured(model: Any, allocation: Allocation, limit: Limit, device: str) -> float:
+    """How much faster the model is with fresh layers of the chosen designs."""
+    fresh = with_fresh_layers(model, allocation.plan)
+    times = forward_seconds({"dense": model, "converted": fresh}, limit.budget, device)
+    return times["dense"] / times["converted"]

@@ -7,6 +7,7 @@ responds to errors, times of layers and of the whole model, and the search.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -91,8 +92,8 @@ class Spending:
         if budget.speedup is not None:
             whole = time_whole_model(self.model(), limit, self.device)
             assert limit.times is not None
-            limit.times.keep_model(self.source.sha256(), budget.rows, whole.dense)
-            check_speedup(whole, limit, lambda layer: smallest_designs(layer, budget))
+            limit.times.keep_model(_timed_model(self.source, limit), budget.rows, whole.dense, whole.rest)
+            most = check_speedup(whole, limit, lambda layer: smallest_designs(layer, budget))
         text = None if self.rows is None else self.rows.file_sha256
         curves = known_curves(self.source, self.plan, self.recipe, self.identity, text)
         measure_low_rank(curves, self._subject, self.watch.measured)
@@ -104,7 +105,7 @@ class Spending:
         def search(seconds: float) -> Allocation:
             return Search(curves, replace(limit, seconds=seconds), self._subject, self.watch.measured).run()
 
-        allocation, predicted, measured = search_for_speed(self.model(), limit, whole, search, self.device)
+        allocation, predicted, measured = search_for_speed(self.model(), limit, whole, most, search, self.device)
         return Spent(allocation, predicted, measured)
 
     def _subject(self, layer: LayerPlan) -> Subject:
@@ -185,10 +186,16 @@ def timed_limit(limit: Limit, source: Checkpoint) -> Limit | None:
     """A limit of time, from the time of the dense model that an earlier run has left; None where there is none."""
     assert limit.times is not None
     assert limit.budget.speedup is not None
-    dense = limit.times.of_model(source.sha256(), limit.budget.rows)
-    if dense is None:
+    times = limit.times.of_model(_timed_model(source, limit), limit.budget.rows)
+    if times is None:
         return None
-    return replace(limit, seconds=whole_model(dense, limit).allowed(limit.budget.speedup))
+    return replace(limit, seconds=whole_model(*times, limit).allowed(limit.budget.speedup))
+
+
+def _timed_model(source: Checkpoint, limit: Limit) -> str:
+    """What a checkpoint with these targets is called in the table of times."""
+    names = "\n".join(layer.target.name for layer in limit.layers)
+    return f"{source.sha256()} {sha256(names.encode()).hexdigest()[:32]}"
 
 
 def compare_speedups(

@@ -91,13 +91,22 @@ class TimeTable:
         """Whether a design takes longer than the dense layer."""
         return self.seconds(design) > (1 + TIE) * self.dense(design.in_features, design.out_features)
 
-    def keep_model(self, sha256: str, rows: int, seconds: float) -> None:
-        """Keep the time of a whole dense model's forward pass, for dry runs."""
-        self._keep(f"model {sha256} {rows}", seconds)
+    def keep_model(self, model: str, rows: int, dense: float, rest: float) -> None:
+        """Keep the times of a whole dense model's forward pass, and of it without targeted layers, for dry runs.
 
-    def of_model(self, sha256: str, rows: int) -> float | None:
-        """That time, or None where no run has measured it."""
-        return self._known.get(f"model {sha256} {rows}")
+        Args:
+            model: name of both together.
+            rows: of tokens.
+            dense: seconds of the one.
+            rest: seconds of the other.
+        """
+        self._known[f"rest {model} {rows}"] = rest
+        self._keep(f"model {model} {rows}", dense)
+
+    def of_model(self, model: str, rows: int) -> tuple[float, float] | None:
+        """These times, or None where no run has measured them."""
+        dense, rest = (self._known.get(f"{part} {model} {rows}") for part in ("model", "rest"))
+        return None if dense is None or rest is None else (dense, rest)
 
     def _interpolated(self, term: LowRank) -> float:
         ranks = timed_ranks(term.in_features, term.out_features)

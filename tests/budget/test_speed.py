@@ -9,7 +9,15 @@ import torch
 
 import spmconvert
 from spmconvert.budget import speed
-from spmconvert.budget.speed import TRIES, WholeModel, check_speedup, forward_seconds, search_for_speed, with_fresh_layers
+from spmconvert.budget.allocation import Limit
+from spmconvert.budget.speed import (
+    WholeModel,
+    check_speedup,
+    forward_seconds,
+    search_for_speed,
+    time_whole_model,
+    with_fresh_layers,
+)
 from spmconvert.budget.times import TimeTable
 from spmconvert.commands import convert as convert_module
 from spmconvert.commands.convert import open_plan, resolve_recipe
@@ -20,14 +28,13 @@ from spmconvert.recipe.recipe import Budget
 
 
 def test_what_layers_may_take_is_what_reaches_the_speedup():
-    whole = WholeModel(dense=10.0, layers=6.0)
-    assert whole.rest == 4.0
-    assert whole.speedup(6.0) == pytest.approx(1.0)
+    # layers that take 8 seconds by themselves take 6 inside of the model
+    whole = WholeModel(dense=10.0, rest=4.0, layers=8.0)
+    assert whole.speedup(8.0) == pytest.approx(1.0)
+    assert whole.speedup(4.0) == pytest.approx(10 / 7)
     for wanted in (1.1, 1.5, 2.4):
         assert whole.speedup(whole.allowed(wanted)) == pytest.approx(wanted)
     assert whole.allowed(2.5) == pytest.approx(0.0)
-    # layers whose own times add up to more than the model's leave nothing
-    assert WholeModel(dense=10.0, layers=12.0).rest == 0.0
 
 
 @dataclass
@@ -49,12 +56,12 @@ def limit(speedup, **clock):
 
 
 def test_a_speedup_out_of_reach_is_refused_and_the_largest_one_named():
-    whole = WholeModel(dense=10.0, layers=4.0)
+    whole = WholeModel(dense=10.0, rest=6.0, layers=4.0)
 
     def smallest(_):
         return [staged_design(8, 8, 0, rank=1)]
 
-    check_speedup(whole, limit(1.4), smallest)
+    assert check_speedup(whole, limit(1.4), smallest) == pytest.approx(10 / 7)
     with pytest.raises(
         OptionError, match=r"speedup 1\.5 is out of reach: .* the model is 1\.43 times faster at 1 x 512 tokens"
     ):
@@ -64,9 +71,21 @@ def test_a_speedup_out_of_reach_is_refused_and_the_largest_one_named():
         check_speedup(whole, limit(1.1, designs=3.0), smallest)
 
 
-@pytest.mark.parametrize(("measured", "tries"), [([1.6], 1), ([1.4, 1.6], 2), ([1.2, 1.3, 1.4], 3), ([1.5], 1)])
-def test_a_search_is_made_again_with_less_time_where_it_missed(monkeypatch, measured, tries):
-    whole, given = WholeModel(dense=10.0, layers=6.0), []
+@pytest.mark.parametrize(
+    ("measured", "aims", "found"),
+    [
+        ([1.6], [1.53], 1.6),
+        # within 5 % of what is wanted
+        ([1.43], [1.53], 1.43),
+        # disturbed once
+        ([1.2, 1.5], [1.53], 1.5),
+        ([1.4, 1.3, 1.5], [1.53, 1.53 * 1.5 / 1.4], 1.5),
+        # a machine that is busy all the time does not ruin the model
+        ([0.9, 0.8, 0.7], [1.53, 1.53 * speed.TIGHTENING], 0.7),
+    ],
+)
+def test_a_search_is_made_again_where_it_missed_twice(monkeypatch, measured, aims, found):
+    whole, given = WholeModel(dense=10.0, rest=4.0, layers=6.0), []
 
     def search(seconds):
         given.append(seconds)
@@ -75,14 +94,34 @@ def test_a_search_is_made_again_with_less_time_where_it_missed(monkeypatch, meas
     queue = list(measured)
     monkeypatch.setattr(speed, "with_fresh_layers", lambda model, _: model)
     monkeypatch.setattr(speed, "forward_seconds", lambda *_: {"dense": 20.0, "converted": 20.0 / queue.pop(0)})
-    _, predicted, found = search_for_speed(object(), limit(1.5), whole, search, "cpu")
-    assert len(given) == tries <= TRIES
-    assert given[0] == pytest.approx(whole.allowed(1.5))
-    assert given == sorted(given, reverse=True)
-    assert found == pytest.approx(measured[tries - 1])
-    assert predicted == pytest.approx(whole.speedup(given[-1]))
-    for before, after, missed in zip(given, given[1:], measured, strict=False):
-        assert before - after > whole.dense * (1 / missed - 1 / 1.5), "by more than was missed"
+    _, predicted, last = search_for_speed(object(), limit(1.5), whole, 2.4, search, "cpu")
+    assert given == pytest.approx([whole.allowed(aim) for aim in aims])
+    assert last == found
+    assert predicted == pytest.approx(aims[-1])
+    assert not queue
+
+
+def test_no_search_aims_at_what_cannot_be_reached(monkeypatch):
+    whole = WholeModel(dense=10.0, rest=4.0, layers=6.0)
+    monkeypatch.setattr(speed, "with_fresh_layers", lambda model, _: model)
+    monkeypatch.setattr(speed, "forward_seconds", lambda *_: {"dense": 20.0, "converted": 20.0})
+
+    def search(seconds):
+        assert seconds == pytest.approx(whole.allowed(1.505))
+        return SimpleNamespace(plan=None, choice=SimpleNamespace(cost=int(seconds * 1e9)))
+
+    search_for_speed(object(), limit(1.5), whole, 1.505, search, "cpu")
+
+
+def test_what_is_left_without_targeted_layers(checkpoints, proportional):
+    recipe = resolve_recipe(None, {"targets": "*.c_fc", "speedup": 1.1})
+    _, plan, _ = open_plan(str(checkpoints["gpt2"]), recipe)
+    model = spmconvert.load(checkpoints["gpt2"]).eval()
+    found = time_whole_model(model, Limit(recipe.budget, plan.layers, TimeTable(512)), "cpu")
+    targeted = sum(layer.dense_parameters for layer in plan.layers)
+    biases = sum(layer.target.out_features for layer in plan.layers)
+    assert found.layers == pytest.approx(1e-6 * (targeted - biases))
+    assert found.dense - found.rest == pytest.approx(1e-6 * targeted)
 
 
 def test_models_that_read_no_tokens_are_refused():
@@ -145,10 +184,11 @@ def test_a_conversion_to_a_speedup(checkpoints, text, tmp_path, proportional):
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "out", speedup=1.3, calib=text, **QUICK)
     assert result.speed["wanted"] == 1.3
     assert result.speed["measured"] >= 1.3
-    assert result.speed["predicted"] == pytest.approx(result.speed["measured"], rel=1e-3)
+    # biases are not timed
+    assert result.speed["predicted"] == pytest.approx(result.speed["measured"], rel=0.01)
     assert result.parameters_before / result.parameters_after == pytest.approx(result.speed["measured"], rel=1e-3)
     # no more is given up than the target needs
-    assert result.speed["measured"] < 1.35
+    assert result.speed["measured"] < 1.36
     assert json.loads((tmp_path / "out" / "spm.json").read_text())["speed"] == result.speed
 
 

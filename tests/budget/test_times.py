@@ -97,8 +97,8 @@ def test_damaged_times_are_measured_again(clock):
 
 def test_the_time_of_a_model_is_kept(clock):
     assert TimeTable(512).of_model("a" * 64, 4) is None
-    TimeTable(512).keep_model("a" * 64, 4, 2.5)
-    assert TimeTable(512).of_model("a" * 64, 4) == 2.5
+    TimeTable(512).keep_model("a" * 64, 4, 2.5, 1.5)
+    assert TimeTable(512).of_model("a" * 64, 4) == (2.5, 1.5)
     assert TimeTable(512).of_model("a" * 64, 5) is None
     assert TimeTable(128).of_model("a" * 64, 4) is None
 

@@ -117,7 +117,11 @@ def test_a_speedup_is_reached_and_recorded(checkpoints, text, tmp_path, monkeypa
     assert json.loads((tmp_path / "o" / "spm.json").read_text())["speed"] == found
     assert result.choice.cost <= result.choice.limit
     # the dense model, the choice, and what was fitted
-    assert [sorted(times) for times in clock.measured] == [["dense"], ["converted", "dense"], ["converted", "dense"]]
+    assert [sorted(times) for times in clock.measured] == [
+        ["dense", "rest"],
+        ["converted", "dense"],
+        ["converted", "dense"],
+    ]
     # whatever is within the time and loses less is not left out: a smaller target loses less
     easier = spmconvert.convert(checkpoints["gpt2"], tmp_path / "e", **{**options, "speedup": 1.2})
     assert easier.choice.loss < result.choice.loss
@@ -139,27 +143,29 @@ def test_a_speedup_out_of_reach_names_the_largest(checkpoints, text, tmp_path, m
     assert result.speed["measured"] >= named - 0.01
 
 
-def test_a_target_that_is_missed_is_tightened(checkpoints, text, tmp_path, monkeypatch):
-    clock = set_clock(monkeypatch, 1.1)
+def test_a_target_that_is_missed_twice_is_tightened_once(checkpoints, text, tmp_path, monkeypatch):
+    clock = set_clock(monkeypatch, 1.2, 1.15)
     options = {"structures": "lowrank", "calib": text, "speedup": 1.5, "tokens": 24, **BUDGET}
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", **options)
-    first, second = (times["dense"] / times["converted"] for times in clock.measured[1:3])
-    assert first < 1.5 <= second
-    # once, and then what was fitted is measured
-    assert len(clock.measured) == 4
-    assert result.speed["predicted"] > 1.5
+    first, again, second = (times["dense"] / times["converted"] for times in clock.measured[1:4])
+    assert first < again < 0.95 * 1.5
+    assert second >= 1.5
+    # then what was fitted is measured
+    assert len(clock.measured) == 5
+    assert result.speed["predicted"] == pytest.approx(1.5 * speed.AIM * min(1.5 / again, speed.TIGHTENING), rel=0.01)
     plain = set_clock(monkeypatch)
     untightened = spmconvert.convert(checkpoints["gpt2"], tmp_path / "p", **options)
     assert len(plain.measured) == 3
     assert result.choice.limit < untightened.choice.limit
 
 
-def test_a_target_that_stays_missed_is_left_after_three_tries(checkpoints, text, tmp_path, monkeypatch):
-    clock = set_clock(monkeypatch, *[1.3] * 4)
+def test_a_busy_machine_does_not_ruin_the_model(checkpoints, text, tmp_path, monkeypatch):
+    clock = set_clock(monkeypatch, *[2.0] * 4)
     options = {"structures": "lowrank", "calib": text, "speedup": 1.2, "tokens": 24, **BUDGET}
     result = spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", **options)
     tried = [times for times in clock.measured if "converted" in times]
-    assert len(tried) <= speed.TRIES + 1
+    assert len(tried) == 4
+    assert result.speed["predicted"] < 1.2 * 1.15
     assert result.speed["wanted"] == 1.2
     assert result.speed["measured"] == tried[-1]["dense"] / tried[-1]["converted"]
 
