@@ -140,7 +140,10 @@ class Divergences:
 
 @torch.no_grad()
 def divergences_by_block(
-    chain: Chain, batches: Sequence[dict[str, Any]], names: Sequence[str], replacements: Callable[[str], list[nn.Module]]
+    chain: Chain,
+    batches: Sequence[dict[str, Any]],
+    names: Sequence[str],
+    replacements: Callable[[str], Iterable[nn.Module]],
 ) -> dict[str, list[float]]:
     """The same for many replacements, one at a time each, in one walk through the blocks.
 

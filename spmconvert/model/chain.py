@@ -14,6 +14,7 @@ on more than the first one found out. They have to be in memory as a whole.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,9 +105,14 @@ class Chain:
             return state if first is None else (state, *others)
 
         with self._called(hand_on):
-            self._around(**batch)
+            self._around(**self._without_cache(batch))
         self._dtype = given[0].dtype
         return given[0].float(), calls
+
+    def _without_cache(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Keys and values of one run of a block are nothing to the next one."""
+        takes = "use_cache" in inspect.signature(self._around.forward).parameters
+        return {**batch, "use_cache": False} if takes else batch
 
     @contextmanager
     def ending_in(self, state: Tensor | None = None) -> Iterator[None]:
@@ -194,7 +200,7 @@ class Chain:
             return after if isinstance(output, Tensor) else (after, *output[1:])
 
         with self._called(run):
-            self._around(**row)
+            self._around(**self._without_cache(row))
         forms = {None if isinstance(output, Tensor) else len(output) - 1 for output in outputs}
         if order != list(range(len(self))) or len(forms) != 1:
             return False
@@ -203,7 +209,12 @@ class Chain:
         if not all(map(_agree, states[1:], after)):
             return False
         ((_, calls),) = self.starts([row])
-        return all(_agree(calls[index].run(self.block(index), states[index]), after[index]) for index in order)
+        # twice: a call that leaves something behind, as in a cache, is not the same again
+        return all(
+            _agree(calls[index].run(block, states[index]), after[index])
+            for index in order
+            for block in [self.block(index)] * 2
+        )
 
 
 class Walk:

@@ -7,8 +7,17 @@ import pytest
 import torch
 
 import spmconvert
-from spmconvert.budget.response import MOST_MEASURED, Divergences, Response, between, measured_sample, role_of
+from spmconvert.budget.response import (
+    MOST_MEASURED,
+    Divergences,
+    Response,
+    between,
+    divergences_by_block,
+    measured_sample,
+    role_of,
+)
 from spmconvert.errors import CalibrationError
+from spmconvert.model.chain import chain_through
 from spmconvert.operator.linear import SPMLinear
 
 
@@ -76,6 +85,34 @@ def test_divergence_of_one_layer(checkpoints, checkpoint, name):
         expected = (unit[0] - unit[1]).square().sum(-1).mean()
     assert expected > 1e-7
     assert divergences.of(name, layer) == pytest.approx(expected.item(), rel=1e-3)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "container", "names"),
+    [
+        ("gpt2", "transformer.h", ["transformer.h.0.mlp.c_fc", "transformer.h.1.mlp.c_proj"]),
+        ("bert", "encoder.layer", ["encoder.layer.1.output.dense"]),
+    ],
+)
+def test_one_walk_finds_what_whole_models_do(checkpoints, checkpoint, container, names):
+    model = spmconvert.load(checkpoints[checkpoint], dtype=torch.float32).eval()
+    batches = [ids(model), {"input_ids": ids(model)["input_ids"].flip(0)}]
+
+    def replacements(name):
+        for rank in (2, 5):
+            layer = replaced(model, name)
+            with torch.no_grad():
+                layer.lowrank.up.weight[:, rank:] = 0
+            yield layer
+
+    before = copy.deepcopy(model.state_dict())
+    found = divergences_by_block(chain_through(model, container, batches[0]), batches, names, replacements)
+    divergences = Divergences(model, batches)
+    for name in names:
+        assert found[name] == pytest.approx([divergences.of(name, layer) for layer in replacements(name)], rel=1e-3)
+        assert found[name][0] > found[name][1] > 1e-7
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
 
