@@ -32,8 +32,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from benchmarks.common import save_json
 from benchmarks.environment import environment
 
-HIDDEN, INTERMEDIATE, HEADS, WORDS = 1536, 4096, 16, 8192
-BLOCKS = "4,9,35"
+HIDDEN, INTERMEDIATE, HEADS, WORDS = 2048, 1024, 16, 8192
+BLOCKS = "4,9,42"
 OPTIONS = [
     "--targets=*.mlp.down_proj", "--keep=0.5", "--allow-slower", "--refine=1", "--set", "structures=lowrank",
     "--set", "calibration.rows=16", "--set", "calibration.tokens=128",
