@@ -18,8 +18,11 @@ from spmconvert.cli.preview import dry_run_of
 from spmconvert.cli.processes import run_in_processes
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
-from spmconvert.recipe.recipe import Recipe, Training
+from spmconvert.recipe.recipe import AUTO_TEXT, Recipe, Training
 from spmconvert.version import __version__
+
+# what stands for a text where none is given
+PROSE = "docstrings of the Python installation"
 
 app = typer.Typer(
     add_completion=False,
@@ -97,7 +100,10 @@ def convert(
     ] = None,
     calib: Annotated[
         str | None,
-        typer.Option(help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none."),
+        typer.Option(
+            help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none; default auto, prose that "
+            "every Python installation has."
+        ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options replace single values of it.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of the recipe, repeatable.")] = None,
@@ -122,7 +128,7 @@ def convert(
         **_given(tokens=tokens, rows=rows, speedup=speedups[0] if speedups else None, allow_slower=allow_slower or None),
         **({} if calib is None else {"calib": None if calib == "none" else calib}),
     }
-    resolved = recipe_from_keywords(given, recipe)
+    resolved = recipe_from_keywords(given, recipe, text=AUTO_TEXT)
     if dry_run:
         dry_run_of(model, resolved, output, device, speedups=speedups, as_json=as_json)
     else:
@@ -153,6 +159,8 @@ def _convert(
     from spmconvert.commands.convert import convert as run
 
     began = time.monotonic()
+    if str(recipe.calibration.file) == AUTO_TEXT:
+        console.note(f"calibration text: {PROSE}; a text like what the model is used for is better, --calib FILE")
     if recipe.calibration.file is None:
         console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
     console.silence_libraries()
@@ -174,11 +182,12 @@ def finetune(
         Path | None, typer.Argument(help="Converted checkpoint; default the only one in the working directory.")
     ] = None,
     data: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="Text (.txt, .jsonl, .parquet, datasets:ID[:CONFIG[:SPLIT]]) or processor tensors (.safetensors)."
+            help="Text (.txt, .jsonl, .parquet, datasets:ID[:CONFIG[:SPLIT]]) or processor tensors (.safetensors); auto "
+            "for prose that every Python installation has."
         ),
-    ] = None,
+    ] = AUTO_TEXT,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-ft.")] = None,
     teacher: Annotated[str | None, typer.Option(help="The dense source, where it is not where it was.")] = None,
     teacher_device: Annotated[str | None, typer.Option(help="Device of the teacher; default the student's.")] = None,
@@ -204,8 +213,8 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Distil a converted checkpoint against the dense one it came from."""
-    if data is None:
-        raise OptionError("no training data is given; name a text with --data")
+    if data == AUTO_TEXT:
+        console.note(f"training text: {PROSE}; a text like what the model is used for is better, --data FILE")
     options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
     if num_processes > 1 and "RANK" not in os.environ:
@@ -252,7 +261,13 @@ def report(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Directory for the files; default the checkpoint itself.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Text to measure quality on, neither fitted nor trained on.")] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text to measure quality on, neither fitted nor trained on, or none; auto for prose that every Python "
+            "installation has."
+        ),
+    ] = AUTO_TEXT,
     other_data: Annotated[Path | None, typer.Option(help="A second text, of another domain.")] = None,
     teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Another place of the calibration text, for --baselines.")] = None,
@@ -289,7 +304,7 @@ def report(
         reports = [
             run(
                 directory,
-                data=data,
+                data=None if data == "none" else data,
                 other_data=other_data,
                 teacher=teacher,
                 calibration=calib,

@@ -61,7 +61,7 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
     if conversion.above_limit:
         names = ", ".join(conversion.above_limit)
         out.print(f"the final fits of {names} came out above the largest error that was allowed", soft_wrap=True)
-    out.print(f"next: spmconvert finetune {shlex.quote(str(conversion.output))} --data TEXT, or load it:", soft_wrap=True)
+    out.print(f"next: spmconvert finetune {shlex.quote(str(conversion.output))}, or load it:", soft_wrap=True)
     out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)
 
 

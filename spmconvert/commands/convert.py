@@ -29,7 +29,7 @@ from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quan
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
-from spmconvert.data.calibration import CalibrationRows, calibration_rows
+from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_text
 from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.errors import OptionError
 from spmconvert.fit.blocks import Refined, refined
@@ -150,6 +150,7 @@ def _convert(
     listener: Progress,
 ) -> Conversion:
     source, plan, config = open_plan(model, resolved)
+    resolved = with_text(resolved, source.directory)
     destination = default_output(model) if output is None else Path(output)
     check_apart(
         destination,

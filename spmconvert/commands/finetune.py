@@ -40,7 +40,7 @@ from spmconvert.errors import CheckpointError, FitError, OptionError, OutputErro
 from spmconvert.model.architecture import load_config, model_class
 from spmconvert.outputs.objective import objective_for
 from spmconvert.recipe.loading import training_from_keywords
-from spmconvert.recipe.recipe import Training
+from spmconvert.recipe.recipe import AUTO_TEXT, Training
 from spmconvert.system.devices import check_device
 from spmconvert.version import __version__
 
@@ -130,7 +130,7 @@ def finetune(
     directory: str | Path,
     output: str | Path | None = None,
     *,
-    data: str | Path,
+    data: str | Path = AUTO_TEXT,
     recipe: Training | str | Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda _: None,
     **changes: Any,
@@ -140,7 +140,8 @@ def finetune(
     Args:
         directory: output of a conversion.
         output: directory to write; None for the same name with ``-ft``. A log of the run is written beside it.
-        data: .txt, .jsonl or .parquet file, ``datasets:ID``, or a .safetensors file of a processor's tensors.
+        data: .txt, .jsonl or .parquet file, ``datasets:ID``, a .safetensors file of a processor's tensors, or ``auto`` for
+            prose that every Python installation has.
         recipe: numbers of the run, or the path of a recipe file with a table ``finetune``; None for the defaults.
         report: told about every step and measurement, in the first process.
         **changes: fields of ``FinetuneOptions`` and keys of ``Training``.
@@ -291,7 +292,7 @@ def store_teacher_logits(
     directory: str | Path,
     destination: str | Path,
     *,
-    data: str | Path,
+    data: str | Path = AUTO_TEXT,
     words: int = 64,
     recipe: Training | str | Path | None = None,
     teacher: str | None = None,

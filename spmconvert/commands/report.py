@@ -17,10 +17,12 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from spmconvert.checkpoint.converted import Converted, open_converted
-from spmconvert.data.tokens import load_tokenizer
+from spmconvert.data.library import library_text
+from spmconvert.data.tokens import has_tokenizer, load_tokenizer
 from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
 from spmconvert.recipe.loading import recorded_recipe
+from spmconvert.recipe.recipe import AUTO_TEXT
 from spmconvert.reporting import timing
 from spmconvert.reporting.harness import check_harness, run_tasks
 from spmconvert.reporting.measure import compare
@@ -101,7 +103,8 @@ def report(
 
     Args:
         directory: output of a conversion or of a finetune.
-        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on.
+        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on. ``auto`` for prose that every
+            Python installation has, where the model reads text.
         other_data: a second text, of another domain.
         progress: told what is being done.
         **options: fields of ``ReportOptions``.
@@ -231,6 +234,8 @@ def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
 
 def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
     """The unseen rows of the texts that were given; what is missing is noted."""
+    if str(data) == AUTO_TEXT:
+        data = library_text("evaluation") if has_tokenizer(run.converted.directory) else None
     if data is None:
         run.note_missing(
             "quality", "no text is given", "name a text that was neither fitted nor trained on with --data FILE"

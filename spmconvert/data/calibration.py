@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows
+from spmconvert.data.library import library_text
+from spmconvert.data.tokens import has_tokenizer, load_tokenizer, padded_batch, row_length, token_rows
 from spmconvert.errors import CalibrationError
-from spmconvert.recipe.recipe import Calibration, Recipe
+from spmconvert.recipe.recipe import AUTO_TEXT, Calibration, Recipe
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,15 @@ class CalibrationRows:
         size = size or self.batch_size
         for first in range(0, len(rows), size):
             yield padded_batch(rows[first : first + size], self.padding, model)
+
+
+def with_text(recipe: Recipe, directory: Path) -> Recipe:
+    """The recipe with the file that an ``auto`` text stands for; without a text where the checkpoint has no tokenizer."""
+    calibration = recipe.calibration
+    if str(calibration.file) != AUTO_TEXT:
+        return recipe
+    file = library_text("calibration") if has_tokenizer(directory) else None
+    return recipe.model_copy(update={"calibration": calibration.model_copy(update={"file": file})})
 
 
 def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:

@@ -20,6 +20,11 @@ TOKENIZER_PARTS = ("merges*", "special_tokens*", "added_tokens*")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a checkpoint has the files of a tokenizer; without any, transformers may answer with one of no words."""
+    return any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES)
+
+
 def load_tokenizer(directory: Path) -> Any:
     """The tokenizer of a checkpoint.
 
@@ -28,8 +33,7 @@ def load_tokenizer(directory: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    # without files transformers may answer with a tokenizer of no words
-    if not any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES):
+    if not has_tokenizer(directory):
         raise CalibrationError(f"{directory} has no tokenizer files, which a text needs; convert with --calib none")
     try:
         return AutoTokenizer.from_pretrained(directory, trust_remote_code=False)

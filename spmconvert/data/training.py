@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.tokens import load_tokenizer, padded_batch, row_length, token_rows, tokenizer_hash
+from spmconvert.data.library import library_text
+from spmconvert.data.tokens import has_tokenizer, load_tokenizer, padded_batch, row_length, token_rows, tokenizer_hash
 from spmconvert.errors import CalibrationError, first_line
-from spmconvert.recipe.recipe import Training
+from spmconvert.recipe.recipe import AUTO_TEXT, Training
 from spmconvert.system.caches import cache_directory, check_cache
 from spmconvert.system.files import save_whole
 
@@ -145,7 +146,7 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     """Tokenise a text or take it from the cache; or open a file of tensors.
 
     Args:
-        source: .txt, .jsonl, .parquet or .safetensors file, or ``datasets:ID``.
+        source: .txt, .jsonl, .parquet or .safetensors file, ``datasets:ID``, or ``auto``.
         directory: checkpoint directory, for the tokenizer.
         config: the model's config.
         training: row length, held-out share, column and seed.
@@ -154,6 +155,13 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
         CalibrationError: when the data is missing, empty, not UTF-8 or too short, or there is no tokenizer.
         OptionError: when reading it needs a package that is not installed.
     """
+    if source == AUTO_TEXT:
+        if not has_tokenizer(directory):
+            raise CalibrationError(
+                f"{directory} has no tokenizer, so no text stands in for data; give its processor's tensors with --data "
+                "FILE.safetensors"
+            )
+        source = str(library_text("training"))
     if source.endswith(".safetensors"):
         return _load_tensors(Path(source), config, training)
     documents = read_documents(source, training.column)

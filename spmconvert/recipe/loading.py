@@ -7,15 +7,26 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from spmconvert.errors import RecipeError
-from spmconvert.recipe.recipe import DATASET_PREFIX, Budget, Calibration, Fit, LayerDesign, Override, Recipe, Training
+from spmconvert.recipe.recipe import (
+    AUTO_TEXT,
+    DATASET_PREFIX,
+    Budget,
+    Calibration,
+    Fit,
+    LayerDesign,
+    Override,
+    Recipe,
+    Training,
+)
 
 
-def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
+def load_recipe(path: Path | None, changes: dict[str, Any], *, text: str | None = None) -> Recipe:
     """Read a recipe file and replace single values in it.
 
     Args:
         path: TOML file, or None to start from the defaults. A relative calibration file is relative to the recipe.
         changes: dotted key -> value, as from ``--set`` and the options; later entries win.
+        text: calibration text where neither names one.
 
     Raises:
         RecipeError: when the file does not parse, a key is unknown or a value is outside its range.
@@ -23,6 +34,8 @@ def load_recipe(path: Path | None, changes: dict[str, Any]) -> Recipe:
     table: dict[str, Any] = {} if path is None else _read_toml(path)
     for key, value in changes.items():
         _assign(table, key, value)
+    if text is not None and isinstance(table.setdefault("calibration", {}), dict):
+        table["calibration"].setdefault("file", text)
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
@@ -63,7 +76,7 @@ _SHORT_KEYS = {
 }
 
 
-def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> Recipe:
+def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None, *, text: str | None = None) -> Recipe:
     """A recipe from Python keyword arguments over an optional recipe file.
 
     Keys are those of the recipe, dotted where they are in a table; the design and the calibration file may be given by
@@ -76,7 +89,7 @@ def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> 
     for key in ("targets", "ignore", "budget.structures"):
         if isinstance(changes.get(key), str):
             changes[key] = [pattern.strip() for pattern in changes[key].split(",") if pattern.strip()]
-    return load_recipe(path, changes)
+    return load_recipe(path, changes, text=text)
 
 
 def training_from_keywords(keywords: dict[str, Any], path: Path | None = None) -> Training:
@@ -112,7 +125,8 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} cannot be read: {error}; fix the file") from None
     calibration = table.get("calibration")
     if isinstance(calibration, dict) and isinstance(text := calibration.get("file"), str):
-        calibration["file"] = text if text.startswith(DATASET_PREFIX) else str(path.parent / text)
+        is_file = text != AUTO_TEXT and not text.startswith(DATASET_PREFIX)
+        calibration["file"] = str(path.parent / text) if is_file else text
     return table
 
 

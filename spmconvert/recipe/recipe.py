@@ -16,6 +16,8 @@ from spmconvert.units import parse_size
 
 # what names a dataset of the hub in the place of a text file: datasets:ID[:CONFIGURATION[:SPLIT]]
 DATASET_PREFIX = "datasets:"
+# text that every Python installation has, in the place of a file
+AUTO_TEXT = "auto"
 # kinds that a budget tries where the recipe names none; stages lose to Monarch at equal parameters wherever both were
 # measured (benchmarks/results/choices.md), and their fits take longest
 DEFAULT_STRUCTURES = ("monarch", "sparse24", "lowrank")
@@ -98,8 +100,8 @@ class Calibration(_Table):
     """The text whose activations weight the fit.
 
     Attributes:
-        file: text (.txt, one document a line; .jsonl or .parquet with a ``text`` key; ``datasets:ID``); None fits in the
-            Frobenius norm.
+        file: text (.txt, one document a line; .jsonl or .parquet with a ``text`` key; ``datasets:ID``); ``auto`` for prose
+            that every Python installation has, or none where the model reads no text; None fits in the Frobenius norm.
         rows: number of documents, or of packed blocks for causal models, that are used.
         tokens: longest row, in tokens.
         batch_size: rows per forward pass.

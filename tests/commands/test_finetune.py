@@ -155,7 +155,6 @@ def test_command(run, converted, text, tmp_path, monkeypatch):
 
 
 def test_command_refuses(run, converted, checkpoints, text, tmp_path, monkeypatch):
-    assert_refused(run("finetune", converted["gpt2"]), OptionError, "--data")
     assert_refused(run("finetune", converted["gpt2"], "--data", text, "--train", "x"), RecipeError, "'spm', 'norms'")
     assert_refused(run("finetune", tmp_path / "none", "--data", text), ModelNotFoundError, "no directory")
     assert_refused(run("finetune", checkpoints["gpt2"], "--data", text), CheckpointError, "not a converted checkpoint")

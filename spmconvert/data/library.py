@@ -1,0 +1,99 @@
+"""Text that every Python installation has: paragraphs of the standard library's docstrings and of the language reference.
+
+It is what ``auto`` stands for where a text is asked for, so that a conversion needs neither a file nor a network.
+Paragraphs are dealt out by hash to calibration, training and measuring: nothing is ever measured on what was fitted or
+trained on, and the same Python version gives the same text. It is prose of one kind, about programs; a text like what the
+model is used for is better (benchmarks/results/choices.md has by how much).
+"""
+
+import ast
+import hashlib
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+from spmconvert.data.documents import SHORTEST_DOCUMENT
+from spmconvert.errors import CalibrationError
+from spmconvert.recipe.recipe import AUTO_TEXT
+from spmconvert.system.caches import cache_directory, check_cache
+from spmconvert.system.files import write_whole
+
+Part = Literal["calibration", "training", "evaluation", "code"]
+# of eight paragraphs three are fitted, one measures, the others are trained on
+SHARES: tuple[Part, ...] = (
+    "calibration", "calibration", "calibration", "evaluation", "training", "training", "training", "training",
+)  # fmt: skip
+CODE_LINES = 400
+# changes with anything that changes a text
+TEXT_VERSION = 1
+# no prose of the library's own
+LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test")
+
+
+def library_text(part: Part) -> Path:
+    """A .txt file in the cache, one paragraph a line; written where it is not there.
+
+    Args:
+        part: what it is for. ``code`` is lines of source code, another domain.
+
+    Raises:
+        CalibrationError: when the standard library is here without its sources.
+        NotWritableError: when the cache cannot be written.
+    """
+    version = hashlib.sha256(f"{TEXT_VERSION} {sys.version}".encode()).hexdigest()[:16]
+    file = cache_directory("texts") / f"{part}-{version}.txt"
+    if not file.exists():
+        check_cache("texts")
+        for name, lines in _texts().items():
+            write_whole(file.with_name(f"{name}-{version}.txt"), "\n".join(lines) + "\n")
+    return file
+
+
+def _texts() -> dict[Part, list[str]]:
+    library = Path(sysconfig.get_paths()["stdlib"])
+    texts: dict[Part, list[str]] = {name: [] for name in (*dict.fromkeys(SHARES), "code")}
+    known = set()
+    for file in sorted(library.rglob("*.py")):
+        if set(LEFT_OUT) & set(file.relative_to(library).parts):
+            continue
+        source = file.read_text(encoding="utf-8", errors="replace")
+        for paragraph in _paragraphs(source):
+            digest = hashlib.sha256(paragraph.encode()).digest()
+            if digest not in known:
+                known.add(digest)
+                texts[SHARES[digest[0] % len(SHARES)]].append(paragraph)
+        texts["code"] += [line.strip() for line in source.splitlines() if len(line.strip()) >= SHORTEST_DOCUMENT]
+    if min(len(lines) for lines in texts.values()) < 2:
+        raise CalibrationError(
+            f"{library} has no sources with docstrings, which {AUTO_TEXT} reads; give a text, or install the sources"
+        )
+    # every n-th line, from all of the files
+    texts["code"] = texts["code"][:: max(1, len(texts["code"]) // CODE_LINES)]
+    return texts
+
+
+def _paragraphs(source: str) -> Iterator[str]:
+    """Paragraphs of prose, a line each, from the docstrings of a module and from a dictionary of texts."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        # templates of other tools
+        return
+    for node in ast.walk(tree):
+        text = ""
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node) or ""
+        elif isinstance(node, ast.Dict) and node.values and all(map(_is_text, node.values)):
+            # pydoc_data.topics is one dictionary of texts
+            text = "\n\n".join(ast.literal_eval(value) for value in node.values)
+        for block in text.split("\n\n"):
+            paragraph = " ".join(block.split())
+            # examples and tables are no prose
+            if len(paragraph) >= SHORTEST_DOCUMENT and ">>>" not in block and "  " not in block.strip():
+                yield paragraph
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and "\n\n" in node.value

@@ -1,0 +1,71 @@
+"""Commands without a file: prose of the Python installation stands in, another part of it for each of them."""
+
+import json
+import shutil
+
+import pytest
+
+from spmconvert.data.library import library_text
+from spmconvert.data.tokens import TOKENIZER_FILES, TOKENIZER_PARTS
+from spmconvert.errors import CalibrationError
+from tests.support import assert_refused
+
+FEW = ["--rank", "2", "--refine", "0", "--set", "calibration.rows=8", "--set", "fit.iterations=2"]
+
+
+def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run("convert", checkpoints["gpt2"], *FEW)
+    assert code == 0, err
+    assert "calibration text: docstrings of the Python installation" in err
+    assert "held out, on 1 rows" in out
+    recorded = json.loads((tmp_path / "gpt2-spm" / "spm.json").read_text())["recipe"]["calibration"]["file"]
+    assert recorded == str(library_text("calibration"))
+    code, out, err = run("finetune", "--steps", "2", "--batch-size", "2")
+    assert code == 0, err
+    assert "training text: docstrings of the Python installation" in err
+    shutil.rmtree(tmp_path / "gpt2-spm")
+    code, _, err = run("report", "--rows", "2", "--seconds", "0", "--json")
+    assert code == 0, err
+    (quality,) = json.loads(_)["quality"]
+    assert quality["text"] == library_text("evaluation").name
+    assert quality["rows"] == 2
+    code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json", "--data", "none")
+    assert json.loads(out)["quality"] == []
+
+
+def test_a_dry_run_knows_the_text_that_a_run_would_take(run, checkpoints):
+    code, out, _ = run("convert", checkpoints["gpt2"], "--rank", "2", "--dry-run", "--json")
+    assert code == 0
+    assert json.loads(out)["recipe"]["calibration"]["file"] == str(library_text("calibration"))
+    code, out, _ = run("convert", checkpoints["gpt2"], "--rank", "2", "--dry-run", "--json", "--calib", "none")
+    assert json.loads(out)["recipe"]["calibration"]["file"] is None
+
+
+def test_a_recipe_may_ask_for_it(run, checkpoints, tmp_path):
+    (tmp_path / "recipe.toml").write_text('[calibration]\nfile = "auto"\n[design]\nrank = 2\n')
+    _, out, _ = run("convert", checkpoints["gpt2"], "--recipe", tmp_path / "recipe.toml", "--dry-run", "--json")
+    assert json.loads(out)["recipe"]["calibration"]["file"] == str(library_text("calibration"))
+
+
+@pytest.fixture
+def wordless(checkpoints, tmp_path):
+    """A checkpoint without a tokenizer."""
+    directory = tmp_path / "wordless"
+    shutil.copytree(checkpoints["gpt2"], directory)
+    for pattern in (*TOKENIZER_FILES, *TOKENIZER_PARTS):
+        for file in directory.glob(pattern):
+            file.unlink()
+    return directory
+
+
+def test_models_without_a_tokenizer_read_no_text(run, wordless, tmp_path):
+    code, out, _ = run("convert", wordless, "-o", tmp_path / "o", "--rank", "2")
+    assert code == 0
+    assert "no data was used" in out
+    assert_refused(run("finetune", tmp_path / "o"), CalibrationError, "no tokenizer", ".safetensors")
+    code, out, _ = run("report", tmp_path / "o", "--seconds", "0", "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["quality"] == []
+    assert any("no text is given" in missing["reason"] for missing in report["not_measured"])

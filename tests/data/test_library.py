@@ -1,0 +1,55 @@
+"""The text that stands in where none is given: prose, dealt out so that no part shares a paragraph with another."""
+
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+from spmconvert.data import library
+from spmconvert.data.documents import read_documents
+from spmconvert.data.library import library_text
+from spmconvert.errors import CalibrationError
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return library._texts()
+
+
+def test_parts_share_no_paragraph(texts):
+    assert set(texts) == {"calibration", "evaluation", "training", "code"}
+    parts = [set(texts[name]) for name in ("calibration", "evaluation", "training")]
+    assert len(set.union(*parts)) == sum(map(len, parts)) == sum(len(texts[name]) for name in texts if name != "code")
+    # 320 rows of 128 tokens, of about four characters each
+    assert sum(map(len, texts["calibration"])) > 320 * 128 * 4
+
+
+def test_it_is_prose_of_the_library_alone(texts):
+    paragraphs = [line for name in ("calibration", "evaluation", "training") for line in texts[name]]
+    assert not any("\n" in line or ">>>" in line or len(line) < 64 for line in paragraphs)
+    installed = " ".join(texts["training"])
+    assert "torch" not in installed.lower()
+    # from the language reference
+    assert any("expression" in line and "evaluat" in line for line in paragraphs)
+
+
+def test_it_is_written_once(tmp_path, monkeypatch, texts):
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path))
+    monkeypatch.setattr(library, "_texts", lambda: texts)
+    file = library_text("calibration")
+    assert file.parent == tmp_path / "texts"
+    assert read_documents(file) == texts["calibration"]
+    monkeypatch.setattr(library, "_texts", lambda: pytest.fail("collected twice"))
+    assert library_text("calibration") == file
+    assert read_documents(library_text("evaluation")) == texts["evaluation"]
+    monkeypatch.setattr(library, "TEXT_VERSION", 0)
+    with pytest.raises(pytest.fail.Exception):
+        library_text("calibration")
+
+
+def test_a_library_without_sources_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    Path(tmp_path / "broken.py").write_text("def (", encoding="utf-8")
+    with pytest.raises(CalibrationError, match="no sources with docstrings"):
+        library_text("training")
