@@ -216,9 +216,14 @@ def typed_ahead(tmp_path):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """Run the command in this process; returns exit code, standard output and standard error."""
+    """Run the command in this process; returns exit code, standard output and standard error.
+
+    Whole models are measured at the end where ``--measure`` says so.
+    """
 
     def call(*arguments):
+        if arguments[:1] in (("convert",), ("finetune",)) and "--measure" not in arguments:
+            arguments = (*arguments, "--no-measure")
         monkeypatch.setattr(sys, "argv", ["spmconvert", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()

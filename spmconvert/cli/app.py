@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from spmconvert.cli import console, progress, views
+from spmconvert.cli.outcome import show_outcome
 from spmconvert.cli.preview import dry_run_of
 from spmconvert.cli.processes import run_in_processes
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
@@ -21,6 +22,7 @@ from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, tr
 from spmconvert.recipe.recipe import AUTO_TEXT, Recipe, Training
 from spmconvert.version import __version__
 
+MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
 # what stands for a text where none is given
 PROSE = "docstrings of the Python installation"
 
@@ -113,6 +115,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; touch nothing.")] = False,
+    measure: Annotated[bool, MEASURE] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Replace dense layers of MODEL by SPM layers, fit them, and write a checkpoint."""
@@ -132,7 +135,7 @@ def convert(
     if dry_run:
         dry_run_of(model, resolved, output, device, speedups=speedups, as_json=as_json)
     else:
-        _convert(model, resolved, output, device, resume, force, as_json)
+        _convert(model, resolved, output, device, resume, force, as_json, measure=measure)
 
 
 def _speedups(text: str | None, *, dry_run: bool) -> list[float]:
@@ -154,7 +157,15 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _convert(
-    model: str, recipe: Recipe, output: Path | None, device: str, resume: bool, force: bool, as_json: bool
+    model: str,
+    recipe: Recipe,
+    output: Path | None,
+    device: str,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    *,
+    measure: bool,
 ) -> None:
     from spmconvert.commands.convert import convert as run
 
@@ -170,10 +181,17 @@ def _convert(
     except KeyboardInterrupt:
         console.note("interrupted; finished layers are kept. Continue with the same command and --resume")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
-    if as_json:
-        console.data({**asdict(conversion), "output": str(conversion.output), "measured_on": conversion.measured_on})
-    else:
+    if not as_json:
         views.show_conversion(conversion, began)
+    found: dict[str, Any] = {}
+    if measure:
+        data = recipe.calibration.file or AUTO_TEXT
+        found = show_outcome(conversion.output, data, device, dense_bytes=conversion.bytes_before, as_json=as_json)
+    if as_json:
+        own = {"output": str(conversion.output), "measured_on": conversion.measured_on}
+        console.data({**asdict(conversion), **own, **found})
+    else:
+        views.show_next(conversion.output)
 
 
 @app.command()
@@ -208,6 +226,7 @@ def finetune(
     shard: Annotated[bool, typer.Option("--shard", help="Split the model over the processes (FSDP2).")] = False,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, wandb, trackio, ...")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace DIRECTORY by the result.")] = False,
+    measure: Annotated[bool, MEASURE] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
@@ -236,9 +255,15 @@ def finetune(
     except KeyboardInterrupt:
         console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
-    if result is not None and as_json:
-        return console.data({**asdict(result), "output": str(result.output)})
-    return None if result is None else views.show_finetuned(result, time.monotonic() - began)
+    if result is None:
+        return None
+    if not as_json:
+        views.show_finetuned(result, time.monotonic() - began)
+    found: dict[str, Any] = {}
+    if measure:
+        total = sum(file.stat().st_size for file in result.output.glob("*.safetensors"))
+        found = show_outcome(result.output, AUTO_TEXT, device, dense_bytes=total, as_json=as_json)
+    return console.data({**asdict(result), "output": str(result.output), **found}) if as_json else None
 
 
 def _store_logits(

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
@@ -61,8 +62,12 @@ def show_conversion(conversion: "Conversion", began: float) -> None:
     if conversion.above_limit:
         names = ", ".join(conversion.above_limit)
         out.print(f"the final fits of {names} came out above the largest error that was allowed", soft_wrap=True)
-    out.print(f"next: spmconvert finetune {shlex.quote(str(conversion.output))}, or load it:", soft_wrap=True)
-    out.print(f"  import spmconvert; model = spmconvert.load({str(conversion.output)!r})", soft_wrap=True)
+
+
+def show_next(output: Path) -> None:
+    """What to do with a conversion."""
+    out.print(f"next: spmconvert finetune {shlex.quote(str(output))}, or load it:", soft_wrap=True)
+    out.print(f"  import spmconvert; model = spmconvert.load({str(output)!r})", soft_wrap=True)
 
 
 def plan_rows(plan: "ConversionPlan") -> list[dict[str, Any]]:

@@ -67,6 +67,7 @@ class ReportOptions:
         rows: most rows of a text that are measured.
         seconds: about how long one timing may take; 0 measures neither time nor memory.
         device: where the models run.
+        brief: sizes, quality and the time of one pass alone.
 
     Raises:
         OptionError: when a number is outside its range.
@@ -80,6 +81,7 @@ class ReportOptions:
     rows: int = 64
     seconds: float = 2.0
     device: str = "cpu"
+    brief: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
@@ -125,7 +127,7 @@ def report(
     run.open_dense(chosen.teacher)
     texts = _texts(run, data, other_data, chosen.rows)
     layers = replaced_layers(converted)
-    amounts = [*quantities(converted, run.source, config, layers), *_memory(run)]
+    amounts = [*quantities(converted, run.source, config, layers), *([] if chosen.brief else _memory(run))]
     quality = _quality(run, texts)
     methods: tuple[MethodResult, ...] = ()
     if chosen.baselines:
@@ -140,11 +142,11 @@ def report(
         quantities=tuple(amounts),
         training=training,
         quality=quality,
-        generations=_generations(run, texts),
-        timing=_timing(run),
+        generations=() if chosen.brief else _generations(run, texts),
+        timing=_timing(run, brief=chosen.brief),
         candidates=methods,
         tasks=_tasks(run, chosen.tasks),
-        recorded_output=record_output(run.student) if run.reads_tokens else None,
+        recorded_output=record_output(run.student) if run.reads_tokens and not chosen.brief else None,
         # last: every part above may have added to it
         not_measured=tuple(run.not_measured),
     )
@@ -293,7 +295,7 @@ def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generatio
     return tuple(samples)
 
 
-def _timing(run: ReportRun) -> tuple[TimingRow, ...]:
+def _timing(run: ReportRun, *, brief: bool) -> tuple[TimingRow, ...]:
     if run.dense is None:
         return ()
     if not run.seconds:
@@ -305,7 +307,11 @@ def _timing(run: ReportRun) -> tuple[TimingRow, ...]:
         )
         return ()
     run.progress("timing dense and converted in turn")
-    return tuple(timing.time_models(run.dense, run.student, run.seconds, run.device))
+    models = (run.dense, run.student, run.seconds, run.device)
+    if brief:
+        return tuple(timing.time_forward(*models, sizes=(timing.TYPICAL_TOKENS,)))
+    generation = [timing.time_generation(*models)] if run.dense.can_generate() else []
+    return (*timing.time_forward(*models), *generation)
 
 
 def _memory(run: ReportRun) -> list[Quantity]:

@@ -34,7 +34,12 @@ class KeyFigure:
 
 def key_figures(report: Report) -> list[KeyFigure]:
     """Size, speed, quality, and the comparison with the simpler method."""
-    return [_size_figure(report), _speed_figure(report), _quality_figure(report), _baseline_figure(report)]
+    return [*outcome(report), _baseline_figure(report)]
+
+
+def outcome(report: Report) -> list[KeyFigure]:
+    """The first three of them, about the whole model itself."""
+    return [_size_figure(report), _speed_figure(report), _quality_figure(report)]
 
 
 def findings(report: Report) -> list[str]:

@@ -9,7 +9,7 @@ from rich.text import Text
 from spmconvert.checkpoint.unfinished import Unfinished
 from spmconvert.reporting import comparison
 from spmconvert.reporting.schema import MethodResult, Report
-from spmconvert.reporting.summary import describe_call, describe_error, findings, key_figures
+from spmconvert.reporting.summary import KeyFigure, describe_call, describe_error, findings, key_figures, outcome
 from spmconvert.units import count, measured, milliseconds, size
 
 STYLES = {"good": "green", "bad": "red", "plain": "", "faster": "green", "slower": "red", "no clear difference": ""}
@@ -28,7 +28,7 @@ def report_view(report: Report) -> RenderableType:
         Text.assemble((report.model.name, "bold"), f"  {report.model.architecture}, {len(report.layers)} layers replaced"),
         Text(where, style="dim"),
         "",
-        _figures(report),
+        _figures(key_figures(report)),
         "",
         _layers(report),
         Text(f"error: E‖y-ŷ‖²/E‖y‖² at conversion, before finetuning; {report.layer_errors_on}", style="dim"),
@@ -77,9 +77,14 @@ def unfinished_view(run: Unfinished) -> RenderableType:
     return Group(state, remedy, "", table) if run.layers else Group(state, remedy)
 
 
-def _figures(report: Report) -> Table:
+def outcome_view(report: Report) -> RenderableType:
+    """What a command ends with: the whole model's size, speed and quality."""
+    return _figures(outcome(report))
+
+
+def _figures(figures: Sequence[KeyFigure]) -> Table:
     table = Table(box=None, pad_edge=False, show_header=False)
-    for figure in key_figures(report):
+    for figure in figures:
         table.add_row(Text(figure.label), Text(figure.value, style=f"bold {STYLES[figure.tone]}"), Text(figure.detail))
     return table
 

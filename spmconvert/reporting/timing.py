@@ -4,7 +4,7 @@ Reported are percentiles, not the best. Peak memory is that of a fresh process w
 runs it once, because a process that has run another model has no memory of its own.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,15 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, device: 
     return {name: _latency([1000 * value for value in values]) for name, values in times.items()}
 
 
-def time_models(dense: Any, converted: Any, seconds: float, device: str) -> list[TimingRow]:
-    """Whole-model forward passes by number of tokens, and generation where the model generates."""
+def time_forward(dense: Any, converted: Any, seconds: float, device: str, sizes: Sequence[int] = TOKENS) -> list[TimingRow]:
+    """Whole-model forward passes by number of tokens."""
     rows = []
-    for tokens in TOKENS:
+    for tokens in sizes:
         batch = token_batch(dense, tokens)
         calls = {"dense": forward_call(dense, batch), "converted": forward_call(converted, batch)}
         latency = interleaved(calls, seconds, device)
         shape = "{} x {}".format(*batch["input_ids"].shape)
         rows.append(TimingRow(what="forward", tokens=tokens, shape=shape, **latency))
-    if dense.can_generate():
-        rows.append(_time_generation(dense, converted, seconds, device))
     return rows
 
 
@@ -78,7 +76,8 @@ def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
         )
 
 
-def _time_generation(dense: Any, converted: Any, seconds: float, device: str) -> TimingRow:
+def time_generation(dense: Any, converted: Any, seconds: float, device: str) -> TimingRow:
+    """Greedy generation after a short prompt."""
     ids = token_batch(dense, PROMPT_TOKENS)["input_ids"][:1]
     calls: dict[str, Callable[[], Any]] = {
         "dense": lambda: generate(dense, ids, NEW_TOKENS),

@@ -1,10 +1,13 @@
 """Commands without a file: prose of the Python installation stands in, another part of it for each of them."""
 
 import json
+import re
 import shutil
 
 import pytest
 
+from spmconvert.cli import outcome
+from spmconvert.commands import report as reporting
 from spmconvert.data.library import library_text
 from spmconvert.data.tokens import TOKENIZER_FILES, TOKENIZER_PARTS
 from spmconvert.errors import CalibrationError
@@ -15,14 +18,18 @@ FEW = ["--rank", "2", "--refine", "0", "--set", "calibration.rows=8", "--set", "
 
 def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run("convert", checkpoints["gpt2"], *FEW)
+    code, out, err = run("convert", checkpoints["gpt2"], *FEW, "--measure")
     assert code == 0, err
+    for figure in (r"parameters +−\d+%", r"speed +\d\.\d+×", r"quality +[\d.]+ → [\d.]+"):
+        assert re.search(figure, out), out
+    assert out.index("quality") < out.index("next: spmconvert finetune gpt2-spm, or load it")
     assert "calibration text: docstrings of the Python installation" in err
     assert "held out, on 1 rows" in out
     recorded = json.loads((tmp_path / "gpt2-spm" / "spm.json").read_text())["recipe"]["calibration"]["file"]
     assert recorded == str(library_text("calibration"))
-    code, out, err = run("finetune", "--steps", "2", "--batch-size", "2")
+    code, out, err = run("finetune", "--steps", "2", "--batch-size", "2", "--measure", "--json")
     assert code == 0, err
+    assert [figure["label"] for figure in json.loads(out)["outcome"]] == ["parameters", "speed", "quality"]
     assert "training text: docstrings of the Python installation" in err
     shutil.rmtree(tmp_path / "gpt2-spm")
     code, _, err = run("report", "--rows", "2", "--seconds", "0", "--json")
@@ -69,3 +76,24 @@ def test_models_without_a_tokenizer_read_no_text(run, wordless, tmp_path):
     report = json.loads(out)
     assert report["quality"] == []
     assert any("no text is given" in missing["reason"] for missing in report["not_measured"])
+
+
+def test_models_that_do_not_fit_twice_are_not_measured(run, checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(outcome, "_available", lambda: 1000)
+    code, out, err = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", *FEW, "--measure")
+    assert code == 0
+    assert "the whole model is not measured: both models take about" in err
+    assert "1.0 kB is free" in err
+    assert "next:" in out
+    code, out, _ = run("convert", checkpoints["gpt2"], "-o", tmp_path / "p", *FEW, "--measure", "--json")
+    assert json.loads(out)["outcome"] == []
+
+
+def test_what_cannot_be_measured_does_not_fail_a_conversion(run, checkpoints, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise CalibrationError("no rows")
+
+    monkeypatch.setattr(reporting, "report", refuse)
+    code, _, err = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", *FEW, "--measure")
+    assert code == 0
+    assert "the whole model is not measured: no rows" in err
