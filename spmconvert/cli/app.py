@@ -25,6 +25,7 @@ from spmconvert.version import __version__
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
 # what stands for a text where none is given
 PROSE = "docstrings of the Python installation"
+BETTER = "a text like what the model is used for is far better"
 
 app = typer.Typer(
     add_completion=False,
@@ -103,8 +104,8 @@ def convert(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none; default auto, prose that "
-            "every Python installation has."
+            help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none; default auto, what a causal "
+            "model writes itself, or prose that every Python installation has."
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options replace single values of it.")] = None,
@@ -167,17 +168,22 @@ def _convert(
     *,
     measure: bool,
 ) -> None:
+    from spmconvert.commands.convert import FIRST_SPEEDUP
     from spmconvert.commands.convert import convert as run
 
     began = time.monotonic()
     if str(recipe.calibration.file) == AUTO_TEXT:
-        console.note(f"calibration text: {PROSE}; a text like what the model is used for is better, --calib FILE")
+        console.note(f"calibration text: what a causal model writes itself, or {PROSE}; {BETTER}, --calib FILE")
+    if not recipe.names_designs and recipe.calibration.file is not None:
+        console.note(f"no design and no budget is named: --speedup {FIRST_SPEEDUP:g}, where the model reads text")
     if recipe.calibration.file is None:
         console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
     console.silence_libraries()
     try:
         with progress.ConversionProgress() as watch:
-            conversion = run(model, output, recipe=recipe, device=device, resume=resume, force=force, progress=watch)
+            conversion = run(
+                model, output, recipe=recipe, device=device, resume=resume, force=force, bare=True, progress=watch
+            )
     except KeyboardInterrupt:
         console.note("interrupted; finished layers are kept. Continue with the same command and --resume")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
@@ -233,7 +239,7 @@ def finetune(
 ) -> None:
     """Distil a converted checkpoint against the dense one it came from."""
     if data == AUTO_TEXT:
-        console.note(f"training text: {PROSE}; a text like what the model is used for is better, --data FILE")
+        console.note(f"training text: {PROSE}; {BETTER}, --data FILE")
     options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
     if num_processes > 1 and "RANK" not in os.environ:

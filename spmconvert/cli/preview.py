@@ -20,12 +20,12 @@ def dry_run_of(
 ) -> None:
     """Print the layers, designs, sizes and times of a conversion, and what other budgets would buy; touch nothing."""
     from spmconvert.budget.allocation import choice_record, describe_choice
-    from spmconvert.commands.convert import default_output, open_plan
+    from spmconvert.commands.convert import default_output, open_plan, with_budget
     from spmconvert.data.calibration import with_text
     from spmconvert.data.documents import content_hash, read_documents
 
-    source, plan, _ = open_plan(model, recipe)
-    recipe = with_text(recipe, source.directory)
+    source, plan, config = open_plan(model, recipe)
+    recipe = with_budget(with_text(recipe, source, config, device, None), config)
     text = None
     if recipe.calibration.file is not None:
         text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))

@@ -30,7 +30,7 @@ from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_text
-from spmconvert.data.tokens import tokenizer_hash
+from spmconvert.data.tokens import row_length, tokenizer_hash
 from spmconvert.errors import OptionError
 from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord
@@ -44,13 +44,17 @@ from spmconvert.model.loading import DenseModel
 from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
 from spmconvert.plan.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
-from spmconvert.recipe.recipe import Recipe
+from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.system.devices import check_device
 from spmconvert.system.timing import device_name
 from spmconvert.version import __version__
 
+# what a first try asks for: SmolLM2-135M and all-MiniLM-L6-v2 are still close to what they were
+FIRST_SPEEDUP = 1.2
 # of a model that would have been refined
 UNREFINED = "no block was refined, since the targets are on no path through one list of blocks"
+# of a model that could not be walked block by block
+WHOLE = "the whole model was in memory, since the targets are in no chain of blocks"
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,7 @@ def convert(
     device: str = "cpu",
     force: bool = False,
     resume: bool = False,
+    bare: bool = False,
     progress: Progress | None = None,
     **changes: Any,
 ) -> Conversion:
@@ -122,6 +127,7 @@ def convert(
         device: where the calibration run and the fits happen.
         force: replace an output that exists.
         resume: continue an interrupted run of the same conversion.
+        bare: choose designs for a budget of time where the recipe names neither designs nor a budget, and has a text.
         progress: told how it gets on.
         **changes: recipe keys, as ``SPMConfig`` takes them: ``targets="mlp"``, ``stages=11``, ``calib="text.txt"``.
 
@@ -136,7 +142,7 @@ def convert(
     named_recipe = None if recipe is None or isinstance(recipe, Recipe) else Path(recipe)
     # fresh layers draw parameters before they get those that were fitted; nobody's random numbers are to depend on that
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return _convert(str(model), output, resolved, named_recipe, device, force, resume, progress or Silent())
+        return _convert(str(model), output, resolved, named_recipe, device, force, resume, bare, progress or Silent())
 
 
 def _convert(
@@ -147,16 +153,19 @@ def _convert(
     device: str,
     force: bool,
     resume: bool,
+    bare: bool,
     listener: Progress,
 ) -> Conversion:
     source, plan, config = open_plan(model, resolved)
-    resolved = with_text(resolved, source.directory)
     destination = default_output(model) if output is None else Path(output)
     check_apart(
         destination,
         {"source": source.directory, "calibration text": resolved.calibration.file, "recipe": named_recipe},
     )
     check_output(destination.resolve(), force=force)
+    resolved = with_text(resolved, source, config, device, listener.calibrating)
+    if bare:
+        resolved = with_budget(resolved, config)
     rows = calibration_rows(source.directory, config, resolved)
     budgeted = bool(resolved.budget.limits)
     if budgeted:
@@ -184,12 +193,15 @@ def _convert(
                 seed=resolved.seed,
             )
         spent = _spend_budget(run) if budgeted else None
+        # fits that follow no block let it go
+        whole = dense.is_whole and resolved.budget.speedup is None
         listener.planned(run.plan)
         records = fit_all(run)
         listener.writing(run.plan.output_bytes)
         conversion = _summary(run, destination, records, spent)
-        if given.fit.refine is None and given.prefers_refinement and not resolved.fit.refine:
-            conversion = replace(conversion, fit_note="; ".join(filter(None, (conversion.fit_note, UNREFINED))))
+        unrefined = given.fit.refine is None and given.prefers_refinement and not resolved.fit.refine
+        notes = [conversion.fit_note, UNREFINED * unrefined, WHOLE * whole]
+        conversion = replace(conversion, fit_note="; ".join(filter(None, notes)))
         _write(run, conversion)
     return conversion
 
@@ -289,6 +301,14 @@ def _can_follow_blocks(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRo
 def default_output(model: str) -> Path:
     """``<name>-spm`` in the working directory, for a directory or a hub id."""
     return Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-spm")
+
+
+def with_budget(recipe: Recipe, config: Any) -> Recipe:
+    """The recipe with a first budget, where it names neither designs nor a budget; one without a text stays as it is."""
+    if recipe.names_designs or recipe.calibration.file is None:
+        return recipe
+    first = Budget(speedup=FIRST_SPEEDUP, tokens=row_length(config, Budget().tokens))
+    return recipe.model_copy(update={"budget": first})
 
 
 def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) -> Recipe:

@@ -5,7 +5,8 @@ on one that a budget chose designs by: what is chosen as the least on some rows 
 becomes rows is in ``spmconvert.data.tokens``.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.library import library_text
 from spmconvert.data.tokens import has_tokenizer, load_tokenizer, padded_batch, row_length, token_rows
+from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import AUTO_TEXT, Calibration, Recipe
 
@@ -49,13 +52,37 @@ class CalibrationRows:
             yield padded_batch(rows[first : first + size], self.padding, model)
 
 
-def with_text(recipe: Recipe, directory: Path) -> Recipe:
-    """The recipe with the file that an ``auto`` text stands for; without a text where the checkpoint has no tokenizer."""
+def with_text(
+    recipe: Recipe,
+    source: Checkpoint,
+    config: Any,
+    device: str,
+    report: Callable[[int, int], None] | None,
+) -> Recipe:
+    """The recipe with the file that an ``auto`` text stands for; without a text where the checkpoint has no tokenizer.
+
+    Args:
+        recipe: that may say ``auto``.
+        source: the checkpoint.
+        config: the model's config.
+        device: where it would write its own text.
+        report: told how many rows of that are written, and of how many; None takes one that it has written already.
+    """
     calibration = recipe.calibration
     if str(calibration.file) != AUTO_TEXT:
         return recipe
-    file = library_text("calibration") if has_tokenizer(directory) else None
+    file = _auto_text(source, config, device, report) if has_tokenizer(source.directory) else None
     return recipe.model_copy(update={"calibration": calibration.model_copy(update={"file": file})})
+
+
+def _auto_text(source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None) -> Path:
+    parameters = sum(math.prod(entry.shape) for entry in source.tensors.values())
+    if not writes(config, parameters, device):
+        return library_text("calibration")
+    if report is not None:
+        return write_text(source.directory, source.sha256(), config, device, report)
+    written = written_file(source.sha256())
+    return written if written.exists() else library_text("calibration")
 
 
 def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:

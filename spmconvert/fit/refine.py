@@ -5,9 +5,8 @@ cheap to change: its new layers, its norms and its biases. Matching blocks this 
 equal parameters come from (3BASiL's transformer matching, AA-SVD).
 
 Errors are compared as the rest of the model reads them, behind the norm that follows: in raw hidden states a few huge
-features are nearly all of the error. Steps that suit a block that lost much are too long for one that lost little (2:4):
-where they gain little, shorter ones are tried too. A block whose error on rows it was not trained on did not become smaller
-stays as it was fitted. What it gives up: layers outside of one list of blocks, and experts (see ``streams``).
+features are nearly all of the error. A block whose error on rows it was not trained on did not become smaller stays as it
+was fitted. What it gives up: layers outside of one list of blocks, and experts (see ``streams``).
 """
 
 import math
@@ -24,9 +23,7 @@ from spmconvert.model.swap import replace_module
 
 # where nothing is said about it
 REFINEMENT_EPOCHS = 4
-RATES, BETAS = (2e-3, 3e-4), (0.9, 0.95)
-# share of the error that is left, above which the next rate is tried
-LITTLE_GAINED = 0.9
+RATE, BETAS = 2e-3, (0.9, 0.95)
 # share of the steps in which the rate rises
 WARM_UP = 0.1
 # one batch of so many checks what the others train
@@ -61,28 +58,16 @@ def refine_(streams: Streams, trained: list[nn.Parameter], *, epochs: int, seed:
     wanted = _Wanted(streams)
     checking = range(0, len(streams.masks), CHECKED)
     training = [batch for batch in range(len(streams.masks)) if batch not in checking] or list(checking)
-    before = after = wanted.error(checking)
-    fitted = best = _values(trained)
-    for rate in RATES:
-        _put_(trained, fitted)
-        _train_(wanted, trained, training, epochs, seed, rate)
-        error = wanted.error(checking)
-        if error < after:
-            best, after = _values(trained), error
-        if after < LITTLE_GAINED * before:
-            break
-    _put_(trained, best)
-    return Refinement(before, after)
-
-
-def _values(parameters: list[nn.Parameter]) -> list[Tensor]:
-    return [parameter.detach().clone() for parameter in parameters]
-
-
-@torch.no_grad()
-def _put_(parameters: list[nn.Parameter], values: list[Tensor]) -> None:
-    for parameter, value in zip(parameters, values, strict=True):
-        parameter.copy_(value)
+    before = wanted.error(checking)
+    fitted = [parameter.detach().clone() for parameter in trained]
+    _train_(wanted, trained, training, epochs, seed)
+    after = wanted.error(checking)
+    if after < before:
+        return Refinement(before, after)
+    with torch.no_grad():
+        for parameter, value in zip(trained, fitted, strict=True):
+            parameter.copy_(value)
+    return Refinement(before, before)
 
 
 def refine_model_(
@@ -121,11 +106,9 @@ def refine_model_(
     model.to(dense.dtype)
 
 
-def _train_(
-    wanted: "_Wanted", trained: list[nn.Parameter], batches: list[int], epochs: int, seed: int, rate: float
-) -> None:
+def _train_(wanted: "_Wanted", trained: list[nn.Parameter], batches: list[int], epochs: int, seed: int) -> None:
     steps = epochs * len(batches)
-    optimizer = torch.optim.Adam(trained, lr=rate, betas=BETAS)
+    optimizer = torch.optim.Adam(trained, lr=RATE, betas=BETAS)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_rate(step, steps))
     generator = torch.Generator().manual_seed(seed)
     for parameter in trained:

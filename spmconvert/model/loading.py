@@ -64,6 +64,11 @@ class DenseModel:
             self._chains[container] = chain_through(model, container, batch_for(model), self.folder)
         return self._chains[container]
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether the whole of it is in memory."""
+        return self._loaded is not None
+
     def release(self) -> None:
         """Let it go; it would be loaded again."""
         self._loaded = None

@@ -16,7 +16,7 @@ from spmconvert.units import parse_size
 
 # what names a dataset of the hub in the place of a text file: datasets:ID[:CONFIGURATION[:SPLIT]]
 DATASET_PREFIX = "datasets:"
-# text that every Python installation has, in the place of a file
+# text that can be had on every machine, in the place of a file
 AUTO_TEXT = "auto"
 # kinds that a budget tries where the recipe names none; stages lose to Monarch at equal parameters wherever both were
 # measured (benchmarks/results/choices.md), and their fits take longest
@@ -100,8 +100,9 @@ class Calibration(_Table):
     """The text whose activations weight the fit.
 
     Attributes:
-        file: text (.txt, one document a line; .jsonl or .parquet with a ``text`` key; ``datasets:ID``); ``auto`` for prose
-            that every Python installation has, or none where the model reads no text; None fits in the Frobenius norm.
+        file: text (.txt, one document a line; .jsonl or .parquet with a ``text`` key; ``datasets:ID``); ``auto`` for what
+            a causal model writes itself, for others prose that every Python installation has, and for models that read no
+            text none; None fits in the Frobenius norm.
         rows: number of documents, or of packed blocks for causal models, that are used.
         tokens: longest row, in tokens.
         batch_size: rows per forward pass.
@@ -320,6 +321,11 @@ class Recipe(_Table):
     fit: Fit = Fit()
     budget: Budget = Budget()
     finetune: Training = Training()
+
+    @property
+    def names_designs(self) -> bool:
+        """Whether it says what layers become, by a design or by a budget."""
+        return self.design != LayerDesign() or bool(self.overrides) or bool(self.budget.limits)
 
     @property
     def predicts_loss(self) -> bool:

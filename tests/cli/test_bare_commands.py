@@ -1,4 +1,4 @@
-"""Commands without a file: prose of the Python installation stands in, another part of it for each of them."""
+"""Commands without a file: what a causal model writes, or prose of the Python installation, stands in for a text."""
 
 import json
 import re
@@ -6,12 +6,20 @@ import shutil
 
 import pytest
 
+from spmconvert.checkpoint.reader import open_checkpoint
 from spmconvert.cli import outcome
 from spmconvert.commands import report as reporting
 from spmconvert.data.library import library_text
 from spmconvert.data.tokens import TOKENIZER_FILES, TOKENIZER_PARTS
+from spmconvert.data.written import written_file
 from spmconvert.errors import CalibrationError
 from tests.support import assert_refused
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch):
+    monkeypatch.setattr("spmconvert.data.written.ROWS", 24)
+
 
 FEW = ["--rank", "2", "--refine", "0", "--set", "calibration.rows=8", "--set", "fit.iterations=2"]
 
@@ -23,10 +31,10 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     for figure in (r"parameters +−\d+%", r"speed +\d\.\d+×", r"quality +[\d.]+ → [\d.]+"):
         assert re.search(figure, out), out
     assert out.index("quality") < out.index("next: spmconvert finetune gpt2-spm, or load it")
-    assert "calibration text: docstrings of the Python installation" in err
+    assert "calibration text: what a causal model writes itself, or docstrings of the Python installation" in err
     assert "held out, on 1 rows" in out
     recorded = json.loads((tmp_path / "gpt2-spm" / "spm.json").read_text())["recipe"]["calibration"]["file"]
-    assert recorded == str(library_text("calibration"))
+    assert recorded == str(written_file(open_checkpoint(str(checkpoints["gpt2"])).sha256()))
     code, out, err = run("finetune", "--steps", "2", "--batch-size", "2", "--measure", "--json")
     assert code == 0, err
     assert [figure["label"] for figure in json.loads(out)["outcome"]] == ["parameters", "speed", "quality"]
@@ -41,10 +49,18 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     assert json.loads(out)["quality"] == []
 
 
-def test_a_dry_run_knows_the_text_that_a_run_would_take(run, checkpoints):
-    code, out, _ = run("convert", checkpoints["gpt2"], "--rank", "2", "--dry-run", "--json")
+def test_a_dry_run_knows_the_text_that_a_run_took(run, checkpoints, tmp_path):
+    code, out, _ = run("convert", checkpoints["bert"], "--rank", "2", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["recipe"]["calibration"]["file"] == str(library_text("calibration"))
+    written = written_file(open_checkpoint(str(checkpoints["llama"])).sha256())
+    written.unlink(missing_ok=True)
+    _, out, _ = run("convert", checkpoints["llama"], "--rank", "2", "--dry-run", "--json")
+    assert json.loads(out)["recipe"]["calibration"]["file"] == str(library_text("calibration"))
+    assert not written.exists(), "a dry run writes nothing"
+    run("convert", checkpoints["llama"], "-o", tmp_path / "o", *FEW)
+    _, out, _ = run("convert", checkpoints["llama"], "--rank", "2", "--dry-run", "--json")
+    assert json.loads(out)["recipe"]["calibration"]["file"] == str(written)
     code, out, _ = run("convert", checkpoints["gpt2"], "--rank", "2", "--dry-run", "--json", "--calib", "none")
     assert json.loads(out)["recipe"]["calibration"]["file"] is None
 

@@ -17,7 +17,7 @@ from spmconvert.cli import progress
 from spmconvert.commands.verify import loaded
 from tests.support import assert_refused
 
-QUICK = ("--set", "fit.iterations=4", "--set", "calibration.rows=16")
+QUICK = ("--stages", "7", "--set", "fit.iterations=4", "--set", "calibration.rows=16")
 
 
 def test_convert_prints_a_table_and_writes(run, checkpoints, text, tmp_path):
@@ -87,7 +87,7 @@ def test_dry_run_names_the_terms_of_every_layer(run, checkpoints):
 
 def test_a_budget_is_shown_by_kinds_of_terms(run, checkpoints, text, tmp_path):
     command = ("convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", text, "--keep", 0.5, "--allow-slower")
-    command += ("--structures", "sparse24,lowrank", "--set", "budget.iterations=2", *QUICK)
+    command += ("--structures", "sparse24,lowrank", "--set", "budget.iterations=2", *QUICK[2:])
     assert run(*command)[0] == 0
     code, out, _ = run(*command, "--dry-run", "--json")
     assert code == 0
@@ -304,7 +304,7 @@ def test_cuda_where_there_is_none(run, checkpoints, tmp_path):
 
 def test_ctrl_c_says_how_to_resume(run, checkpoints, text, tmp_path):
     command = ["convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", text]
-    settings = ["--set", "calibration.rows=16", "--set", "fit.iterations=400"]
+    settings = ["--stages", "7", "--set", "calibration.rows=16", "--set", "fit.iterations=400"]
     process = subprocess.Popen(
         [sys.executable, "-m", "spmconvert", *map(str, command), *settings],
         stderr=subprocess.PIPE,

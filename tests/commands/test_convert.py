@@ -346,9 +346,13 @@ def test_a_model_that_cannot_be_refined_is_converted_and_says_so(checkpoints, te
     options = {"targets": "*.dense", "calib": text, **QUICK}
     result = spmconvert.convert(checkpoints["bert"], tmp_path / "o", **{**options, "fit.refine": None})
     assert "no block was refined" in result.measured_on
+    assert "the whole model was in memory" in result.measured_on
     assert json.loads((tmp_path / "o" / "spm.json").read_text())["recipe"]["fit"]["refine"] == 0
     result = spmconvert.convert(checkpoints["bert"], tmp_path / "p", **options)
     assert "refined" not in result.measured_on
+    assert "the whole model was in memory" in result.measured_on
+    result = spmconvert.convert(checkpoints["bert"], tmp_path / "q", **{**options, "targets": "mlp"})
+    assert "in memory" not in result.measured_on
 
 
 def test_refinement_needs_rows_and_one_path(checkpoints, text, tmp_path):

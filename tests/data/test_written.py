@@ -1,0 +1,50 @@
+"""A causal model writes its own text once; others do not."""
+
+import json
+
+import pytest
+import torch
+
+from spmconvert.checkpoint.reader import open_checkpoint
+from spmconvert.data import written
+from spmconvert.data.written import write_text, writes, written_file
+from spmconvert.model.architecture import load_config
+
+
+@pytest.fixture
+def write(checkpoints, tmp_path, monkeypatch):
+    """Write the text of a checkpoint into a cache of its own; returns the file and what was told."""
+    monkeypatch.setattr(written, "ROWS", 10)
+    monkeypatch.setattr(written, "BATCH_ROWS", 4)
+
+    def call(name, cache="cache"):
+        monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / cache))
+        told = []
+        source = open_checkpoint(str(checkpoints[name]))
+        config = load_config(source.directory)
+        file = write_text(source.directory, source.sha256(), config, "cpu", lambda *done: told.append(done))
+        assert file == written_file(source.sha256())
+        return file, told
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-bf16"])
+def test_a_text_is_written_once_and_the_same_again(write, name):
+    state = torch.random.get_rng_state()
+    file, told = write(name)
+    assert torch.equal(torch.random.get_rng_state(), state), "nobody's random numbers depend on it"
+    assert told == [(4, 10), (8, 10), (10, 10)]
+    rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert len(rows) == len(set(rows)) == 10
+    content = file.read_bytes()
+    assert write(name) == (file, [])
+    assert write(name, "other")[0].read_bytes() == content
+
+
+def test_models_write_in_a_time_that_can_be_waited_for(checkpoints):
+    causal, encoder = (load_config(checkpoints[name]) for name in ("gpt2", "bert"))
+    assert writes(causal, written.MOST_PARAMETERS, "cpu")
+    assert not writes(causal, written.MOST_PARAMETERS + 1, "cpu")
+    assert writes(causal, written.MOST_PARAMETERS + 1, "cuda")
+    assert not writes(encoder, 1, "cpu")
