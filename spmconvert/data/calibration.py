@@ -72,7 +72,11 @@ def with_text(
     if str(calibration.file) != AUTO_TEXT:
         return recipe
     file = _auto_text(source, config, device, report) if has_tokenizer(source.directory) else None
-    return recipe.model_copy(update={"calibration": calibration.model_copy(update={"file": file})})
+    return _with_file(recipe, file)
+
+
+def _with_file(recipe: Recipe, file: Path | None) -> Recipe:
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": file})})
 
 
 def _auto_text(source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None) -> Path:
@@ -86,7 +90,12 @@ def _auto_text(source: Checkpoint, config: Any, device: str, report: Callable[[i
 
 
 def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:
-    """The rows that a recipe asks for, or None where it names no text; as ``load_rows``."""
+    """The rows that a recipe asks for, or None where it names no text; as ``load_rows``.
+
+    What still says ``auto`` here, for a model that is converted in memory, is prose alone.
+    """
+    if str(recipe.calibration.file) == AUTO_TEXT:
+        recipe = _with_file(recipe, library_text("calibration") if has_tokenizer(directory) else None)
     if recipe.calibration.file is None:
         return None
     return load_rows(directory, config, recipe.calibration, recipe.seed, choosing=bool(recipe.budget.limits))

@@ -16,7 +16,7 @@ import torch
 
 from spmconvert.data.library import library_text
 from spmconvert.data.tokens import load_tokenizer, reads_packed, row_length
-from spmconvert.model.architecture import model_class
+from spmconvert.model.loading import load_dense_model
 from spmconvert.system.caches import cache_directory, check_cache
 from spmconvert.system.files import write_whole
 
@@ -62,9 +62,7 @@ def write_text(directory: Path, sha256: str, config: Any, device: str, report: C
     tokenizer = load_tokenizer(directory)
     prompts = _prompts(tokenizer)
     length = row_length(config, TOKENS)
-    model = model_class(config).from_pretrained(directory, dtype="auto").to(device).eval()
-    if device == "cpu":
-        model = model.float()
+    model = load_dense_model(directory, config, device)
     lines = []
     with torch.random.fork_rng():
         torch.manual_seed(0)

@@ -6,9 +6,13 @@ from pathlib import Path
 import pytest
 
 from spmconvert.data import library
+from spmconvert.data.calibration import calibration_rows
 from spmconvert.data.documents import read_documents
 from spmconvert.data.library import library_text
 from spmconvert.errors import CalibrationError
+from spmconvert.model.architecture import load_config
+from spmconvert.recipe.loading import recipe_from_keywords
+from spmconvert.system.files import file_hash
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +57,10 @@ def test_a_library_without_sources_is_named(tmp_path, monkeypatch):
     Path(tmp_path / "broken.py").write_text("def (", encoding="utf-8")
     with pytest.raises(CalibrationError, match="no sources with docstrings"):
         library_text("training")
+
+
+def test_a_model_that_is_converted_in_memory_is_calibrated_on_it(checkpoints):
+    recipe = recipe_from_keywords({"calib": "auto", "calibration.rows": 4})
+    rows = calibration_rows(checkpoints["gpt2"], load_config(checkpoints["gpt2"]), recipe)
+    assert rows.file_sha256 == file_hash(library_text("calibration"))
+    assert len(rows.fitted) == 4
