@@ -200,10 +200,14 @@ def _convert(
         listener.writing(run.plan.output_bytes)
         conversion = _summary(run, destination, records, spent)
         unrefined = given.fit.refine is None and given.prefers_refinement and not resolved.fit.refine
-        notes = [conversion.fit_note, UNREFINED * unrefined, WHOLE * whole]
-        conversion = replace(conversion, fit_note="; ".join(filter(None, notes)))
+        conversion = _with_notes(conversion, UNREFINED * unrefined)
         _write(run, conversion)
-    return conversion
+    # of this run, and not of the output, which is the same where an interrupted run had gathered everything
+    return _with_notes(conversion, WHOLE * whole)
+
+
+def _with_notes(conversion: Conversion, *notes: str) -> Conversion:
+    return replace(conversion, fit_note="; ".join(filter(None, (conversion.fit_note, *notes))))
 
 
 def _is_fitted(run: FitRun) -> bool:

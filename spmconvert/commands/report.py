@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.data.library import library_text
-from spmconvert.data.tokens import has_tokenizer, load_tokenizer
+from spmconvert.data.tokens import load_tokenizer, reads_text
 from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
 from spmconvert.recipe.loading import recorded_recipe
@@ -237,7 +237,7 @@ def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
 def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
     """The unseen rows of the texts that were given; what is missing is noted."""
     if str(data) == AUTO_TEXT:
-        data = library_text("evaluation") if has_tokenizer(run.converted.directory) else None
+        data = library_text("evaluation") if reads_text(run.converted.directory, run.config) else None
     if data is None:
         run.note_missing(
             "quality", "no text is given", "name a text that was neither fitted nor trained on with --data FILE"

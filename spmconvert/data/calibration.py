@@ -17,7 +17,7 @@ from torch import Tensor
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.library import library_text
-from spmconvert.data.tokens import has_tokenizer, load_tokenizer, padded_batch, row_length, token_rows
+from spmconvert.data.tokens import load_tokenizer, padded_batch, reads_text, row_length, token_rows
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import AUTO_TEXT, Calibration, Recipe
@@ -59,7 +59,7 @@ def with_text(
     device: str,
     report: Callable[[int, int], None] | None,
 ) -> Recipe:
-    """The recipe with the file that an ``auto`` text stands for; without a text where the checkpoint has no tokenizer.
+    """The recipe with the file that an ``auto`` text stands for; without a text where the model reads none.
 
     Args:
         recipe: that may say ``auto``.
@@ -71,7 +71,7 @@ def with_text(
     calibration = recipe.calibration
     if str(calibration.file) != AUTO_TEXT:
         return recipe
-    file = _auto_text(source, config, device, report) if has_tokenizer(source.directory) else None
+    file = _auto_text(source, config, device, report) if reads_text(source.directory, config) else None
     return _with_file(recipe, file)
 
 
@@ -95,7 +95,7 @@ def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> Calibratio
     What still says ``auto`` here, for a model that is converted in memory, is prose alone.
     """
     if str(recipe.calibration.file) == AUTO_TEXT:
-        recipe = _with_file(recipe, library_text("calibration") if has_tokenizer(directory) else None)
+        recipe = _with_file(recipe, library_text("calibration") if reads_text(directory, config) else None)
     if recipe.calibration.file is None:
         return None
     return load_rows(directory, config, recipe.calibration, recipe.seed, choosing=bool(recipe.budget.limits))

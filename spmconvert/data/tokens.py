@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.errors import CalibrationError, CheckpointError, first_line
+from spmconvert.model.architecture import model_class
 
 # what decides about tokens beside these, and makes no tokenizer alone
 TOKENIZER_PARTS = ("merges*", "special_tokens*", "added_tokens*")
@@ -23,6 +24,14 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "spiece*")
 def has_tokenizer(directory: Path) -> bool:
     """Whether a checkpoint has the files of a tokenizer; without any, transformers may answer with one of no words."""
     return any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES)
+
+
+def reads_text(directory: Path, config: Any) -> bool:
+    """Whether a checkpoint's model can be run on text alone: it has a tokenizer, and needs neither pictures nor sound."""
+    towers = any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
+    # a model that generates reads text without the pictures that belong to it; towers side by side need both
+    alone = reads_packed(config) or not towers
+    return has_tokenizer(directory) and model_class(config).main_input_name == "input_ids" and alone
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.library import library_text
-from spmconvert.data.tokens import has_tokenizer, load_tokenizer, padded_batch, row_length, token_rows, tokenizer_hash
+from spmconvert.data.tokens import load_tokenizer, padded_batch, reads_text, row_length, token_rows, tokenizer_hash
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.recipe.recipe import AUTO_TEXT, Training
 from spmconvert.system.caches import cache_directory, check_cache
@@ -156,10 +156,10 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
         OptionError: when reading it needs a package that is not installed.
     """
     if source == AUTO_TEXT:
-        if not has_tokenizer(directory):
+        if not reads_text(directory, config):
             raise CalibrationError(
-                f"{directory} has no tokenizer, so no text stands in for data; give its processor's tensors with --data "
-                "FILE.safetensors"
+                f"{directory} has no tokenizer, or does not read text alone, so none stands in for data; give its "
+                "processor's tensors with --data FILE.safetensors"
             )
         source = str(library_text("training"))
     if source.endswith(".safetensors"):

@@ -4,11 +4,13 @@ import sysconfig
 from pathlib import Path
 
 import pytest
+from transformers import CLIPConfig, GPT2Config, LlavaConfig, ViTConfig, WhisperConfig
 
 from spmconvert.data import library
 from spmconvert.data.calibration import calibration_rows
 from spmconvert.data.documents import read_documents
 from spmconvert.data.library import library_text
+from spmconvert.data.tokens import reads_text
 from spmconvert.errors import CalibrationError
 from spmconvert.model.architecture import load_config
 from spmconvert.recipe.loading import recipe_from_keywords
@@ -64,3 +66,17 @@ def test_a_model_that_is_converted_in_memory_is_calibrated_on_it(checkpoints):
     rows = calibration_rows(checkpoints["gpt2"], load_config(checkpoints["gpt2"]), recipe)
     assert rows.file_sha256 == file_hash(library_text("calibration"))
     assert len(rows.fitted) == 4
+
+
+def test_models_that_cannot_be_run_on_text_alone_get_none(checkpoints):
+    tokenizer = checkpoints["gpt2"]
+    configs = {
+        "gpt2": GPT2Config(architectures=["GPT2LMHeadModel"]),
+        "whisper": WhisperConfig(architectures=["WhisperForConditionalGeneration"]),
+        "clip": CLIPConfig(architectures=["CLIPModel"]),
+        "llava": LlavaConfig(architectures=["LlavaForConditionalGeneration"]),
+        "vit": ViTConfig(architectures=["ViTForImageClassification"]),
+    }
+    found = {name for name, config in configs.items() if reads_text(tokenizer, config)}
+    assert found == {"gpt2", "llava"}
+    assert not reads_text(tokenizer.parent, configs["gpt2"]), "no tokenizer"
