@@ -156,12 +156,17 @@ def with_fresh_layers(model: Any, plan: ConversionPlan) -> Any:
 
 
 def search_for_speed(
-    model: Any, limit: Limit, whole: WholeModel, most: float, search: Callable[[float], Allocation], device: str
+    model: Callable[[], Any],
+    limit: Limit,
+    whole: WholeModel,
+    most: float,
+    search: Callable[[float], Allocation],
+    device: str,
 ) -> tuple[Allocation, float, float]:
     """Search designs with which the whole model reaches the target; a second time where the first ones miss it.
 
     Args:
-        model: the dense model.
+        model: gives the dense model, which is let go after every measurement.
         limit: the budget.
         whole: times of the dense model.
         most: the largest speed-up that can be reached.
@@ -188,8 +193,9 @@ def search_for_speed(
     return allocation, whole.speedup(allocation.choice.cost / 1e9), measured
 
 
-def _measured(model: Any, allocation: Allocation, limit: Limit, device: str) -> float:
+def _measured(model: Callable[[], Any], allocation: Allocation, limit: Limit, device: str) -> float:
     """How much faster the model is with fresh layers of the chosen designs."""
-    fresh = with_fresh_layers(model, allocation.plan)
-    times = forward_seconds({"dense": model, "converted": fresh}, limit.budget, device)
+    dense = model()
+    fresh = with_fresh_layers(dense, allocation.plan)
+    times = forward_seconds({"dense": dense, "converted": fresh}, limit.budget, device)
     return times["dense"] / times["converted"]

@@ -105,7 +105,7 @@ class Spending:
         def search(seconds: float) -> Allocation:
             return Search(curves, replace(limit, seconds=seconds), self._subject, self.watch.measured).run()
 
-        allocation, predicted, measured = search_for_speed(self.model(), limit, whole, most, search, self.device)
+        allocation, predicted, measured = search_for_speed(self.model, limit, whole, most, search, self.device)
         return Spent(allocation, predicted, measured)
 
     def _subject(self, layer: LayerPlan) -> Subject:

@@ -194,7 +194,7 @@ def _convert(
             )
         spent = _spend_budget(run) if budgeted else None
         # fits that follow no block let it go
-        whole = dense.is_whole and resolved.budget.speedup is None
+        whole = dense.is_whole
         listener.planned(run.plan)
         records = fit_all(run)
         listener.writing(run.plan.output_bytes)
@@ -229,7 +229,7 @@ def _spend_budget(run: FitRun) -> Spent:
             recipe=run.recipe,
             identity=CacheIdentity.of_checkpoint(run.source, run.dense.device),
             rows=run.rows,
-            model=run.dense,
+            model=run.dense.lent,
             chain=run.chain,
             moments=lambda name: None if run.moments is None else run.moments.read(name),
             weights=partial(dense_tensors, run),
@@ -449,7 +449,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], spent:
 
 def _measured_speed(run: FitRun, spent: Spent) -> dict[str, Any]:
     """How much faster the fitted model is, beside what was predicted."""
-    dense, budget = run.dense(), run.recipe.budget
+    dense, budget = run.dense.lent(), run.recipe.budget
     converted = copy_sharing_tensors(dense)
     for layer in run.plan.layers:
         built = stored_layer(run, layer).to(run.dense.device, dense.dtype)

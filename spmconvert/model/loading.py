@@ -52,6 +52,10 @@ class DenseModel:
             self._loaded = load_dense_model(self.directory, self.config, self.device)
         return self._loaded
 
+    def lent(self) -> Any:
+        """The model for whoever asks alone, who lets it go; the one that is kept, where it is loaded already."""
+        return load_dense_model(self.directory, self.config, self.device) if self._loaded is None else self._loaded
+
     def chain(self, container: str, batch_for: Callable[[Any], dict[str, Any]]) -> Chain | None:
         """A list of its blocks, each read from disk when it is asked for; made once. None where they are no chain.
 

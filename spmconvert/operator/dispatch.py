@@ -17,7 +17,7 @@ BACKENDS: tuple[Backend, ...] = get_args(Backend)
 HAS_TRITON = find_spec("triton") is not None
 
 # below this many tokens merging costs more than it saves, where it has to be done for every step: at width 768 the merged
-# form overtakes the reference between 16 and 64 tokens, see benchmarks/results/operator-cpu-2026-11-21.json
+# form overtakes the reference between 16 and 64 tokens, see benchmarks/results/operator-cpu-2026-11-29.json
 FEW_TOKENS = 32
 
 

@@ -6,8 +6,8 @@ Forward and backward follow arXiv 2512.23905, sections 3 and 4, with three exten
 dense 2 block x 2 block mixers, and inputs and outputs of different sizes.
 
 What it gives up is speed: every stage moves the activations through memory once. It beats a dense layer only where that
-is wide and the tokens are few, and has 0.24 of its speed at width 1024 and 1024 tokens on a CPU; see
-benchmarks/results/operator-cpu-2026-11-21.json.
+is wide and the tokens are few, and has 0.36 of its speed at width 1024 and 1024 tokens on a CPU; see
+benchmarks/results/operator-cpu-2026-11-29.json.
 
 Stages see activations coordinates first, [blocks, block, tokens].
 """
