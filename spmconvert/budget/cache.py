@@ -21,7 +21,7 @@ from spmconvert.system.caches import cache_directory
 from spmconvert.system.files import write_whole
 
 # changes with anything that changes what a curve holds
-CURVE_VERSION = 7
+CURVE_VERSION = 8
 # low rank at every rank, designs that were fitted, and the model's response to errors
 LOW_RANK, TERMS, RESPONSE = "lowrank", "terms", "response"
 

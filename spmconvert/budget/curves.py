@@ -4,7 +4,7 @@ Low rank is known at every rank from one decomposition. Other designs are fitted
 (``search``), and kept for every later budget.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from spmconvert.budget.cache import LOW_RANK, RESPONSE, TERMS, CacheIdentity, CurveCache, read_part, write_part
@@ -75,12 +75,13 @@ class Curves:
         """By layer."""
         return tuple(tuple(curve.candidates) for curve in self.layers)
 
-    def measure(self, curve: LayerCurve, designs: Iterable[Design], subject: SubjectOf) -> None:
-        """Fit and keep designs that are not known yet."""
-        missing = [design for design in designs if not curve.knows(design)]
-        if missing:
-            curve.terms += subject(curve.layer).measure(missing)
-            write_part(self.cache.files(curve.layer)[TERMS], [asdict(candidate) for candidate in curve.terms])
+    def read_again(self) -> None:
+        """Take over what others have kept meanwhile."""
+        for curve in self.layers:
+            found = _known(self.cache, curve.layer)
+            curve.low_rank, curve.terms = found.low_rank, found.terms
+            # one that lies between measured ones is kept nowhere
+            curve.response = found.response or curve.response
 
 
 def check_measurable(recipe: Recipe) -> None:
@@ -130,22 +131,18 @@ def spread_responses(curves: Curves) -> bool:
     return True
 
 
-def measure_low_rank(curves: Curves, subject: SubjectOf, report: Callable[[str, int, int], None]) -> None:
-    """Measure low rank at every rank for the layers where it is not known."""
-    if "lowrank" not in curves.recipe.budget.structures:
-        return
-    for done, curve in enumerate(curves.layers, start=1):
-        if curve.low_rank is None:
-            found = subject(curve.layer)
-            curve.low_rank = low_rank_curve(
-                found.weight,
-                found.bias,
-                found.moments,
-                weighted=curves.recipe.weights_fits,
-                predicts=curves.recipe.predicts_loss,
-            )
-            write_part(curves.cache.files(curve.layer)[LOW_RANK], asdict(curve.low_rank))
-        report(curve.layer.target.name, done, len(curves.layers))
+def measure_low_rank(cache: CurveCache, recipe: Recipe, layer: LayerPlan, subject: SubjectOf) -> None:
+    """Measure and keep low rank at every rank."""
+    found = subject(layer)
+    weighted, predicts = recipe.weights_fits, recipe.predicts_loss
+    curve = low_rank_curve(found.weight, found.bias, found.moments, weighted=weighted, predicts=predicts)
+    write_part(cache.files(layer)[LOW_RANK], asdict(curve))
+
+
+def measure_terms(cache: CurveCache, layer: LayerPlan, designs: Sequence[Design], subject: SubjectOf) -> None:
+    """Fit designs of a layer, and keep them beside those that are known."""
+    found = [*_known(cache, layer).terms, *subject(layer).measure(designs)]
+    write_part(cache.files(layer)[TERMS], [asdict(candidate) for candidate in found])
 
 
 def _known(cache: CurveCache, layer: LayerPlan) -> LayerCurve:

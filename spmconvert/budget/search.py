@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate
 from spmconvert.budget.candidates import Candidate, designs_of, standing_designs_of
-from spmconvert.budget.curves import Curves, LayerCurve, SubjectOf
+from spmconvert.budget.curves import Curves, LayerCurve
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.registry import term_class
@@ -33,6 +33,8 @@ LEAST_SAVING = 0.01
 NEW_COST = 0.05
 
 Forms = Mapping[str, Design]
+# designs of a layer to be fitted
+Trial = tuple[LayerCurve, Sequence[Design]]
 FormsOf = Callable[[LayerCurve], Forms]
 
 
@@ -43,14 +45,12 @@ class Search:
     Attributes:
         curves: what is known; it grows.
         limit: the budget.
-        subject: gives a layer to fit candidates of.
-        report: told how many layers are through, and of how many.
+        measure: fits and keeps designs of layers that are not known yet; they are known afterwards.
     """
 
     curves: Curves
     limit: Limit
-    subject: SubjectOf
-    report: Callable[[str, int, int], None]
+    measure: Callable[[Sequence[Trial]], None]
 
     def run(self) -> Allocation:
         """Search until the choice no longer changes.
@@ -140,12 +140,14 @@ class Search:
     def _winners(self, forms: FormsOf) -> dict[tuple[int, int], list[str]]:
         """By shape the forms that save most on its sample."""
         winners = {}
-        for shape, members in self._shapes().items():
+        samples = {
+            shape: spread([curve for curve in members if forms(curve)], SAMPLE) for shape, members in self._shapes().items()
+        }
+        self.measure([(curve, list(forms(curve).values())) for curves in samples.values() for curve in curves])
+        for shape, curves in samples.items():
             savings: dict[str, list[float]] = {}
-            for curve in spread([curve for curve in members if forms(curve)], SAMPLE):
-                tried = forms(curve)
-                self.curves.measure(curve, tried.values(), self.subject)
-                for name, design in tried.items():
+            for curve in curves:
+                for name, design in forms(curve).items():
                     savings.setdefault(name, []).append(self._saving(curve, design))
             means = {name: statistics.mean(values) for name, values in savings.items()}
             best = sorted((name for name in means if means[name] > LEAST_SAVING), key=means.__getitem__, reverse=True)
@@ -154,11 +156,11 @@ class Search:
 
     def _try(self, forms: FormsOf, winners: Mapping[tuple[int, int], Sequence[str]]) -> None:
         """Measure the winning forms on all layers of their shapes."""
-        for done, curve in enumerate(self.curves.layers, start=1):
+        trials: list[Trial] = []
+        for curve in self.curves.layers:
             tried = forms(curve) if winners[_sizes(curve)] else {}
-            chosen = [tried[name] for name in winners[_sizes(curve)] if name in tried]
-            self.curves.measure(curve, chosen, self.subject)
-            self.report(curve.layer.target.name, done, len(self.curves.layers))
+            trials.append((curve, [tried[name] for name in winners[_sizes(curve)] if name in tried]))
+        self.measure(trials)
 
     def _saving(self, curve: LayerCurve, design: Design) -> float:
         """Share of the loss of low rank at the same cost that a design saves; one where there is none so small."""

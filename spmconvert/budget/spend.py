@@ -13,18 +13,24 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
-from spmconvert.budget.cache import RESPONSE, CacheIdentity, write_part
+from spmconvert.budget.cache import RESPONSE, CacheIdentity, CurveCache, write_part
 from spmconvert.budget.candidates import Subject
-from spmconvert.budget.curves import Curves, check_measurable, known_curves, measure_low_rank, spread_responses
+from spmconvert.budget.curves import (
+    Curves,
+    check_measurable,
+    known_curves,
+    measure_low_rank,
+    measure_terms,
+    spread_responses,
+)
 from spmconvert.budget.response import (
     MEASURED_ROWS,
     MEASURED_SHARES,
     Divergences,
-    Response,
     divergences_by_block,
     measured_sample,
 )
-from spmconvert.budget.search import Search
+from spmconvert.budget.search import Search, Trial
 from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model, whole_model
 from spmconvert.budget.times import TimeTable
 from spmconvert.calibrate.store import Moments
@@ -37,6 +43,7 @@ from spmconvert.operator.terms.lowrank import LowRank
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.system.caches import check_cache
+from spmconvert.system.team import ALONE, Team
 
 
 class Watch(Protocol):
@@ -62,6 +69,8 @@ class Spending:
         weights: gives weight [out_features, in_features] and bias of a layer, float32.
         device: where.
         watch: told how it gets on.
+        team: who measures.
+        together: has everybody do a kind of ``work`` on an argument, which is for all of them.
     """
 
     source: Checkpoint
@@ -75,6 +84,13 @@ class Spending:
     weights: Callable[[LayerPlan], tuple[Tensor, Tensor | None]]
     device: str
     watch: Watch
+    team: Team = ALONE
+    together: Callable[[str, Any], None] | None = None
+
+    @property
+    def work(self) -> dict[str, Callable[[Any], None]]:
+        """What processes divide: each takes its share of a list, and keeps what it finds in the cache."""
+        return {"low rank": self._low_rank, "terms": self._terms, "responses": self._responses}
 
     def choose(self) -> "Spent":
         """Choose the designs of all layers.
@@ -96,14 +112,22 @@ class Spending:
             most = check_speedup(whole, limit, lambda layer: smallest_designs(layer, budget))
         text = None if self.rows is None else self.rows.file_sha256
         curves = known_curves(self.source, self.plan, self.recipe, self.identity, text)
-        measure_low_rank(curves, self._subject, self.watch.measured)
+        if "lowrank" in budget.structures:
+            self._do("low rank", [curve.layer for curve in curves.layers if curve.low_rank is None])
+            curves.read_again()
         if RESPONSE in curves.cache.parts:
             self._measure_response(curves)
+
+        def measure(trials: Sequence[Trial]) -> None:
+            missing = [(curve.layer, [d for d in designs if not curve.knows(d)]) for curve, designs in trials]
+            self._do("terms", [(layer, designs) for layer, designs in missing if designs])
+            curves.read_again()
+
         if whole is None:
-            return Spent(Search(curves, limit, self._subject, self.watch.measured).run())
+            return Spent(Search(curves, limit, measure).run())
 
         def search(seconds: float) -> Allocation:
-            return Search(curves, replace(limit, seconds=seconds), self._subject, self.watch.measured).run()
+            return Search(curves, replace(limit, seconds=seconds), measure).run()
 
         allocation, predicted, measured = search_for_speed(self.model, limit, whole, most, search, self.device)
         return Spent(allocation, predicted, measured)
@@ -113,15 +137,43 @@ class Spending:
         moments = self.moments(layer.target.name) or Moments.isotropic(weight.shape[1])
         return Subject(weight, bias, moments.to(weight.device), self.recipe)
 
+    def _do(self, kind: str, items: Sequence[Any]) -> None:
+        if items and self.together is not None:
+            self.together(kind, items)
+        elif items:
+            self.work[kind](items)
+
+    @property
+    def _cache(self) -> CurveCache:
+        return CurveCache.of(self.source, self.recipe, self.identity, None if self.rows is None else self.rows.file_sha256)
+
+    def _low_rank(self, layers: Sequence[LayerPlan]) -> None:
+        share, cache = self.team.share(layers), self._cache
+        for done, layer in enumerate(share, start=1):
+            measure_low_rank(cache, self.recipe, layer, self._subject)
+            self.watch.measured(layer.target.name, done, len(share))
+
+    def _terms(self, trials: Sequence[tuple[LayerPlan, Sequence[Design]]]) -> None:
+        share, cache = self.team.share(trials), self._cache
+        for done, (layer, designs) in enumerate(share, start=1):
+            measure_terms(cache, layer, designs, self._subject)
+            self.watch.measured(layer.target.name, done, len(share))
+
+    def _responses(self, layers: Sequence[LayerPlan]) -> None:
+        share, cache = self.team.share(layers), self._cache
+        if share:
+            for layer, points in zip(share, self._response_points(share), strict=True):
+                write_part(cache.files(layer)[RESPONSE], points)
+
     def _measure_response(self, curves: Curves) -> None:
         """Put a few candidates into the model, one at a time, and see what that costs."""
         names = [curve.layer.target.name for curve in curves.layers]
         sample = set(measured_sample(names))
-        missing = [curve for curve in curves.layers if curve.response is None and curve.layer.target.name in sample]
-        if missing:
-            for curve, points in zip(missing, self._response_points([curve.layer for curve in missing]), strict=True):
-                write_part(curves.cache.files(curve.layer)[RESPONSE], points)
-                curve.response = Response.of(points)
+        self._do(
+            "responses",
+            [curve.layer for curve in curves.layers if curve.response is None and curve.layer.target.name in sample],
+        )
+        curves.read_again()
         spread_responses(curves)
 
     def _response_points(self, layers: Sequence[LayerPlan]) -> list[list[tuple[float, float]]]:

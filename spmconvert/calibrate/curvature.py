@@ -16,7 +16,9 @@ What it gives up: third order, and the interplay of errors in several layers or 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -25,10 +27,9 @@ from torch.nn.functional import log_softmax, normalize
 
 from spmconvert.calibrate.statistics import attended
 from spmconvert.errors import CalibrationError
-from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_positions
+from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_mask, real_positions
 from spmconvert.outputs.words import has_plain_head, word_head, word_states
 
-_SEED_OFFSET = 7919
 # positions whose words are drawn at a time: their logits, several times over, are all that there is of the vocabulary
 DRAWN_POSITIONS = 64
 # largest norm of a position's gradient, in medians of its batch
@@ -42,15 +43,18 @@ class Curvatures:
         model: the dense model, in float32; gradients of its parameters are left alone.
         names: layers, by module name.
         seed: seed of the probes.
+
+    Attributes:
+        positions: of the output that were probed.
     """
 
     def __init__(self, model: Any, names: Sequence[str], seed: int) -> None:
         self._model, self._names = model, names
         self._objective = objective_for(model.config, type(model).__name__)
-        self._generator = torch.Generator().manual_seed(seed + _SEED_OFFSET)
+        self._seed, self._rows = seed, 0
         self._plain_head: bool | None = None
         self._sums: dict[str, Tensor] = {}
-        self._positions = 0
+        self.positions = 0
 
     def look_at(self, batch: dict[str, Any]) -> None:
         """Find out how words follow from states. That runs the model, so it comes before anything records its inputs."""
@@ -61,7 +65,8 @@ class Curvatures:
         """Run a batch, keyword arguments of the model, forwards and backwards."""
         self.look_at(batch)
         with _frozen(self._model), self.watching(self._model, {name: name for name in self._names}, batch):
-            self.probe(batch)
+            self.probe(batch, self._rows)
+        self._rows += len(next(value for value in batch.values() if isinstance(value, Tensor)))
 
     @contextmanager
     def watching(self, module: nn.Module, names: Mapping[str, str], batch: dict[str, Any]) -> Iterator[None]:
@@ -81,10 +86,14 @@ class Curvatures:
 
     def result(self) -> dict[str, Tensor]:
         """The curvatures of all layers by name, as ``result_of`` gives them."""
-        return {name: self.result_of(name) for name in self._names}
+        return {name: self.result_of(name, self.take(name)) for name in self._names}
 
-    def result_of(self, name: str) -> Tensor:
-        """The curvature of a layer [out_features, out_features], float32, on the CPU, which is then forgotten.
+    def take(self, name: str) -> Tensor | None:
+        """What was added up for a layer, which is then forgotten; None where nothing was."""
+        return self._sums.pop(name, None)
+
+    def result_of(self, name: str, total: Tensor | None) -> Tensor:
+        """The curvature of a layer [out_features, out_features], float32, on the CPU, from what was added up.
 
         Together with a layer's input moments it predicts the loss a position of the model's output.
 
@@ -92,28 +101,63 @@ class Curvatures:
             CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
         """
         factor = 1.0 if self._objective == "hidden" else 0.5
-        return _checked(name, self._sums.pop(name, None)).mul_(factor / self._positions)
+        return _checked(name, total).mul_(factor / self.positions)
 
     @torch.enable_grad()
-    def probe(self, batch: dict[str, Any]) -> None:
-        """Differentiate a random scalar of the output for a batch, without watching layers."""
-        self._positions += self._probe(batch)
+    def probe(self, batch: dict[str, Any], first_row: int) -> None:
+        """Differentiate a random scalar of the output for a batch, without watching layers.
 
-    def _probe(self, batch: dict[str, Any]) -> int:
+        Args:
+            batch: keyword arguments of the model.
+            first_row: number of its first row among all; what is drawn for a row goes by its number.
+        """
+        self.positions += self._probe(batch, RowNumbers(self._seed, first_row))
+
+    def _probe(self, batch: dict[str, Any], numbers: "RowNumbers") -> int:
         """Returns the number of positions that the scalar sums over."""
         if not self._plain_head:
-            probe, count = _probe(self._model(**batch), self._objective, batch, self._generator)
+            probe, count = _probe(self._model(**batch), self._objective, batch, numbers)
             probe.backward()
             return count
         # a few positions at a time: logits of all of them would be the largest tensors
         states = real_positions(word_states(self._model, self._model, batch, plain_head=True)[0], batch)
         head, gradients = word_head(self._model, plain_head=True), []
-        for chunk in states.detach().split(DRAWN_POSITIONS):
+        uniform = numbers.uniform(_rows(states, batch)).split(DRAWN_POSITIONS)
+        for chunk, chosen in zip(states.detach().split(DRAWN_POSITIONS), uniform, strict=True):
             leaf = chunk.requires_grad_()
-            _drawn_words(head(leaf), self._generator).backward()
+            _drawn_words(head(leaf), chosen).backward()
             gradients.append(leaf.grad)
         states.backward(torch.cat(gradients))
         return len(states)
+
+
+@dataclass(frozen=True)
+class RowNumbers:
+    """Random numbers that go by rows, so that they do not depend on how rows are cut into batches.
+
+    Attributes:
+        seed: of all of them.
+        first: number of a batch's first row.
+    """
+
+    seed: int
+    first: int
+
+    def uniform(self, rows: Tensor) -> Tensor:
+        """One number from 0 to 1 for every position, given by its row [positions]."""
+        return self._drawn(rows, lambda count, generator: torch.rand(count, generator=generator))
+
+    def normal(self, rows: Tensor, size: int) -> Tensor:
+        """So many normal ones for every position, [positions, size]."""
+        return self._drawn(rows, lambda count, generator: torch.randn(count, size, generator=generator))
+
+    def _drawn(self, rows: Tensor, draw: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        drawn = []
+        for row, count in enumerate(rows.bincount().tolist()):
+            digest = sha256(f"probe {self.seed} {self.first + row}".encode()).digest()
+            drawn.append(draw(count, torch.Generator().manual_seed(int.from_bytes(digest[:6]))).float())
+        together = torch.cat(drawn)
+        return torch.empty_like(together).index_copy_(0, rows.argsort(stable=True), together)
 
 
 def gather_curvatures(model: Any, names: Sequence[str], batches: Iterable[dict[str, Any]], seed: int) -> dict[str, Tensor]:
@@ -159,24 +203,43 @@ def _differentiated(model: Any, names: Sequence[str], take: Callable[[str, Tenso
             handle.remove()
 
 
-def _probe(output: Any, objective: Objective, batch: dict[str, Any], generator: torch.Generator) -> tuple[Tensor, int]:
+def _probe(output: Any, objective: Objective, batch: dict[str, Any], numbers: RowNumbers) -> tuple[Tensor, int]:
     """A random scalar of the output, and the number of positions that it sums over."""
     if objective == "hidden":
         means = normalize(pooled(output[0], batch).float(), dim=-1)
-        directions = torch.randn(means.shape, generator=generator, dtype=torch.float32).to(means.device)
-        return (means * directions).sum(), len(means)
+        return (means * _directions(means, batch, numbers)).sum(), len(means)
     logits = real_positions(output.logits, batch) if objective == "logits" else class_logits(output, batch)
     if objective == "scores":
-        directions = torch.randn(logits.shape, generator=generator, dtype=torch.float32).to(logits.device)
-        return logits.float().mul(directions).sum(), len(logits)
-    return _drawn_words(logits, generator), len(logits)
+        return logits.float().mul(_directions(logits, batch, numbers)).sum(), len(logits)
+    return _drawn_words(logits, numbers.uniform(_rows(logits, batch))), len(logits)
 
 
-def _drawn_words(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Sum of the log-probabilities of words or classes drawn from logits [positions, classes]."""
+def _directions(values: Tensor, batch: dict[str, Any], numbers: RowNumbers) -> Tensor:
+    return numbers.normal(_rows(values, batch), values.shape[-1]).to(values.device)
+
+
+def _rows(values: Tensor, batch: dict[str, Any]) -> Tensor:
+    """The row of every position [positions] of a batch: all of its rows once or several times, or its real tokens."""
+    given = next(value for value in batch.values() if isinstance(value, Tensor))
+    mask = real_mask(batch, given)
+    if mask is not None and mask.sum() == len(values):
+        return mask.nonzero()[:, 0].cpu()
+    if len(values) == given.shape[:2].numel():
+        return torch.arange(len(given)).repeat_interleave(given.shape[1])
+    return torch.arange(len(values)) % len(given)
+
+
+def _drawn_words(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Sum of the log-probabilities of words or classes drawn from logits [positions, classes] by uniform numbers."""
     log_probabilities = log_softmax(logits.float(), dim=-1)
-    drawn = torch.multinomial(log_probabilities.detach().exp().cpu(), 1, generator=generator)
-    return log_probabilities.gather(-1, drawn.to(logits.device)).sum()
+    return log_probabilities.gather(-1, _drawn(log_probabilities.detach(), uniform)).sum()
+
+
+def _drawn(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """Classes [positions, 1] drawn by inverting the distribution."""
+    below = log_probabilities.exp().cumsum(-1)
+    wanted = uniform.to(below.device)[:, None] * below[:, -1:]
+    return torch.searchsorted(below, wanted, right=True).clamp_max(below.shape[1] - 1)
 
 
 def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, Any]) -> None:

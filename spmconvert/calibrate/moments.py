@@ -19,6 +19,7 @@ from spmconvert.model.chain import Chain, common_list
 from spmconvert.model.loading import in_float32
 from spmconvert.outputs.objective import objective_for
 from spmconvert.plan.plan import LayerPlan, statistics_groups
+from spmconvert.system.team import ALONE, Team
 
 # tokens of a backward pass: what it keeps of every layer is the largest thing in memory
 GRADIENT_TOKENS = 256
@@ -38,6 +39,7 @@ def gather_moments(
     chain: Callable[[], Chain | None] = lambda: None,
     weighted: bool = False,
     seed: int = 0,
+    team: Team = ALONE,
 ) -> None:
     """Run the calibration rows through the model and keep the moments of all layers that are not kept yet.
 
@@ -50,11 +52,14 @@ def gather_moments(
         chain: gives the blocks that all layers are in; None where they are in no chain.
         weighted: measure what errors of the outputs cost, too; takes a backward pass over the fitted rows.
         seed: seed of that measurement.
+        team: who gathers, all of them at once; of a model that is no chain the first alone.
     """
     missing = [layer for layer in layers if layer.target.name not in store]
     blocks = chain() if missing else None
     if blocks is not None:
-        _gather_by_block(blocks, missing, rows, store, report, weighted=weighted, seed=seed)
+        _gather_by_block(blocks, missing, rows, store, report, weighted=weighted, seed=seed, team=team)
+        return
+    if not team.leads:
         return
     groups = [
         [layer.target.name for layer in group]
@@ -90,6 +95,7 @@ def _gather_by_block(
     *,
     weighted: bool,
     seed: int,
+    team: Team,
 ) -> None:
     found = common_list(chain.model, [layer.target.name for layer in layers])
     assert found is not None
@@ -102,7 +108,7 @@ def _gather_by_block(
     batches = {part: list(rows.batches(given, chain.model)) for part, given in drawn.items()}
     batches["fitted"] = list(rows.batches(rows.fitted, chain.model, size=size))
     weighing = -(-_weighing_rows(chain.model, rows) // size) if weighted else 0
-    BlockCalibration(chain, by_block, batches, weighing, store, report, seed).run()
+    BlockCalibration(chain, by_block, batches, weighing, store, report, seed, team).run()
 
 
 def _weighing_rows(model: Any, rows: CalibrationRows) -> int:

@@ -6,7 +6,7 @@ result does not depend on how rows are split over batches or processes except fo
 cancel the variance. What it gives up: everything above second order.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,16 @@ class ActivationStatistics:
     def covariance(self) -> Tensor:
         """Centred second moment, [in_features, in_features]."""
         return self.scatter / max(self.rows, 1)
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "ActivationStatistics":
+        """What ``tensors`` gave."""
+        return cls(int(tensors["rows"]), tensors["mean"], tensors["scatter"])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as tensors by name, to be kept in a file."""
+        return {"rows": torch.tensor(self.rows), "mean": self.mean, "scatter": self.scatter}
 
     def to(self, device: torch.device | str) -> "ActivationStatistics":
         """The same on another device."""

@@ -60,11 +60,14 @@ class MomentStore:
 
     Args:
         folder: made where it is not there.
+
+    Attributes:
+        folder: of the files.
     """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self.folder = folder
 
     def __contains__(self, name: str) -> bool:
         return self._file(name, "fitted").exists()
@@ -79,7 +82,7 @@ class MomentStore:
 
     def write(self, name: str, part: str, statistics: ActivationStatistics, metric: OutputMetric | None = None) -> None:
         """Keep one part of a layer's moments; the fitted one comes last."""
-        tensors = {"rows": torch.tensor(statistics.rows), "mean": statistics.mean, "scatter": statistics.scatter}
+        tensors = statistics.tensors
         if metric is not None:
             tensors |= {"vectors": metric.vectors, "values": metric.values}
             tensors["level"] = torch.tensor(metric.level, dtype=torch.float64)
@@ -105,7 +108,7 @@ class MomentStore:
         metric = None
         if "vectors" in found:
             metric = OutputMetric(found["vectors"], found["values"], found["level"].item())
-        return ActivationStatistics(int(found["rows"]), found["mean"], found["scatter"]), metric
+        return ActivationStatistics.from_tensors(found), metric
 
     def _file(self, name: str, part: str) -> Path:
-        return self._folder / f"{sha256(name.encode()).hexdigest()[:32]}.{part}.safetensors"
+        return self.folder / f"{sha256(name.encode()).hexdigest()[:32]}.{part}.safetensors"

@@ -20,9 +20,11 @@ from spmconvert.cli.processes import run_in_processes
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.recipe.recipe import AUTO_TEXT, Recipe, Training
+from spmconvert.system.team import is_first
 from spmconvert.version import __version__
 
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
+PROCESSES = typer.Option(min=1, help="Processes on this machine.")
 # what stands for a text where none is given
 PROSE = "docstrings of the Python installation"
 BETTER = "a text like what the model is used for is far better"
@@ -116,6 +118,7 @@ def convert(
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would happen; touch nothing.")] = False,
+    num_processes: Annotated[int, PROCESSES] = 1,
     measure: Annotated[bool, MEASURE] = True,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
@@ -136,7 +139,14 @@ def convert(
     if dry_run:
         dry_run_of(model, resolved, output, device, speedups=speedups, as_json=as_json)
     else:
+        _start_processes(num_processes)
         _convert(model, resolved, output, device, resume, force, as_json, measure=measure)
+
+
+def _start_processes(count: int) -> None:
+    """Have several processes do what this one was started for, where it is not one of them."""
+    if count > 1 and "RANK" not in os.environ:
+        raise SystemExit(run_in_processes(sys.argv[1:], count))
 
 
 def _speedups(text: str | None, *, dry_run: bool) -> list[float]:
@@ -168,16 +178,11 @@ def _convert(
     *,
     measure: bool,
 ) -> None:
-    from spmconvert.commands.convert import FIRST_SPEEDUP
     from spmconvert.commands.convert import convert as run
 
     began = time.monotonic()
-    if str(recipe.calibration.file) == AUTO_TEXT:
-        console.note(f"calibration text: what a causal model writes itself, or {PROSE}; {BETTER}, --calib FILE")
-    if not recipe.names_designs and recipe.calibration.file is not None:
-        console.note(f"no design and no budget is named: --speedup {FIRST_SPEEDUP:g}, where the model reads text")
-    if recipe.calibration.file is None:
-        console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
+    if is_first():
+        _say_what_stands_in(recipe)
     console.silence_libraries()
     try:
         with progress.ConversionProgress() as watch:
@@ -187,6 +192,8 @@ def _convert(
     except KeyboardInterrupt:
         console.note("interrupted; finished layers are kept. Continue with the same command and --resume")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
+    if not is_first():
+        return
     if not as_json:
         views.show_conversion(conversion, began)
     found: dict[str, Any] = {}
@@ -198,6 +205,18 @@ def _convert(
         console.data({**asdict(conversion), **own, **found})
     else:
         views.show_next(conversion.output)
+
+
+def _say_what_stands_in(recipe: Recipe) -> None:
+    """Say what a conversion takes for what its recipe does not name."""
+    from spmconvert.commands.convert import FIRST_SPEEDUP
+
+    if str(recipe.calibration.file) == AUTO_TEXT:
+        console.note(f"calibration text: what a causal model writes itself, or {PROSE}; {BETTER}, --calib FILE")
+    if not recipe.names_designs and recipe.calibration.file is not None:
+        console.note(f"no design and no budget is named: --speedup {FIRST_SPEEDUP:g}, where the model reads text")
+    if recipe.calibration.file is None:
+        console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
 
 
 @app.command()
@@ -228,7 +247,7 @@ def finetune(
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe with a table finetune.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="key=value of that table, repeatable.")] = None,
     device: Annotated[str, typer.Option(help="Device of the student.")] = "cpu",
-    num_processes: Annotated[int, typer.Option(min=1, help="Processes on this machine.")] = 1,
+    num_processes: Annotated[int, PROCESSES] = 1,
     shard: Annotated[bool, typer.Option("--shard", help="Split the model over the processes (FSDP2).")] = False,
     tracker: Annotated[str | None, typer.Option(help="tensorboard, wandb, trackio, ...")] = None,
     in_place: Annotated[bool, typer.Option("--in-place", help="Replace DIRECTORY by the result.")] = False,
@@ -238,12 +257,11 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Distil a converted checkpoint against the dense one it came from."""
-    if data == AUTO_TEXT:
-        console.note(f"training text: {PROSE}; {BETTER}, --data FILE")
     options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
-    if num_processes > 1 and "RANK" not in os.environ:
-        raise SystemExit(run_in_processes(sys.argv[1:], num_processes))
+    _start_processes(num_processes)
+    if data == AUTO_TEXT and is_first():
+        console.note(f"training text: {PROSE}; {BETTER}, --data FILE")
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.commands.finetune import finetune as run
 

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 
 from spmconvert.system.fresh import child_environment
 
+# seconds for the first process to find out by itself what another one did
+PATIENCE = 2.0
+
 
 def run_in_processes(arguments: Sequence[str], count: int) -> int:
     """Run ``python -m spmconvert`` with these arguments in several processes that can talk to each other.
@@ -59,13 +62,22 @@ def run_in_processes(arguments: Sequence[str], count: int) -> int:
         return abs(workers[failed].returncode)
 
 
+def _ends(worker: subprocess.Popen[bytes]) -> bool:
+    """Whether a process fails by itself within a moment."""
+    try:
+        return bool(worker.wait(PATIENCE))
+    except subprocess.TimeoutExpired:
+        return False
+
+
 def _wait(workers: list[subprocess.Popen[bytes]]) -> int | None:
     """Wait for all; the rank of the first that fails, after stopping the others, or None."""
     try:
         while any(worker.poll() is None for worker in workers):
             failed = next((rank for rank, worker in enumerate(workers) if worker.poll()), None)
             if failed is not None:
-                return failed
+                # what all find out is said by the first
+                return 0 if _ends(workers[0]) else failed
             time.sleep(0.1)
         return next((rank for rank, worker in enumerate(workers) if worker.returncode), None)
     except KeyboardInterrupt:

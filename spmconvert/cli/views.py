@@ -10,7 +10,7 @@ from rich.table import Table
 from spmconvert.units import count, duration, size
 
 if TYPE_CHECKING:
-    from spmconvert.commands.convert import Conversion
+    from spmconvert.commands.conversion import Conversion
     from spmconvert.commands.export import Export
     from spmconvert.commands.finetune import Finetuned
     from spmconvert.plan.plan import ConversionPlan

@@ -2,50 +2,50 @@
 
 Read top to bottom: ``convert`` is the whole of it. Finished layers are stored one by one in a working directory beside the
 output, so a run can be interrupted anywhere and resumed to the same bytes; the output appears by one rename at the end.
+
+Several processes divide calibration rows, candidates and fits of layers that follow no other; fits in sequence and
+refinement are made by the first one. The output is the same, byte for byte, where each computes with as many threads.
 """
 
 import hashlib
-import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from spmconvert.budget.allocation import check_reachable, choice_record, describe_choice
+from spmconvert.budget.allocation import check_reachable, describe_choice
 from spmconvert.budget.cache import CacheIdentity
 from spmconvert.budget.curves import check_measurable
-from spmconvert.budget.knapsack import Choice
 from spmconvert.budget.speed import forward_seconds
 from spmconvert.budget.spend import Spending, Spent, limit_of
 from spmconvert.calibrate.moments import gather_moments
 from spmconvert.calibrate.store import MomentStore, moment_bytes
-from spmconvert.checkpoint.card import inherited_metadata, model_card
-from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.commands.conversion import Conversion, write_conversion
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_text
 from spmconvert.data.tokens import row_length, tokenizer_hash
 from spmconvert.errors import OptionError
-from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
 from spmconvert.fit.refine import REFINEMENT_EPOCHS
-from spmconvert.fit.run import fit_all, is_finished
+from spmconvert.fit.run import fit_all, fit_share, is_finished
 from spmconvert.fit.stored import FitRun, chain_of, dense_tensors, stored_layer
 from spmconvert.fit.streams import layer_blocks, no_chain, on_one_path
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel
-from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
-from spmconvert.plan.plan import DTYPE_BYTES, ConversionPlan, plan_conversion
+from spmconvert.model.swap import copy_sharing_tensors, replace_module
+from spmconvert.plan.plan import ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.system.devices import check_device
+from spmconvert.system.team import Team, join_team
 from spmconvert.system.timing import device_name
 from spmconvert.version import __version__
 
@@ -55,55 +55,6 @@ FIRST_SPEEDUP = 1.2
 UNREFINED = "no block was refined, since the targets are on no path through one list of blocks"
 # of a model that could not be walked block by block
 WHOLE = "the whole model was in memory, since the targets are in no chain of blocks"
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """The result of ``convert``.
-
-    Attributes:
-        output: the converted checkpoint.
-        layers: one record a replaced layer.
-        parameters_before: parameters of the whole checkpoint before.
-        parameters_after: parameters of the whole checkpoint after.
-        bytes_before: bytes of its tensors before.
-        bytes_after: bytes of its tensors after.
-        fitted_rows: calibration rows that were fitted, 0 without data.
-        choosing_rows: calibration rows that designs were chosen on, 0 without a budget.
-        held_out_rows: calibration rows on which errors were measured.
-        choice: what a budget was spent on, None without one.
-        left_dense: targeted layers that a budget left dense.
-        budget_note: what a budget was spent on, in words.
-        fit_note: what fits went for beside each layer's own error, in words.
-        above_limit: layers whose final fit came out above the largest error that was allowed.
-        speed: for a budget of time, how much faster the whole model is, as predicted and as measured.
-    """
-
-    output: Path
-    layers: tuple[LayerRecord, ...]
-    parameters_before: int
-    parameters_after: int
-    bytes_before: int
-    bytes_after: int
-    fitted_rows: int
-    choosing_rows: int
-    held_out_rows: int
-    choice: Choice | None = None
-    left_dense: int = 0
-    budget_note: str = ""
-    fit_note: str = ""
-    above_limit: tuple[str, ...] = ()
-    speed: dict[str, Any] | None = None
-
-    @property
-    def measured_on(self) -> str:
-        """What the records' errors were measured on, in words, and what fits went for beside them."""
-        if not self.held_out_rows:
-            return "relative squared Frobenius norm of the weight's error, no data was used"
-        chosen_on = f", nor chosen on ({self.choosing_rows} were)" if self.choosing_rows else ""
-        neither = "neither" if chosen_on else "not"
-        measured = f"held out, on {self.held_out_rows} rows that were {neither} fitted ({self.fitted_rows} were){chosen_on}"
-        return f"{measured}; {self.fit_note}" if self.fit_note else measured
 
 
 def convert(
@@ -132,17 +83,19 @@ def convert(
         **changes: recipe keys, as ``SPMConfig`` takes them: ``targets="mlp"``, ``stages=11``, ``calib="text.txt"``.
 
     Returns:
-        Where the output is, and what it cost and kept.
+        Where the output is, and what it cost and kept; the same in all of several processes.
 
     Raises:
         SpmconvertError: see ``spmconvert.errors`` for the kinds.
     """
     resolved = resolve_recipe(recipe, changes)
     check_device(device)
+    team, device = join_team(device)
+    listener = progress if progress is not None and team.leads else Silent()
     named_recipe = None if recipe is None or isinstance(recipe, Recipe) else Path(recipe)
     # fresh layers draw parameters before they get those that were fitted; nobody's random numbers are to depend on that
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        return _convert(str(model), output, resolved, named_recipe, device, force, resume, bare, progress or Silent())
+        return _convert(str(model), output, resolved, named_recipe, device, force, resume, bare, listener, team)
 
 
 def _convert(
@@ -155,6 +108,7 @@ def _convert(
     resume: bool,
     bare: bool,
     listener: Progress,
+    team: Team,
 ) -> Conversion:
     source, plan, config = open_plan(model, resolved)
     destination = default_output(model) if output is None else Path(output)
@@ -163,7 +117,12 @@ def _convert(
         {"source": source.directory, "calibration text": resolved.calibration.file, "recipe": named_recipe},
     )
     check_output(destination.resolve(), force=force)
+    # a text that the model writes itself is written once
+    if not team.leads:
+        team.wait()
     resolved = with_text(resolved, source, config, device, listener.calibrating)
+    if team.leads:
+        team.wait()
     if bare:
         resolved = with_budget(resolved, config)
     rows = calibration_rows(source.directory, config, resolved)
@@ -177,33 +136,54 @@ def _convert(
     needed = plan.other_bytes + sum(layer.dense_bytes for layer in plan.layers) if budgeted else plan.output_bytes
     needed += 0 if rows is None else moment_bytes(plan.layers)
     fingerprint = _fingerprint(source, resolved, rows)
-    with OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed) as target:
+    directory = OutputDirectory(destination, fingerprint=fingerprint, force=force, resume=resume, needed_bytes=needed)
+    with directory if team.leads else nullcontext(directory) as target:
+        # until the first process has set it up
+        team.wait()
         moments = None if rows is None else MomentStore(target.partial / "moments")
-        run = FitRun(source, dense, plan, resolved, rows, moments, target, listener)
-        if rows is not None and moments is not None and not _is_fitted(run):
-            weighted = resolved.weights_fits or resolved.predicts_loss
-            gather_moments(
-                dense,
-                plan.layers,
-                rows,
-                moments,
-                listener.calibrating,
-                chain=run.chain,
-                weighted=weighted,
-                seed=resolved.seed,
-            )
-        spent = _spend_budget(run) if budgeted else None
-        # fits that follow no block let it go
-        whole = dense.is_whole
-        listener.planned(run.plan)
-        records = fit_all(run)
+        run = FitRun(source, dense, plan, resolved, rows, moments, target, listener, team)
+        spending = _spending(run) if budgeted else None
+        work: dict[str, Callable[[Any], None]] = {"moments": lambda _: _gather(run), "fits": partial(fit_share, run)}
+        work |= {} if spending is None else spending.work
+        if not team.leads:
+            team.follow(work)
+            conversion = team.same(None)
+            assert isinstance(conversion, Conversion)
+            return conversion
+        with team.led(work) as together:
+            if not _is_fitted(run):
+                together("moments", None)
+            spent = None if spending is None else _choose(run, replace(spending, together=together))
+            # fits that follow no block let it go
+            whole = dense.is_whole
+            listener.planned(run.plan)
+            records = fit_all(run, together)
         listener.writing(run.plan.output_bytes)
         conversion = _summary(run, destination, records, spent)
         unrefined = given.fit.refine is None and given.prefers_refinement and not resolved.fit.refine
         conversion = _with_notes(conversion, UNREFINED * unrefined)
-        _write(run, conversion)
+        write_conversion(run, conversion)
     # of this run, and not of the output, which is the same where an interrupted run had gathered everything
-    return _with_notes(conversion, WHOLE * whole)
+    conversion = _with_notes(conversion, WHOLE * whole)
+    team.same(conversion)
+    return conversion
+
+
+def _gather(run: FitRun) -> None:
+    """Gather what calibration rows say about the layers, where there are rows."""
+    if run.rows is None or run.moments is None:
+        return
+    gather_moments(
+        run.dense,
+        run.plan.layers,
+        run.rows,
+        run.moments,
+        run.progress.calibrating,
+        chain=run.chain,
+        weighted=run.recipe.weights_fits or run.recipe.predicts_loss,
+        seed=run.recipe.seed,
+        team=run.team,
+    )
 
 
 def _with_notes(conversion: Conversion, *notes: str) -> Conversion:
@@ -219,23 +199,29 @@ def _is_fitted(run: FitRun) -> bool:
     return is_finished(replace(run, plan=plan))
 
 
-def _spend_budget(run: FitRun) -> Spent:
+def _spending(run: FitRun) -> Spending:
+    """What the designs of a run are chosen from."""
+    return Spending(
+        source=run.source,
+        plan=run.plan,
+        recipe=run.recipe,
+        identity=CacheIdentity.of_checkpoint(run.source, run.dense.device),
+        rows=run.rows,
+        model=run.dense.lent,
+        chain=run.chain,
+        moments=lambda name: None if run.moments is None else run.moments.read(name),
+        weights=partial(dense_tensors, run),
+        device=run.dense.device,
+        watch=run.progress,
+        team=run.team,
+    )
+
+
+def _choose(run: FitRun, spending: Spending) -> Spent:
     """Choose the designs of a run, or take what it chose before it was interrupted; its plan has them afterwards."""
     chosen_before = run.target.load_file(CHOICE_FILE)
     if chosen_before is None:
-        spent = Spending(
-            source=run.source,
-            plan=run.plan,
-            recipe=run.recipe,
-            identity=CacheIdentity.of_checkpoint(run.source, run.dense.device),
-            rows=run.rows,
-            model=run.dense.lent,
-            chain=run.chain,
-            moments=lambda name: None if run.moments is None else run.moments.read(name),
-            weights=partial(dense_tensors, run),
-            device=run.dense.device,
-            watch=run.progress,
-        ).choose()
+        spent = spending.choose()
         # finished layers have these designs, whatever a cache says when the run is resumed
         run.target.store_file(CHOICE_FILE, spent.to_json())
     else:
@@ -341,87 +327,6 @@ def _fingerprint(source: Checkpoint, recipe: Recipe, rows: CalibrationRows | Non
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _write(run: FitRun, conversion: Conversion) -> None:
-    """Write weights, config, companions, provenance and model card, and make the output appear."""
-    target, changed = run.target, refined(run)
-    target.write_weights(list(_output_tensors(run, changed)))
-    quantization = quantization_config({layer.target.name: layer.spec for layer in run.plan.layers})
-    target.add_text("config.json", _json({**run.source.config, "quantization_config": quantization}))
-    target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion, changed)))
-    target.add_text("README.md", _card(run, conversion))
-    for file in run.source.companion_files():
-        target.add_file(str(file.relative_to(run.source.directory)), file)
-    target.commit()
-
-
-def _output_tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
-    replaced = {layer.weight: layer for layer in run.plan.layers}
-    dropped = {layer.bias for layer in run.plan.layers}
-    for name, entry in run.source.tensors.items():
-        if name in dropped:
-            continue
-        if name not in replaced:
-            yield name, entry.nbytes, _reader(run, changed, name) or partial(run.source.read, name)
-            continue
-        layer = replaced[name]
-        item = DTYPE_BYTES[layer.stored_dtype]
-        for part, tensor in layer_from_spec(layer.spec, device="meta").state_dict().items():
-            size = tensor.numel() * (item if tensor.is_floating_point() else tensor.itemsize)
-            written = f"{layer.prefix}.{part}"
-            fitted = partial(run.target.layers.tensor, layer.target.name, part)
-            yield written, size, _reader(run, changed, written) or fitted
-
-
-def _reader(run: FitRun, changed: Refined, name: str) -> Callable[[], Tensor] | None:
-    """Where a refined tensor is read, or None for one that was not refined."""
-    return partial(run.target.blocks.tensor, changed.places[name], name) if name in changed.places else None
-
-
-def _provenance(run: FitRun, conversion: Conversion, changed: Refined) -> dict[str, Any]:
-    rows = run.rows
-    calibration = None
-    if rows is not None:
-        calibration = {
-            "file_sha256": rows.file_sha256,
-            "fitted_rows": len(rows.fitted),
-            "choosing_rows": len(rows.choosing),
-            "held_out_rows": len(rows.held_out),
-            "seed": run.recipe.seed,
-        }
-    return {
-        "format_version": FORMAT_VERSION,
-        "spmconvert_version": __version__,
-        "torch_version": torch.__version__,
-        "source": {"name": run.source.name, "revision": run.source.revision, "sha256": run.source.sha256()},
-        "recipe": run.recipe.model_dump(mode="json", exclude={"finetune"}),
-        "calibration": calibration,
-        "parameters": {"before": conversion.parameters_before, "after": conversion.parameters_after},
-        "bytes": {"before": conversion.bytes_before, "after": conversion.bytes_after},
-        "layers": [asdict(record) for record in conversion.layers],
-        "allocation": conversion.choice and choice_record(conversion.choice, run.recipe.budget),
-        "speed": conversion.speed,
-        "refined": {"blocks": changed.blocks, "tensors": list(changed.vectors)},
-        "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
-    }
-
-
-def _card(run: FitRun, conversion: Conversion) -> str:
-    sizes = (
-        f"Parameters {conversion.parameters_before:,} before, {conversion.parameters_after:,} after; "
-        f"tensor bytes {conversion.bytes_before:,} before, {conversion.bytes_after:,} after."
-    )
-    return model_card(
-        source=run.source.name if run.source.revision else run.source.directory.resolve().name,
-        source_sha256=run.source.sha256(),
-        inherited=inherited_metadata(run.source.directory / "README.md"),
-        rows=conversion.layers,
-        measured_on=conversion.measured_on,
-        sizes=sizes,
-        version=__version__,
-    )
-
-
 def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], spent: Spent | None) -> Conversion:
     entries = run.source.tensors.values()
     before = sum(math.prod(entry.shape) for entry in entries)
@@ -463,7 +368,3 @@ def _measured_speed(run: FitRun, spent: Spent) -> dict[str, Any]:
         "predicted": spent.predicted_speedup,
         "measured": times["dense"] / times["converted"],
     }
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"

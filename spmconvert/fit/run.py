@@ -4,28 +4,46 @@ Only the weight of the layer at work is in memory while layers are fitted, and o
 follow the blocks, see ``blocks``. Where the layers are in no chain of blocks, the whole model is loaded to be calibrated.
 """
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 from spmconvert.fit.blocks import fit_in_blocks, is_refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.stored import FitRun, fit_one
+from spmconvert.plan.plan import LayerPlan
 
 
-def fit_all(run: FitRun) -> tuple[LayerRecord, ...]:
-    """Fit and store all that is not stored yet; returns the records of all layers in order."""
-    records: dict[str, LayerRecord] = {}
-    for layer in run.plan.layers:
-        record = run.target.layers.record(layer.target.name)
-        if record is not None:
-            records[layer.target.name] = LayerRecord(**record)
+def fit_all(run: FitRun, together: Callable[[str, Any], None]) -> tuple[LayerRecord, ...]:
+    """Fit and store all that is not stored yet.
+
+    Args:
+        run: what is fitted.
+        together: has everybody do the work ``fits`` on a list of layers.
+
+    Returns:
+        The records of all layers in order.
+    """
+    records = _stored_records(run)
     if run.recipe.fit.follows_blocks:
         fit_in_blocks(run, records)
-    else:
-        # fits on the dense model's activations need no model
-        run.dense.release()
-        for layer in run.plan.layers:
-            if layer.target.name not in records:
-                records[layer.target.name] = fit_one(run, layer)
-                run.progress.fitted(records[layer.target.name], len(records), len(run.plan.layers))
+    elif missing := [layer for layer in run.plan.layers if layer.target.name not in records]:
+        together("fits", missing)
+        records = _stored_records(run)
     return tuple(records[layer.target.name] for layer in run.plan.layers)
+
+
+def fit_share(run: FitRun, layers: Sequence[LayerPlan]) -> None:
+    """Fit and store this process's share of layers, each on the dense model's activations."""
+    # these need no model
+    run.dense.release()
+    share = run.team.share(layers)
+    for done, layer in enumerate(share, 1):
+        run.progress.fitted(fit_one(run, layer), done, len(share))
+
+
+def _stored_records(run: FitRun) -> dict[str, LayerRecord]:
+    found = {layer.target.name: run.target.layers.record(layer.target.name) for layer in run.plan.layers}
+    return {name: LayerRecord(**record) for name, record in found.items() if record is not None}
 
 
 def is_finished(run: FitRun) -> bool:

@@ -18,6 +18,7 @@ from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe.recipe import Recipe
+from spmconvert.system.team import ALONE, Team
 
 
 @dataclass
@@ -33,6 +34,7 @@ class FitRun:
         moments: what they say about each layer, or None without data.
         target: where finished layers are stored.
         progress: told how it gets on.
+        team: who works on it.
     """
 
     source: Checkpoint
@@ -43,6 +45,7 @@ class FitRun:
     moments: MomentStore | None
     target: OutputDirectory
     progress: Progress
+    team: Team = ALONE
 
     def chain(self) -> Chain | None:
         """The dense model's blocks, one in memory at a time; None without data, or where the layers are in no chain."""

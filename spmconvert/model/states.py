@@ -26,7 +26,7 @@ class States:
 
     def __init__(self, states: Sequence[Tensor], folder: Path | None = None, limit: int | None = None) -> None:
         sizes = [state.numel() for state in states]
-        self._device = states[0].device
+        self._device = states[0].device if states else torch.device("cpu")
         self.is_mapped = folder is not None and 4 * sum(sizes) > (STATES_LIMIT if limit is None else limit)
         if self.is_mapped:
             assert folder is not None

@@ -73,7 +73,12 @@ class World:
         return Limit(budget, self.curves.plan.layers, times)
 
     def run(self, times=None, **limits):
-        return Search(self.curves, self.limit(times, **limits), self.subject, lambda *_: None).run()
+        return Search(self.curves, self.limit(times, **limits), self.measure).run()
+
+    def measure(self, trials):
+        for curve, designs in trials:
+            missing = [design for design in designs if not curve.knows(design)]
+            curve.terms += self.subject(curve.layer).measure(missing)
 
     def layers_tried(self, kind):
         return {name for name, design in self.tried if design.term(kind)}

@@ -9,7 +9,7 @@ from transformers import BertForSequenceClassification, BertModel, GPT2LMHeadMod
 
 import spmconvert
 from spmconvert.calibrate import curvature as sensitivity
-from spmconvert.calibrate.curvature import Curvatures, gather_curvatures
+from spmconvert.calibrate.curvature import Curvatures, RowNumbers, gather_curvatures
 from spmconvert.data.calibration import load_rows
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import Calibration
@@ -133,14 +133,14 @@ def test_heads_in_chunks_and_rows_in_batches_are_one_backward_pass(checkpoints, 
         curvatures.add(batch)
     found = curvatures.result()
     # words drawn alike, from all logits at once
-    drawn = torch.Generator().manual_seed(2 + sensitivity._SEED_OFFSET)
     sums, positions = dict.fromkeys(names, 0.0), 0
-    for batch in batches:
+    for number, batch in enumerate(batches):
         grads = {}
         handles = [model.get_submodule(name).register_forward_hook(caught(grads, name)) for name in names]
         mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
         chances = log_softmax(model(**batch).logits[mask], dim=-1)
-        chosen = torch.cat([torch.multinomial(part.detach().exp(), 1, generator=drawn) for part in chances.split(chunk)])
+        numbers = RowNumbers(2, number * size).uniform(mask.nonzero()[:, 0])
+        chosen = sensitivity._drawn(chances.detach(), numbers)
         chances.gather(-1, chosen).sum().backward()
         for handle in handles:
             handle.remove()

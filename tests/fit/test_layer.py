@@ -1,5 +1,7 @@
 """What is said of a fitted layer, and what may not be saved."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -11,6 +13,8 @@ from spmconvert.data.calibration import load_rows
 from spmconvert.errors import FitError
 from spmconvert.fit import layer as layer_fit
 from spmconvert.fit.layer import fit_layer
+from spmconvert.fit.stored import chain_of
+from spmconvert.model.loading import DenseModel
 from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.recipe.loading import recipe_from_keywords
 
@@ -77,7 +81,10 @@ def test_fits_weigh_outputs_where_the_recipe_says_so(checkpoints, text, tmp_path
     model = spmconvert.load(checkpoints["gpt2"], dtype=torch.float32)
     rows = load_rows(source.directory, config, recipe.calibration, recipe.seed)
     store = MomentStore(tmp_path / "moments")
-    gather_moments(lambda: model, plan.layers, rows, store, lambda *_: None, weighted=True, seed=recipe.seed)
+    dense = DenseModel(source.directory, config, "cpu")
+    chain = partial(chain_of, dense, plan, rows)
+    # probes go by the batch, and batches by the way that rows are taken
+    gather_moments(dense, plan.layers, rows, store, lambda *_: None, chain=chain, weighted=True, seed=recipe.seed)
     moments = store.read(LAYER)
     weight, root = model.get_submodule(LAYER).weight.detach().t(), covariance_root(moments.fitted.covariance)
 
