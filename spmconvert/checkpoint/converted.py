@@ -12,6 +12,9 @@ from spmconvert.checkpoint.provenance import check_provenance
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
 
+# what a finetune adds to the name of what it trains
+FINETUNED_SUFFIX = "-ft"
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -30,6 +33,12 @@ class Converted:
     layers: dict[str, LayerSpec]
     tensors: dict[str, TensorEntry]
     provenance: dict[str, Any]
+
+    @property
+    def kept(self) -> float:
+        """Share of the replaced layers' parameters that is left."""
+        records = self.provenance["layers"]
+        return float(sum(entry["parameters"] for entry in records) / sum(entry["dense_parameters"] for entry in records))
 
     def checkpoint(self) -> Checkpoint:
         """The same files as a checkpoint whose tensors can be read."""
@@ -97,8 +106,12 @@ def open_converted(directory: Path) -> Converted:
     return Converted(directory, config, layers, read_headers(directory), provenance)
 
 
-def only_converted(directory: Path) -> Path:
+def only_converted(directory: Path, *, finetuned: bool = True) -> Path:
     """The only converted checkpoint in a directory, for commands that are given none.
+
+    Args:
+        directory: where it is.
+        finetuned: of a checkpoint and what a finetune made of it take that; otherwise what it was made of.
 
     Raises:
         OptionError: when there is none, or more than one.
@@ -106,6 +119,11 @@ def only_converted(directory: Path) -> Path:
     checkpoints = [
         path.parent for path in sorted(directory.glob(f"*/{PROVENANCE_FILE}")) if not path.parent.name.startswith(".")
     ]
+    names = {path.name for path in checkpoints}
+    passed_over = {
+        name if finetuned else f"{name}{FINETUNED_SUFFIX}" for name in names if f"{name}{FINETUNED_SUFFIX}" in names
+    }
+    checkpoints = [path for path in checkpoints if path.name not in passed_over]
     if len(checkpoints) == 1:
         return checkpoints[0]
     what = f"has {', '.join(path.name for path in checkpoints)}" if checkpoints else "has no converted checkpoint"

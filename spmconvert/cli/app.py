@@ -238,8 +238,13 @@ def finetune(
         Path | None, typer.Option(help="Only write the teacher's likeliest words there, for --teacher-logits.")
     ] = None,
     teacher_logits: Annotated[Path | None, typer.Option(help="Stored words that take the teacher's place.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate of the SPM layers.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Optimizer steps; without --minutes, too, at most 500 and 15 minutes.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Time that they may take.")] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate of the SPM layers; default one that follows from what was kept.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
     train: Annotated[str | None, typer.Option(help="spm layers only, with all norms and biases, or all.")] = None,
@@ -257,7 +262,8 @@ def finetune(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
     """Distil a converted checkpoint against the dense one it came from."""
-    options = _given(steps=steps, learning_rate=lr, batch_size=batch_size, block_size=block_size, train=train, seed=seed)
+    options = _given(steps=steps, minutes=minutes, learning_rate=lr, batch_size=batch_size, block_size=block_size)
+    options |= _given(train=train, seed=seed)
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
     _start_processes(num_processes)
     if data == AUTO_TEXT and is_first():
@@ -265,7 +271,7 @@ def finetune(
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.commands.finetune import finetune as run
 
-    chosen = directory or only_converted(Path.cwd())
+    chosen = directory or only_converted(Path.cwd(), finetuned=False)
     console.silence_libraries()
     began = time.monotonic()
     where = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_device": teacher_device, "device": device}
@@ -274,7 +280,7 @@ def finetune(
         if store_logits is not None:
             _store_logits(chosen, store_logits, data, training, teacher, device)
             return console.data({"output": str(store_logits)}) if as_json else None
-        with progress.TrainingProgress(training.steps) as watch:
+        with progress.TrainingProgress(training.most_steps) as watch:
             result = run(chosen, output, data=data, recipe=training, report=watch.show, **where, **how)
     except KeyboardInterrupt:
         console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")

@@ -122,6 +122,7 @@ class TrainingProgress(StepProgress):
 
     def __init__(self, steps: int) -> None:
         super().__init__("measuring")
+        # until the run says how many it has planned
         self._steps, self._held_out = steps, ""
 
     def show(self, record: dict[str, Any]) -> None:
@@ -138,7 +139,8 @@ class TrainingProgress(StepProgress):
                 self._held_out += f" (teacher {record['teacher_perplexity']:.4g})"
             self.update(record["step"], self._steps, self._held_out)
             return
-        shown = ("step", "rate", "tokens_per_second")
+        self._steps = record["steps"]
+        shown = ("step", "steps", "rate", "tokens_per_second")
         parts = " ".join(f"{key} {value:.4g}" for key, value in record.items() if key not in shown)
         speed = f"rate x{record['rate']:.2f}, {count(record['tokens_per_second'])} tokens/s, {size(_peak_memory())}"
         self.update(record["step"], self._steps, f"{parts} | {speed} | {self._held_out}")

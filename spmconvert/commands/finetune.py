@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.checkpoint.card import finetuned_card
-from spmconvert.checkpoint.converted import Converted, open_converted, open_source
+from spmconvert.checkpoint.converted import FINETUNED_SUFFIX, Converted, open_converted, open_source
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
 from spmconvert.checkpoint.names import resolve_name
@@ -29,6 +29,7 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.training import TrainingData, load_training_data
 from spmconvert.distill.distributed import make_accelerator, prepare_student, share_snapshot
 from spmconvert.distill.guide import Guide
+from spmconvert.distill.length import settled_rate
 from spmconvert.distill.loop import TrainingRun, held_out_losses, match_layers, train
 from spmconvert.distill.loss import Distillation
 from spmconvert.distill.models import load_student, load_teacher
@@ -273,7 +274,10 @@ def _make_run(
     trained = choose_trained(student, training)
     for name in trained:
         _stored_name(name, converted, student.base_model_prefix)
-    distillation = Distillation(student, dense, objective_for(config), training, converted_layers(student), inputs.stored)
+    objective = objective_for(config)
+    if training.learning_rate is None:
+        training = training.model_copy(update={"learning_rate": settled_rate(converted.kept, objective)})
+    distillation = Distillation(student, dense, objective, training, converted_layers(student), inputs.stored)
     return TrainingRun(
         distillation=distillation,
         data=inputs.rows,
@@ -348,14 +352,14 @@ def _destination(directory: Path, output: str | Path | None, *, in_place: bool) 
     if in_place:
         return directory
     resolved = directory.resolve()
-    destination = Path(output) if output is not None else resolved.with_name(f"{resolved.name}-ft")
+    destination = Path(output) if output is not None else resolved.with_name(f"{resolved.name}{FINETUNED_SUFFIX}")
     if destination.resolve() == resolved:
         raise OptionError(f"the output {destination} is the input; choose another with -o, or ask for --in-place")
     return destination
 
 
 def _guide(distillation: Distillation) -> Guide | None:
-    steps = round(distillation.training.guided * distillation.training.steps)
+    steps = round(distillation.training.guided * (distillation.training.steps or 0))
     if not steps:
         return None
     student, teacher = distillation.student, distillation.teacher

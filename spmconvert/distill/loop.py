@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from spmconvert.data.training import TrainingData, step_indices
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.layerwise import match_layer
+from spmconvert.distill.length import planned_steps, timed
 from spmconvert.distill.loss import Distillation, Loss
 from spmconvert.distill.state import State, restore, snapshot
 from spmconvert.recipe.recipe import Training
@@ -69,31 +70,21 @@ def train(run: TrainingRun, earlier_snapshot: dict[str, Any] | None = None) -> S
         run: what to train, and with what.
         earlier_snapshot: of this stage to go on from, or None.
     """
-    training, state, accelerator, data = run.training, run.state, run.accelerator, run.data
+    training, state, accelerator = run.training, run.state, run.accelerator
     optimizer = accelerator.prepare(torch.optim.AdamW(parameter_groups(run.trained, run.structured, training), fused=True))
     peaks = [group["lr"] for group in optimizer.param_groups]
     if earlier_snapshot is not None:
         restore(earlier_snapshot, state, run.trained, optimizer.optimizer)
-    if not state.history:
-        measure(run)
-    while state.step < training.steps and not state.stopped:
+    measuring = 0.0 if state.history else timed(lambda: measure(run), accelerator.device)
+    if not state.planned:
+        state.planned = planned_steps(training, lambda: _step_seconds(run), _longest(run, measuring))
+    while state.step < state.planned and not state.stopped:
         began = time.perf_counter()
         for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * rate(state.step, training)
+            group["lr"] = peak * rate(state.step, state.planned, training.warm_up)
         if run.guide is not None:
             run.guide.set_step(state.step)
-        rows = step_indices(data.training, training.batch_size, state.step, training.seed)
-        total = _positions(run, rows)
-        parts = list(_parts(rows[accelerator.process_index :: accelerator.num_processes], training.accumulation))
-        part_losses: list[Loss] = []
-        for index, part in enumerate(parts):
-            batch = data.training.batch(part, run.distillation.student, state.step + 1)
-            with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(run.called), accelerator.autocast():
-                loss = run.distillation.loss(batch, run.called)
-                share = _positions(run, part) / total
-                # gradients are averaged over processes, so each counts its own share as many times as there are processes
-                accelerator.backward(loss.total / loss.positions * share * accelerator.num_processes)
-            part_losses.append(loss)
+        part_losses = _differentiate(run, state.step)
         norm = _clip(run)
         if not math.isfinite(norm) and training.precision != "fp16":
             state.stopped = f"the loss or its gradient was not finite at step {state.step + 1}"
@@ -105,12 +96,43 @@ def train(run: TrainingRun, earlier_snapshot: dict[str, Any] | None = None) -> S
         sums = _sums(run, part_losses)
         state.tokens += round(sums["positions"])
         state.curve.append(sums["loss"] / sums["positions"])
-        run.report(_step_record(state, sums, rate(state.step - 1, training), time.perf_counter() - began))
-        if state.step % training.evaluate_every == 0 or state.step == training.steps:
+        factor = rate(state.step - 1, state.planned, training.warm_up)
+        run.report(_step_record(state, sums, factor, time.perf_counter() - began))
+        if state.step % training.evaluate_every == 0 or state.step == state.planned:
             measure(run)
-        if state.step % training.save_every == 0 and state.step < training.steps and not state.stopped:
+        if state.step % training.save_every == 0 and state.step < state.planned and not state.stopped:
             run.save(snapshot(state, run.trained, optimizer.optimizer))
     return state
+
+
+def _differentiate(run: TrainingRun, step: int) -> list[Loss]:
+    """Gradients of one step, in this process's parts of its rows; returns the parts' losses."""
+    training, accelerator, data = run.training, run.accelerator, run.data
+    rows = step_indices(data.training, training.batch_size, step, training.seed)
+    total = _positions(run, rows)
+    parts = list(_parts(rows[accelerator.process_index :: accelerator.num_processes], training.accumulation))
+    part_losses: list[Loss] = []
+    for index, part in enumerate(parts):
+        batch = data.training.batch(part, run.distillation.student, step + 1)
+        with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(run.called), accelerator.autocast():
+            loss = run.distillation.loss(batch, run.called)
+            share = _positions(run, part) / total
+            # gradients are averaged over processes, so each counts its own share as many times as there are processes
+            accelerator.backward(loss.total / loss.positions * share * accelerator.num_processes)
+        part_losses.append(loss)
+    return part_losses
+
+
+def _step_seconds(run: TrainingRun) -> float:
+    """Seconds that a step takes, by its gradients, which are let go; the first of two may still allocate and compile."""
+    seconds = [timed(lambda: _differentiate(run, 0), run.accelerator.device) for _ in range(2)]
+    run.called.zero_grad(set_to_none=True)
+    return _longest(run, seconds[-1])
+
+
+def _longest(run: TrainingRun, seconds: float) -> float:
+    """The most that any process has."""
+    return float(run.accelerator.gather(torch.tensor([seconds], device=run.accelerator.device)).max())
 
 
 def match_layers(run: TrainingRun, names: Sequence[str]) -> None:
@@ -124,7 +146,7 @@ def match_layers(run: TrainingRun, names: Sequence[str]) -> None:
             name,
             run.data.training,
             steps=run.training.layerwise,
-            learning_rate=run.training.learning_rate,
+            learning_rate=run.training.peak_rate,
             seed=run.training.seed,
         )
         run.state.matched += 1
@@ -134,12 +156,12 @@ def match_layers(run: TrainingRun, names: Sequence[str]) -> None:
         run.save(snapshot(run.state, run.trained, None))
 
 
-def rate(step: int, training: Training) -> float:
-    """Factor of the learning rates: linear warm-up, then a cosine to zero."""
-    rising = max(1, round(training.warm_up * training.steps))
+def rate(step: int, steps: int, warm_up: float) -> float:
+    """Factor of the learning rates: linear warm-up over a share of the steps, then a cosine to zero."""
+    rising = max(1, round(warm_up * steps))
     if step < rising:
         return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, training.steps - rising)))
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 def parameter_groups(
@@ -152,7 +174,7 @@ def parameter_groups(
     """
     others = [(name, parameter) for name, parameter in trained.items() if name not in structured]
     chosen = [
-        ([p for name, p in trained.items() if name in structured], training.learning_rate, 0.0),
+        ([p for name, p in trained.items() if name in structured], training.peak_rate, 0.0),
         ([p for _, p in others if p.ndim > 1], training.other_learning_rate, training.weight_decay),
         ([p for _, p in others if p.ndim <= 1], training.other_learning_rate, 0.0),
     ]
@@ -170,7 +192,7 @@ def measure(run: TrainingRun) -> None:
     run.report(record)
     first, loss_now = state.history[0]["held_out_loss"], record["held_out_loss"]
     above = [entry["held_out_loss"] > first for entry in state.history[-2:]]
-    late = 2 * state.step > run.training.steps and len(above) > 1 and all(above)
+    late = 2 * state.step > state.planned and len(above) > 1 and all(above)
     if not loss_now < DIVERGED * first or late:
         state.stopped = f"the held-out loss rose from {first:.4g} to {loss_now:.4g} at step {state.step}"
 
@@ -247,4 +269,5 @@ def _step_record(state: State, sums: dict[str, float], factor: float, seconds: f
         if name not in ("loss", "positions", "words")
     }
     speed = sums["positions"] / seconds
-    return {"step": state.step, "loss": state.curve[-1], **parts, "rate": factor, "tokens_per_second": speed}
+    known = {"step": state.step, "steps": state.planned, "loss": state.curve[-1]}
+    return {**known, **parts, "rate": factor, "tokens_per_second": speed}

@@ -21,6 +21,7 @@ class State:
 
     Attributes:
         step: steps done.
+        planned: steps of the whole run; 0 before they are planned.
         tokens: positions trained on, over all processes.
         matched: converted layers that the layerwise stage has done.
         history: one record a measurement.
@@ -32,6 +33,7 @@ class State:
     """
 
     step: int = 0
+    planned: int = 0
     tokens: int = 0
     matched: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)

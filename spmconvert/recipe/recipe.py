@@ -235,18 +235,21 @@ class Budget(_Table):
         return self
 
 
+# of a finetune of which nobody says how long it is, and of one that is told by the clock alone
+STEPS, MINUTES, MOST_STEPS = 500, 15.0, 1_000_000
+
+
 class Training(_Table):
     """How a converted model is distilled against its source.
 
-    The default rate is the safe one: three times it is better on a small GPT-2 and diverges on all-MiniLM-L6-v2
-    (benchmarks/results/choices.md).
-
     Attributes:
-        steps: optimizer steps of the end-to-end stage.
+        steps: optimizer steps of the end-to-end stage, at most; None for as many as ``minutes`` allow.
+        minutes: time that they and their measurements may take; None for as long as ``steps`` take. Without both there
+            are ``STEPS`` steps, or as many of them as ``MINUTES`` allow.
         layerwise: steps by which every converted layer is first matched to its dense original, one after the other.
         guided: share of ``steps`` in which the dense layers' outputs are mixed in, by a factor that falls to zero.
         train: ``spm`` layers only, with all ``norms`` and biases, or ``all``.
-        learning_rate: of the SPM layers, at its peak.
+        learning_rate: of the SPM layers, at its peak; None for one that follows from what was kept.
         other_learning_rate: of everything else that is trained.
         weight_decay: of dense matrices that are trained; SPM layers, norms and biases have none.
         batch_size: rows a step, over all processes.
@@ -271,11 +274,12 @@ class Training(_Table):
         column: name of the text in .jsonl, .parquet and datasets.
     """
 
-    steps: Annotated[int, Field(ge=1)] = 500
+    steps: Annotated[int, Field(ge=1)] | None = None
+    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     layerwise: Annotated[int, Field(ge=0)] = 0
     guided: Annotated[float, Field(ge=0, le=1)] = 0.0
     train: Literal["spm", "norms", "all"] = "spm"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    learning_rate: Annotated[float, Field(gt=0)] | None = None
     other_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     batch_size: Annotated[int, Field(ge=1)] = 16
@@ -298,6 +302,30 @@ class Training(_Table):
     save_every: Annotated[int, Field(ge=1)] = 100
     seed: Annotated[int, Field(ge=0)] = 0
     column: str = "text"
+
+    @property
+    def most_steps(self) -> int:
+        """Steps that a run has at most."""
+        if self.steps is not None:
+            return self.steps
+        return STEPS if self.minutes is None else MOST_STEPS
+
+    @property
+    def most_minutes(self) -> float | None:
+        """Time that it takes at most, None for no limit."""
+        return MINUTES if self.minutes is None and self.steps is None else self.minutes
+
+    @property
+    def peak_rate(self) -> float:
+        """The learning rate, once it is settled."""
+        assert self.learning_rate is not None
+        return self.learning_rate
+
+    @model_validator(mode="after")
+    def _guided_steps_are_named(self) -> "Training":
+        if self.guided and self.steps is None:
+            raise ValueError(f"guided {self.guided:g} is a share of the steps, and none are named; give steps, too")
+        return self
 
     @model_validator(mode="after")
     def _parts_have_rows(self) -> "Training":

@@ -17,6 +17,7 @@ from spmconvert import units
 from spmconvert.reporting import comparison, summary
 from spmconvert.reporting.plots import plots
 from spmconvert.reporting.schema import Quantity, Report
+from spmconvert.reporting.verdict import verdict
 
 TEMPLATE = "report.html.j2"
 
@@ -51,6 +52,7 @@ def _part(report: Report, prefix: str) -> dict[str, Any]:
     return {
         "id": prefix,
         "report": report,
+        "verdict": verdict(report),
         "figures": summary.key_figures(report),
         "findings": summary.findings(report),
         "plots": drawn,

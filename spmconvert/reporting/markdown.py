@@ -2,6 +2,7 @@
 
 from spmconvert.reporting.schema import Report
 from spmconvert.reporting.summary import describe_call, describe_error, findings
+from spmconvert.reporting.verdict import verdict
 from spmconvert.units import count, measured, milliseconds, size
 
 
@@ -12,6 +13,7 @@ def section(report: Report) -> str:
         f"{machine.processor} ({machine.device}, {machine.threads} threads), {report.model.dtype}, {report.created[:10]}"
     )
     lines = ["## Measured", "", f"Weights `{report.model.weights_sha256[:16]}`, on {where}.", ""]
+    lines += [f"**{verdict(report).text}**", ""]
     lines += [f"- {finding}" for finding in findings(report)]
     lines += ["", "| amount | scope | dense | converted | left |", "|---|---|---|---|---|"]
     for quantity in report.quantities:

@@ -67,6 +67,23 @@ def findings(report: Report) -> list[str]:
     return said
 
 
+def headline_metric(report: Report) -> Metric | None:
+    """The measure of quality that a reader asks for first, or None where none was measured."""
+    if not report.quality:
+        return None
+    metrics = report.quality[0].metrics
+    return next((metric for metric in metrics if metric.key == "perplexity"), metrics[0])
+
+
+def compared_methods(report: Report) -> list[tuple[MethodResult, MethodResult, list[str]]]:
+    """The converted model beside each other method that made the model smaller, with the outcome of every measure."""
+    own = next((candidate for candidate in report.candidates if candidate.key == "spm"), None)
+    if own is None or not own.metrics:
+        return []
+    others = [candidate for candidate in report.candidates if candidate.key not in ("spm", "dense")]
+    return [(own, other, [outcome for _, _, outcome in _compared(own, other)]) for other in others]
+
+
 def break_even(rows: tuple[TimingRow, ...]) -> str:
     """From how many tokens on the converted model is faster, in words; only clear differences count as faster."""
     forward = [row for row in rows if row.what == "forward"]
@@ -122,8 +139,8 @@ def _speed_figure(report: Report) -> KeyFigure:
 def _quality_figure(report: Report) -> KeyFigure:
     if not report.quality:
         return KeyFigure("quality", "not measured", "see below for what is missing", "plain")
-    text = report.quality[0]
-    metric = next((metric for metric in text.metrics if metric.key == "perplexity"), text.metrics[0])
+    text, metric = report.quality[0], headline_metric(report)
+    assert metric is not None
     value = measured(metric.converted, metric.unit)
     value = value if metric.dense is None else f"{measured(metric.dense, metric.unit)} → {value}"
     return KeyFigure(

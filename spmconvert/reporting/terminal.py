@@ -10,6 +10,7 @@ from spmconvert.checkpoint.unfinished import Unfinished
 from spmconvert.reporting import comparison
 from spmconvert.reporting.schema import MethodResult, Report
 from spmconvert.reporting.summary import KeyFigure, describe_call, describe_error, findings, key_figures, outcome
+from spmconvert.reporting.verdict import verdict
 from spmconvert.units import count, measured, milliseconds, size
 
 STYLES = {"good": "green", "bad": "red", "plain": "", "faster": "green", "slower": "red", "no clear difference": ""}
@@ -19,13 +20,14 @@ MOST_LAYERS = 24
 
 def report_view(report: Report) -> RenderableType:
     """One report."""
-    machine = report.machine
+    machine, found = report.machine, verdict(report)
     where = (
         f"{machine.processor} ({machine.device}, {machine.threads} of {machine.cores} cores, load {machine.load}), "
         f"{report.model.dtype}, {report.created}"
     )
     parts: list[RenderableType] = [
         Text.assemble((report.model.name, "bold"), f"  {report.model.architecture}, {len(report.layers)} layers replaced"),
+        Text.assemble((found.text, STYLES[found.tone])),
         Text(where, style="dim"),
         "",
         _figures(key_figures(report)),

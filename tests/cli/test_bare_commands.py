@@ -39,10 +39,11 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     assert code == 0, err
     assert [figure["label"] for figure in json.loads(out)["outcome"]] == ["parameters", "speed", "quality"]
     assert "training text: docstrings of the Python installation" in err
-    shutil.rmtree(tmp_path / "gpt2-spm")
-    code, _, err = run("report", "--rows", "2", "--seconds", "0", "--json")
+    assert (tmp_path / "gpt2-spm-ft").is_dir()
+    code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json")
     assert code == 0, err
-    (quality,) = json.loads(_)["quality"]
+    assert json.loads(out)["model"]["name"] == "gpt2-spm-ft"
+    (quality,) = json.loads(out)["quality"]
     assert quality["text"] == library_text("evaluation").name
     assert quality["rows"] == 2
     code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json", "--data", "none")

@@ -22,7 +22,7 @@ from spmconvert.recipe.recipe import Training
 from tests.conftest import VOCABULARY, gpt2_config
 
 LAYER = "transformer.h.0.mlp.c_fc"
-SHORT = {"steps": 10, "batch_size": 4, "evaluate_every": 5}
+SHORT = {"steps": 10, "batch_size": 4, "evaluate_every": 5, "learning_rate": 1e-3}
 
 
 class Watched(torch.optim.AdamW):
@@ -175,6 +175,7 @@ def test_first_steps_are_guided_by_the_dense_layers(make_run):
 )
 def test_a_run_that_stays_above_its_start_ends_there(make_run, monkeypatch, losses, steps):
     run = make_run(steps=20)
+    run.state.planned = 20
     left = iter(losses)
     monkeypatch.setattr(loop, "held_out_losses", lambda _: {"held_out_loss": next(left)})
     for step in range(0, 25, 5):

@@ -1,0 +1,63 @@
+"""How long a run is, and at what rate it trains, where nobody says so.
+
+A number of steps is planned once, from the time that a step and a measurement take, since the learning rate falls to zero
+at the last one; a resumed run keeps the plan. What that gives up: two machines plan different numbers, so a run that is to
+be repeated names its steps.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from spmconvert.outputs.objective import Objective
+from spmconvert.recipe.recipe import Training
+
+# measurements beside those between steps: the first, and the one of what is written
+MEASUREMENTS = 2
+# shares of the replaced layers' parameters up to which a rate is the best of those that were tried
+# (benchmarks/results/choices.md); words bear higher rates than states do
+RATES: dict[bool, tuple[tuple[float, float], ...]] = {
+    True: ((0.15, 1e-2), (1.0, 3e-3)),
+    False: ((1.0, 1e-3),),
+}
+
+
+def settled_rate(kept: float, objective: Objective) -> float:
+    """Peak learning rate of structured layers.
+
+    Args:
+        kept: share of the replaced layers' parameters that is left.
+        objective: what the loss compares.
+    """
+    rates = RATES[objective == "logits"]
+    return next((rate for most, rate in rates if kept <= most), rates[-1][1])
+
+
+def planned_steps(training: Training, step: Callable[[], float], measuring: float) -> int:
+    """Steps of a run.
+
+    Args:
+        training: its numbers.
+        step: gives the seconds that a step takes, the same in all processes.
+        measuring: seconds that a measurement on held-out rows takes.
+    """
+    if training.most_minutes is None:
+        return training.most_steps
+    seconds = 60 * training.most_minutes - MEASUREMENTS * measuring
+    each = step() + measuring / training.evaluate_every
+    return min(training.most_steps, max(1, int(seconds / each)))
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that something takes, with everything that it has started on a GPU."""
+    _finish(device)
+    began = time.perf_counter()
+    work()
+    _finish(device)
+    return time.perf_counter() - began
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,128 @@
+"""The first line of a report: whether the converted model is worth it, for whom, and what would be better.
+
+It goes by three things that were measured: whether the model is faster, how much smaller it is, and how close to the dense
+one. What counts as close is a convention, written down here; whoever has a task of their own has a better one.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from spmconvert.reporting.schema import Metric, Report
+from spmconvert.reporting.summary import HEADLINE_TOKENS, compared_methods, headline_metric
+from spmconvert.system.caches import cache_directory
+from spmconvert.units import measured
+
+Tone = Literal["good", "bad", "plain"]
+# nats a token above the dense model, up to which a language model is close, and from which it is far
+CLOSE_NATS, FAR_NATS = 0.25, 1.0
+# the same for agreement, similarity and correlation with the dense model, which is 1 there
+CLOSE_SHARE, FAR_SHARE = 0.95, 0.85
+# a smaller saving than this is hardly one, and int8 weights take about this share of a float32 model's bytes
+LEAST_SAVING, INT8_SHARE = 0.05, 0.3
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One line.
+
+    Attributes:
+        text: what it says.
+        tone: whether it speaks for or against the conversion.
+    """
+
+    text: str
+    tone: Tone
+
+
+def verdict(report: Report) -> Verdict:
+    """The verdict of a report."""
+    gains = _gains(report)
+    metric = headline_metric(report)
+    if metric is None:
+        return Verdict(f"No verdict: quality was not measured ({gains}).", "plain")
+    distance = _distance(metric)
+    quality = f"{metric.title} {_values(metric)}"
+    if distance == "far":
+        return Verdict(f"Not worth it as it is: far from the dense model ({quality}; {gains}). {_remedy(report)}", "bad")
+    if not _is_faster(report) and _saved(report) < LEAST_SAVING:
+        return Verdict(
+            f"Not worth it: neither faster nor smaller to speak of ({gains}; {quality}). Target more layers, or ask for "
+            "more with --speedup or --keep.",
+            "bad",
+        )
+    better = _better_method(report)
+    if better:
+        return Verdict(f"{better} ({gains}; {quality}).", "bad")
+    if not _is_faster(report):
+        return Verdict(
+            f"Worth it where size counts, not for speed: {gains}; {quality}. {_smaller(report)}"
+            "For speed convert with --speedup.",
+            "plain",
+        )
+    if distance == "close":
+        return Verdict(f"Worth it where it runs as here: {gains}, and close to the dense model ({quality}).", "good")
+    return Verdict(f"Worth it where some quality can be given: {gains}; {quality}. {_remedy(report)}", "plain")
+
+
+def _gains(report: Report) -> str:
+    row = next((row for row in report.timing if row.what == "forward" and row.tokens == HEADLINE_TOKENS), None)
+    disk = report.quantity("bytes on disk", "whole model")
+    bytes_left = f"{1 - disk.converted / disk.dense:.0%} fewer bytes" if disk.converted < disk.dense else "no fewer bytes"
+    if row is None:
+        return f"{bytes_left}, speed not measured"
+    faster = {"faster": f"{row.ratio:.2f} times as fast", "slower": f"slower, {row.ratio:.2f} times as fast"}
+    return f"{faster.get(row.verdict, 'as fast')} at {row.tokens} tokens, {bytes_left}"
+
+
+def _is_faster(report: Report) -> bool:
+    return any(row.verdict == "faster" for row in report.timing if row.what == "forward")
+
+
+def _saved(report: Report) -> float:
+    disk = report.quantity("bytes on disk", "whole model")
+    return 1 - disk.converted / disk.dense
+
+
+def _distance(metric: Metric) -> Literal["close", "between", "far"]:
+    if metric.key == "perplexity" and metric.dense:
+        nats = math.log(metric.converted / metric.dense)
+        return "close" if nats <= CLOSE_NATS else "far" if nats > FAR_NATS else "between"
+    share = metric.converted if metric.higher_is_better else 1 - metric.converted
+    return "close" if share >= CLOSE_SHARE else "far" if share < FAR_SHARE else "between"
+
+
+def _values(metric: Metric) -> str:
+    converted = measured(metric.converted, metric.unit)
+    return converted if metric.dense is None else f"{measured(metric.dense, metric.unit)} -> {converted}"
+
+
+def _remedy(report: Report) -> str:
+    stands_in = "" if _has_own_text(report) else ", and calibrate on a text like what it is used for (--calib)"
+    budget = "a larger budget (a lower --speedup, a higher --keep)"
+    if report.training:
+        return f"Convert again with {budget}{stands_in}."
+    return f"Finetune it, or convert again with {budget}{stands_in}."
+
+
+def _has_own_text(report: Report) -> bool:
+    recorded = report.model.recipe["calibration"].get("file")
+    # texts that stand in lie in the cache
+    return bool(recorded) and Path(recorded).parent != cache_directory("texts")
+
+
+def _smaller(report: Report) -> str:
+    disk = report.quantity("bytes on disk", "whole model")
+    if disk.converted / disk.dense <= INT8_SHARE or report.model.dtype != "float32":
+        return ""
+    return "Weights in int8 take about a quarter of its bytes and lose less. "
+
+
+def _better_method(report: Report) -> str:
+    """What is said where another method that was measured is better in quality, and no slower."""
+    for mine, other, outcomes in compared_methods(report):
+        no_slower = mine.latency is None or other.latency is None or other.latency.p50 <= mine.latency.p50
+        if no_slower and other.parameters <= 1.02 * mine.parameters and outcomes[0] == "worse":
+            return f"{other.title} is better at the same size and no slower"
+    return ""

@@ -1,0 +1,48 @@
+"""How many steps a run plans, and its rate, where nobody says so."""
+
+import pytest
+
+from spmconvert.distill.length import planned_steps, settled_rate
+from spmconvert.errors import RecipeError
+from spmconvert.recipe.loading import training_from_keywords
+from spmconvert.recipe.recipe import MINUTES, STEPS, Training
+
+
+@pytest.mark.parametrize(
+    ("given", "planned"),
+    [
+        # 15 minutes less two measurements of 30 s are 840 s, a step and its share of a measurement takes 8.6
+        ({}, 97),
+        ({"minutes": 2}, 6),
+        ({"minutes": 2, "steps": 3}, 3),
+        # a minute that measurements alone use up
+        ({"minutes": 0.5}, 1),
+        ({"steps": 4000}, 4000),
+    ],
+)
+def test_steps_that_fit(given, planned):
+    assert planned_steps(Training(**given), lambda: 8.0, measuring=30.0) == planned
+
+
+def test_fast_machines_end_by_steps_where_nothing_is_given():
+    assert planned_steps(Training(), lambda: 1e-3, measuring=0.0) == STEPS
+    assert planned_steps(Training(minutes=1), lambda: 1e-2, measuring=0.0) == 6000
+    assert Training().most_minutes == MINUTES
+
+
+def test_named_steps_are_not_timed():
+    def step():
+        raise AssertionError
+
+    assert planned_steps(Training(steps=7), step, measuring=0.0) == 7
+
+
+def test_rates_fall_with_what_was_kept_and_for_states():
+    assert settled_rate(0.1, "logits") > settled_rate(0.3, "logits") == settled_rate(1.2, "logits")
+    assert settled_rate(0.5, "hidden") < settled_rate(0.5, "logits")
+
+
+def test_guided_steps_have_to_be_named():
+    with pytest.raises(RecipeError, match="none are named"):
+        training_from_keywords({"guided": 0.3})
+    assert training_from_keywords({"guided": 0.3, "steps": 10}).most_steps == 10

@@ -1,0 +1,89 @@
+"""The first line of a report: what it says of every kind of outcome."""
+
+import math
+
+import pytest
+
+from spmconvert.reporting.schema import Latency, TimingRow
+from spmconvert.reporting.verdict import CLOSE_NATS, FAR_NATS, verdict
+
+pytestmark = pytest.mark.xdist_group("report")
+
+
+def timed(ratio, outcome):
+    spread = 0.5 if outcome == "no clear difference" else 0.01
+    dense, converted = (
+        Latency(p20=(1 - spread) * p50, p50=p50, p80=(1 + spread) * p50, samples=9) for p50 in (10.0, 10.0 / ratio)
+    )
+    row = TimingRow(what="forward", tokens=128, shape="1 x 128", dense=dense, converted=converted)
+    assert row.verdict == outcome
+    return row
+
+
+def changed(report, nats=None, *, speed=(1.3, "faster"), saved=0.2, training=()):
+    """A report with another loss, another speed and another size."""
+    quality = ()
+    if nats is not None:
+        (text, *_) = report.quality
+        metric = next(metric for metric in text.metrics if metric.key == "perplexity")
+        metric = metric.model_copy(update={"dense": 10.0, "converted": 10.0 * math.exp(nats)})
+        quality = (text.model_copy(update={"metrics": (metric,)}),)
+    quantities = tuple(
+        quantity.model_copy(update={"dense": 1000, "converted": round(1000 * (1 - saved))})
+        if quantity.what == "bytes on disk"
+        else quantity
+        for quantity in report.quantities
+    )
+    return report.model_copy(
+        update={
+            "quality": quality,
+            "timing": (timed(*speed),),
+            "quantities": quantities,
+            "candidates": (),
+            "training": training,
+        }
+    )
+
+
+def test_close_and_faster_is_worth_it(quick_report):
+    found = verdict(changed(quick_report, CLOSE_NATS))
+    assert found.tone == "good"
+    gains = "1.30 times as fast at 128 tokens, 20% fewer bytes"
+    assert found.text.startswith(f"Worth it where it runs as here: {gains}, and close to the dense model (perplexity 10")
+
+
+def test_far_is_not_and_the_remedy_follows_what_was_done(quick_report):
+    found = verdict(changed(quick_report, FAR_NATS + 0.1))
+    assert found.tone == "bad"
+    assert "Not worth it as it is: far from the dense model (perplexity 10 -> 30" in found.text
+    assert "Finetune it, or convert again with a larger budget" in found.text
+    finetuned = changed(quick_report, FAR_NATS + 0.1, training=(object(),))
+    assert "Finetune it" not in verdict(finetuned).text
+    assert "Convert again with a larger budget" in verdict(finetuned).text
+
+
+def test_between_says_what_is_given(quick_report):
+    found = verdict(changed(quick_report, (CLOSE_NATS + FAR_NATS) / 2))
+    assert found.tone == "plain"
+    assert found.text.startswith("Worth it where some quality can be given")
+
+
+def test_smaller_alone_is_for_size(quick_report):
+    found = verdict(changed(quick_report, 0.1, speed=(1.0, "no clear difference")))
+    assert "Worth it where size counts, not for speed: as fast at 128 tokens, 20% fewer bytes" in found.text
+    assert "Weights in int8 take about a quarter of its bytes" in found.text
+    small = verdict(changed(quick_report, 0.1, speed=(0.8, "slower"), saved=0.8))
+    assert "slower, 0.80 times as fast" in small.text
+    assert "int8" not in small.text
+
+
+def test_neither_faster_nor_smaller_is_not_worth_it(quick_report):
+    found = verdict(changed(quick_report, 0.0, speed=(1.0, "no clear difference"), saved=0.01))
+    assert found.tone == "bad"
+    assert "neither faster nor smaller" in found.text
+
+
+def test_there_is_none_without_quality(quick_report):
+    found = verdict(changed(quick_report))
+    assert found.text == "No verdict: quality was not measured (1.30 times as fast at 128 tokens, 20% fewer bytes)."
+    assert found.tone == "plain"
