@@ -211,7 +211,7 @@ def distil(
     order = {name: index for index, (name, _) in enumerate(student.named_modules())}
     layers = tuple(sorted(layers, key=order.__getitem__))
     distillation = Distillation(student, teacher, objective_for(student.config), training, layers)
-    guided = round(training.guided * training.steps)
+    guided = round(training.guided * (training.steps or 0))
     run = TrainingRun(
         distillation=distillation,
         data=data,

@@ -1,12 +1,14 @@
 """What a parameter budget costs in quality: ``--keep`` beside whitened SVD and other structures, with its parts turned off.
 
     python -m benchmarks.quality --model teachers/gpt2 --calibration wikitext-2-valid.txt --evaluate wikitext-2-test.txt
+    python -m benchmarks.quality --model smollm2 --calibration wikitext-2-valid.txt --evaluate wikitext-2-test.txt
     python -m benchmarks.quality --encoder --calibration wikitext-2-test.txt --evaluate wikitext-2-valid.txt
 
 All methods see the same calibration rows and may keep the same share of the same matrices. The baseline is uniform whitened
 truncated SVD. ``keep`` is what ``spmconvert convert --keep`` does; the methods named after it change parts: low rank only,
 stages or blocks beside a companion only, fits without output weights, layers fitted each alone, relative errors in place of
-measured sensitivity (which leaves fits unweighted, too). With --steps, every method is finetuned alike, at all rates of a
+measured sensitivity (which leaves fits unweighted, too). ``drop blocks`` leaves out whole blocks. The blocks of all others
+are refined alike (--refine 0 for none). With --steps, every method is finetuned alike, at all rates of a
 small grid with the first seed, at the best of them by held-out loss with the others. A language model is scored by its
 cross-entropy in nats a token on the other text (lower is better; its divergence from the dense model there is in the rows,
 too), an encoder by the Spearman correlation of its sentence similarities with the dense model's (higher is better). The
@@ -28,6 +30,7 @@ from typing import Any
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.blocks import drop_blocks
 from benchmarks.common import (
     STRUCTURES,
     Layer,
@@ -45,13 +48,17 @@ from benchmarks.quality_table import show
 from benchmarks.scores import Examiner, language_score, packaged_model, sentences
 from benchmarks.sparse import sparse
 from spmconvert.commands.convert import convert
+from spmconvert.data.calibration import CalibrationRows, load_rows
 from spmconvert.data.training import load_training_data
 from spmconvert.errors import OptionError
+from spmconvert.fit.blocks import BATCH_ROWS, FOLLOWING_ROWS
+from spmconvert.fit.refine import REFINEMENT_EPOCHS, refine_model_
 from spmconvert.model.architecture import load_config
 from spmconvert.model.loading import load
-from spmconvert.model.swap import replace_module
+from spmconvert.model.swap import copy_sharing_tensors, replace_module
+from spmconvert.outputs.objective import objective_for
 from spmconvert.outputs.probe import token_batch
-from spmconvert.recipe.recipe import Training
+from spmconvert.recipe.recipe import Calibration, Training
 from spmconvert.reporting.baselines import SparseLinear
 from spmconvert.reporting.timing import forward_call, interleaved
 
@@ -68,11 +75,15 @@ CONVERTED: dict[str, dict[str, Any]] = {
     "keep, independent, relative error": {"sequential": False, "sensitivity": "none"},
 }
 OTHERS = ("Monarch", "magnitude 2:4")
+# leaves out whole blocks with as many parameters; of what is left the same layers are finetuned
+DROPPED = "drop blocks"
+# rows that the blocks are chosen on
+DROPPING_ROWS = 8
 # what a budget leaves as it is
 DENSE = (torch.nn.Linear, Conv1D)
 TIMED_TOKENS = 1024
 TIMED_SECONDS = 4.0
-METHODS = (*STRUCTURES, *OTHERS, *CONVERTED)
+METHODS = (*STRUCTURES, *OTHERS, DROPPED, *CONVERTED)
 
 
 @dataclass
@@ -94,6 +105,12 @@ class Subject:
     calibration: Path
     rows: int
     score: Callable[[Any], dict[str, float]]
+
+    @cached_property
+    def fitted_rows(self) -> CalibrationRows:
+        """The calibration rows themselves."""
+        calibration = Calibration(file=self.calibration, rows=self.rows)
+        return load_rows(self.directory, self.dense.config, calibration, seed=0)
 
     @cached_property
     def teacher(self) -> Any:
@@ -146,6 +163,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--guided", type=float, default=0.0)
     for option in ("--layer-outputs", "--hidden-states", "--pooled-states"):
         parser.add_argument(option, type=float, default=0.0, help="weight of this loss in the finetune")
+    parser.add_argument(
+        "--refine", type=int, default=REFINEMENT_EPOCHS, help="passes that refine the blocks, of every method"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("build/quality"), help="fits are kept there")
@@ -175,19 +195,24 @@ def encoder_subject(options: argparse.Namespace) -> Subject:
 def measure(subject: Subject, method: str, keep: float, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The score before, and one row a finetune with the score after it."""
     began = time.monotonic()
-    student = build(subject, method, keep, options.work)
-    modules = {layer.name: student.get_submodule(layer.name) for layer in subject.layers}
+    student = build(subject, method, keep, options.work, options.refine)
+    modules = {layer.name: student.get_submodule(layer.name) for layer in subject.layers if _has(student, layer.name)}
     names = frozenset(
         f"{name}.{part}"
         for name, module in modules.items()
-        if not isinstance(module, DENSE)
+        if method == DROPPED or not isinstance(module, DENSE)
         for part, _ in module.named_parameters()
     )
+    targeted = sum(layer.weight.numel() for layer in subject.layers)
     row = {
         "method": method,
         "keep": keep,
-        "kept": sum(map(stored, modules.values())) / sum(layer.weight.numel() for layer in subject.layers),
-        "layer_error": median(held_out_error(modules[layer.name], layer) for layer in subject.layers),
+        "kept": kept_without_blocks(subject, student)
+        if method == DROPPED
+        else sum(map(stored, modules.values())) / targeted,
+        "layer_error": None
+        if method == DROPPED
+        else median(held_out_error(modules[layer.name], layer) for layer in subject.layers),
         **scores(subject, student, "before"),
         "seconds": round(time.monotonic() - began),
         "time": relative_time(student.eval(), subject.dense),
@@ -220,21 +245,52 @@ def relative_time(student: Any, dense: Any) -> float:
     return latency["student"].p50 / latency["dense"].p50
 
 
-def build(subject: Subject, method: str, keep: float, work: Path) -> Any:
-    """A model with the method's layers."""
+def build(subject: Subject, method: str, keep: float, work: Path, epochs: int) -> Any:
+    """A model with the method's layers, its blocks refined in so many passes."""
     if method in CONVERTED:
         output = work / "converted"
-        changes = {"calib": subject.calibration, "calibration.rows": subject.rows, **CONVERTED[method]}
+        changes = {"calib": subject.calibration, "calibration.rows": subject.rows, "refine": epochs, **CONVERTED[method]}
         # the question is what parameters cost; the times stand beside
         convert(subject.directory, output, keep=keep, allow_slower=True, force=output.exists(), **changes)
         return load(output, dtype=torch.float32)
-    student = copy.deepcopy(subject.dense)
+    student = copy_sharing_tensors(subject.dense)
+    if method == DROPPED:
+        return without_blocks(subject, student, keep)
     if method in STRUCTURES:
         replace_layers(student, subject.layers, method, keep, work / "fits")
-        return student
-    for layer in subject.layers:
-        replace_module(student, layer.name, MonarchLinear.of(layer, keep) if method == "Monarch" else sparse(layer))
+    else:
+        for layer in subject.layers:
+            replace_module(student, layer.name, MonarchLinear.of(layer, keep) if method == "Monarch" else sparse(layer))
+    if epochs:
+        rows = subject.fitted_rows
+        batches = list(rows.batches(rows.fitted[:FOLLOWING_ROWS], subject.dense, size=BATCH_ROWS))
+        refine_model_(student, subject.dense, [layer.name for layer in subject.layers], batches, epochs=epochs, seed=0)
     return student
+
+
+def without_blocks(subject: Subject, student: Any, keep: float) -> Any:
+    """The model without as many blocks as have the parameters that are saved elsewhere.
+
+    Raises:
+        OptionError: for a model that is no causal language model.
+    """
+    if objective_for(student.config) != "logits":
+        raise OptionError("blocks are left out of language models alone")
+    dropped = (1 - keep) * sum(layer.weight.numel() for layer in subject.layers)
+    # rows of one length
+    longest = max(map(len, subject.fitted_rows.fitted))
+    rows = [row for row in subject.fitted_rows.fitted if len(row) == longest][:DROPPING_ROWS]
+    return drop_blocks(student, [layer.name for layer in subject.layers], dropped, torch.stack(rows)).model
+
+
+def kept_without_blocks(subject: Subject, student: Any) -> float:
+    """Share of the targeted parameters that would be kept if the saved ones were theirs."""
+    saved = sum(p.numel() for p in subject.dense.parameters()) - sum(p.numel() for p in student.parameters())
+    return 1 - saved / sum(layer.weight.numel() for layer in subject.layers)
+
+
+def _has(model: Any, name: str) -> bool:
+    return name in dict(model.named_modules())
 
 
 def finetuned(

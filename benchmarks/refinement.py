@@ -11,7 +11,6 @@ of 512 that are spread over it; the speed is a 512-token forward pass of the den
 """
 
 import argparse
-import copy
 import json
 import time
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cross_entropy
 
+from benchmarks.blocks import drop_blocks
 from benchmarks.common import save_json
 from benchmarks.environment import environment
 from spmconvert.commands.convert import convert, open_plan
@@ -79,7 +79,7 @@ def measured(dense: nn.Module, keep: float, options: argparse.Namespace) -> Iter
     """A row and a model of every method."""
     for method in options.methods:
         if method == "drop blocks":
-            yield drop_blocks(dense, keep, options)
+            yield without_blocks(dense, keep, options)
             continue
         budget = {"keep": keep, "allow_slower": options.allow_slower}
         changes = budget if method == "keep" else {"overrides": same_share(options.directory, keep)}
@@ -110,36 +110,16 @@ def same_share(directory: Path, keep: float) -> list[dict[str, Any]]:
     return found
 
 
-@torch.no_grad()
-def drop_blocks(dense: Any, keep: float, options: argparse.Namespace) -> tuple[dict[str, Any], nn.Module]:
+def without_blocks(dense: Any, keep: float, options: argparse.Namespace) -> tuple[dict[str, Any], nn.Module]:
     """The model without the run of blocks that its last hidden state depends on least."""
     _, plan, _ = open_plan(str(options.directory), Recipe(targets=("mlp",)))
     dropped = (1 - keep) * sum(layer.dense_parameters for layer in plan.layers)
-    container = plan.layers[0].target.name.partition(".layers.")[0] + ".layers"
-    blocks = dense.get_submodule(container)
-    count = max(1, round(dropped / sum(parameter.numel() for parameter in blocks[0].parameters())))
     rows = windows_of(options.directory, options.calibration, 8)
-    wanted = hidden(dense, rows)
-
-    def without(first: int) -> Any:
-        model = copy.copy(dense)
-        model._modules = {**dense._modules, "model": copy.copy(dense.model)}
-        kept = [block for index, block in enumerate(blocks) if not first <= index < first + count]
-        model.model._modules = {**dense.model._modules, "layers": nn.ModuleList(kept)}
-        return model
-
-    starts = range(1, len(blocks) - count)
-    best = max(starts, key=lambda first: cosine_similarity(hidden(without(first), rows), wanted, dim=-1).mean().item())
-    model = without(best)
+    found = drop_blocks(dense, [layer.target.name for layer in plan.layers], dropped, rows)
     total = sum(parameter.numel() for parameter in skeleton(load_config(options.directory)).parameters())
-    row = {"method": f"drop blocks {best} to {best + count - 1}", "epochs": 0, "seconds": 0.0}
-    return {**row, "parameters": sum(parameter.numel() for parameter in model.parameters()) / total}, model
-
-
-def hidden(model: Any, rows: Tensor) -> Tensor:
-    """Last hidden states."""
-    states: Tensor = model.model(input_ids=rows, use_cache=False).last_hidden_state
-    return states
+    method = f"drop blocks {found.first} to {found.first + found.count - 1}"
+    parameters = sum(parameter.numel() for parameter in found.model.parameters()) / total
+    return {"method": method, "epochs": 0, "seconds": 0.0, "parameters": parameters}, found.model
 
 
 def windows_of(directory: Path, text: Path, count: int) -> Tensor:

@@ -136,9 +136,9 @@ def test_quality(run, text, tmp_path, monkeypatch):
     import benchmarks.quality
 
     monkeypatch.setattr(benchmarks.quality, "TIMED_SECONDS", 0.0)
-    sizes = ["--width", 64, "--layers", 1, "--steps", 2, "--batch-size", 2]
+    sizes = ["--width", 64, "--layers", 3, "--steps", 2, "--batch-size", 2]
     run("teacher", "--text", text, "--output", tmp_path / "t", *sizes)
-    methods = ["whitened SVD", "wide blocks + companion", "Monarch", "magnitude 2:4", "keep, low rank"]
+    methods = ["whitened SVD", "wide blocks + companion", "Monarch", "magnitude 2:4", "drop blocks", "keep, low rank"]
     out = run(
         "quality", "--model", tmp_path / "t", "--calibration", text, "--evaluate", text, "--keep", 0.5, "--steps", 1,
         "--rates", 1e-3, "--methods", *methods, "--batch-size", 2, "--evaluation-rows", 4, "--calibration-rows", 16,
@@ -149,11 +149,12 @@ def test_quality(run, text, tmp_path, monkeypatch):
     assert 0 < result["left_by_half_rank"] < 1
     assert [row["method"] for row in rows] == methods
     for row in rows:
-        assert 0.3 < row["kept"] <= 0.5
+        # of three blocks the middle one can go, with its attention
+        assert (0 if row["method"] == "drop blocks" else 0.3) < row["kept"] <= 0.6
         assert row["after"] > 0
         assert min(row["divergence_before"], row["divergence_after"]) > 0
         assert row["time"] > 0
-        assert 0 < row["layer_error"] < 1
+        assert row["layer_error"] is None if row["method"] == "drop blocks" else 0 < row["layer_error"] < 1
     assert "Monarch" in out
 
 

@@ -437,7 +437,7 @@ def demo(
         "spm-demo"
     ),
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps of the finetune; default fits in five minutes.")
+        int | None, typer.Option(help="Optimizer steps of the finetune; default as many as a minute allows.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace the checkpoints of an earlier demo.")] = False,
 ) -> None:

