@@ -72,8 +72,8 @@ def _gains(report: Report) -> str:
     bytes_left = f"{1 - disk.converted / disk.dense:.0%} fewer bytes" if disk.converted < disk.dense else "no fewer bytes"
     if row is None:
         return f"{bytes_left}, speed not measured"
-    faster = {"faster": f"{row.ratio:.2f} times as fast", "slower": f"slower, {row.ratio:.2f} times as fast"}
-    return f"{faster.get(row.verdict, 'as fast')} at {row.tokens} tokens, {bytes_left}"
+    speed = f"{row.ratio:.2f} times as fast at {row.tokens} tokens"
+    return f"{speed}{', which is within the noise' if row.verdict == 'no clear difference' else ''}, {bytes_left}"
 
 
 def _is_faster(report: Report) -> bool:

@@ -40,6 +40,7 @@ def test_named_steps_are_not_timed():
 def test_rates_fall_with_what_was_kept_and_for_states():
     assert settled_rate(0.1, "logits") > settled_rate(0.3, "logits") == settled_rate(1.2, "logits")
     assert settled_rate(0.5, "hidden") < settled_rate(0.5, "logits")
+    assert settled_rate(0.5, "hidden") < settled_rate(0.1, "hidden")
 
 
 def test_guided_steps_have_to_be_named():
