@@ -67,7 +67,9 @@ def kept_matrix(module):
 def assert_up_to_date(module):
     x = torch.randn(3, module.term.in_features)
     with torch.no_grad():
-        torch.testing.assert_close(module(x), x @ dense(module).t(), rtol=1e-4, atol=1e-5)
+        expected = x @ dense(module).t()
+        # sums round by the size of what they add, however small they are themselves
+        torch.testing.assert_close(module(x), expected, rtol=1e-4, atol=1e-5 * max(1.0, expected.abs().max().item()))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -652,9 +654,10 @@ def test_wrapped_start_is_the_bare_core(shape, block):
             parameter.normal_()
     wrapped.start_(task, seed=0)
     assert torch.equal(wrapped.matrix(), bare.matrix())
-    assert torch.equal(wrapped(x), bare(x))
+    # products of one matrix in two layouts may round differently
+    torch.testing.assert_close(wrapped(x), bare(x))
     with torch.no_grad():
-        assert torch.equal(wrapped(x), bare(x))
+        torch.testing.assert_close(wrapped(x), bare(x))
 
 
 def test_wrapped_is_fitted_by_a_gradient():
