@@ -46,7 +46,7 @@ def verdict(report: Report) -> Verdict:
     quality = f"{metric.title} {_values(metric)}"
     if distance == "far":
         return Verdict(f"Not worth it as it is: far from the dense model ({quality}; {gains}). {_remedy(report)}", "bad")
-    if not _is_faster(report) and _saved(report) < LEAST_SAVING:
+    if report.timing and not _is_faster(report) and _saved(report) < LEAST_SAVING:
         return Verdict(
             f"Not worth it: neither faster nor smaller to speak of ({gains}; {quality}). Target more layers, or ask for "
             "more with --speedup or --keep.",
@@ -55,6 +55,8 @@ def verdict(report: Report) -> Verdict:
     better = _better_method(report)
     if better:
         return Verdict(f"{better} ({gains}; {quality}).", "bad")
+    if not report.timing:
+        return Verdict(f"No verdict: speed was not measured ({gains}; {quality}).", "plain")
     if not _is_faster(report):
         return Verdict(
             f"Worth it where size counts, not for speed: {gains}; {quality}. {_smaller(report)}"
@@ -116,7 +118,7 @@ def _smaller(report: Report) -> str:
     disk = report.quantity("bytes on disk", "whole model")
     if disk.converted / disk.dense <= INT8_SHARE or report.model.dtype != "float32":
         return ""
-    return "Weights in int8 take about a quarter of its bytes and lose less. "
+    return "Weights in int8 take about a quarter of its bytes; they were not measured here. "
 
 
 def _better_method(report: Report) -> str:

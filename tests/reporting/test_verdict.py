@@ -90,3 +90,10 @@ def test_there_is_none_without_quality(quick_report):
     found = verdict(changed(quick_report))
     assert found.text == "No verdict: quality was not measured (1.30 times as fast at 128 tokens, 20% fewer bytes)."
     assert found.tone == "plain"
+
+
+def test_there_is_none_without_times(quick_report):
+    untimed = changed(quick_report, 0.1, saved=0.01).model_copy(update={"timing": ()})
+    found = verdict(untimed)
+    assert found.text.startswith("No verdict: speed was not measured (1% fewer bytes, speed not measured; perplexity 10")
+    assert found.tone == "plain"
