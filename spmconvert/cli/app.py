@@ -26,7 +26,7 @@ from spmconvert.version import __version__
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
 PROCESSES = typer.Option(min=1, help="Processes on this machine.")
 # what stands for a text where none is given
-PROSE = "docstrings of the Python installation"
+PROSE = "docstrings of the Python installation, for an encoder with words drawn from its vocabulary"
 BETTER = "a text like what the model is used for is far better"
 
 app = typer.Typer(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.library import library_text
+from spmconvert.data.drawn import stand_in_text
 from spmconvert.data.tokens import load_tokenizer, padded_batch, reads_text, row_length, token_rows
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.errors import CalibrationError
@@ -82,20 +82,21 @@ def _with_file(recipe: Recipe, file: Path | None) -> Recipe:
 def _auto_text(source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None) -> Path:
     parameters = sum(math.prod(entry.shape) for entry in source.tensors.values())
     if not writes(config, parameters, device):
-        return library_text("calibration")
+        return stand_in_text("calibration", source.directory, config)
     if report is not None:
         return write_text(source.directory, source.sha256(), config, device, report)
     written = written_file(source.sha256())
-    return written if written.exists() else library_text("calibration")
+    return written if written.exists() else stand_in_text("calibration", source.directory, config)
 
 
 def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:
     """The rows that a recipe asks for, or None where it names no text; as ``load_rows``.
 
-    What still says ``auto`` here, for a model that is converted in memory, is prose alone.
+    What still says ``auto`` here, for a model that is converted in memory, is nothing that it would have to write first.
     """
     if str(recipe.calibration.file) == AUTO_TEXT:
-        recipe = _with_file(recipe, library_text("calibration") if reads_text(directory, config) else None)
+        file = stand_in_text("calibration", directory, config) if reads_text(directory, config) else None
+        recipe = _with_file(recipe, file)
     if recipe.calibration.file is None:
         return None
     return load_rows(directory, config, recipe.calibration, recipe.seed, choosing=bool(recipe.budget.limits))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.library import library_text
+from spmconvert.data.drawn import stand_in_text
 from spmconvert.data.tokens import load_tokenizer, padded_batch, reads_text, row_length, token_rows, tokenizer_hash
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.recipe.recipe import AUTO_TEXT, Training
@@ -161,7 +161,7 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
                 f"{directory} has no tokenizer, or does not read text alone, so none stands in for data; give its "
                 "processor's tensors with --data FILE.safetensors"
             )
-        source = str(library_text("training"))
+        source = str(stand_in_text("training", directory, config))
     if source.endswith(".safetensors"):
         return _load_tensors(Path(source), config, training)
     documents = read_documents(source, training.column)

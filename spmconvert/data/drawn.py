@@ -1,0 +1,73 @@
+"""Words drawn at random from a tokenizer's own vocabulary, beside prose that every machine has: a text for encoders.
+
+Vocabularies are sorted by how often their words were met, so Zipf's law over that order gives about the words of the text
+that the tokenizer was made from, names and rare ones included, which docstrings lack. An encoder that is fitted on half
+docstrings, half drawn words loses much less elsewhere than on docstrings alone; models of language gain nothing, since they
+read what follows from what (benchmarks/results/choices.md), and get prose.
+"""
+
+import random
+from pathlib import Path
+from typing import Any
+
+from spmconvert.data.library import Part, library_text
+from spmconvert.data.tokens import load_tokenizer, reads_packed, tokenizer_hash
+from spmconvert.system.files import write_whole
+
+# how vocabularies of bytes and of pieces mark the start of a word; those that mark continuations have neither
+WORD_STARTS = ("Ġ", "▁")
+CONTINUATION = "##"
+FEWEST_WORDS = 1000
+# Zipf's law as Mandelbrot put it, so that the first words do not make up all of a row
+RANK_OFFSET = 10
+SHORTEST_ROW, LONGEST_ROW = 15, 90
+# changes with anything that changes what is drawn
+VERSION = 1
+
+
+def stand_in_text(part: Part, directory: Path, config: Any) -> Path:
+    """Prose of the Python installation and, for an encoder, a row of drawn words for every paragraph of it.
+
+    Args:
+        part: what it is for; no row is in two parts.
+        directory: checkpoint, for its tokenizer.
+        config: the model's config.
+
+    Returns:
+        A .txt file in the cache, one row a line; written where it is not there. Prose alone for models of language, and
+        where the vocabulary has too few words.
+
+    Raises:
+        CalibrationError: when there is no tokenizer that can be used, or the standard library is here without its sources.
+        NotWritableError: when the cache cannot be written.
+    """
+    prose = library_text(part)
+    if reads_packed(config):
+        return prose
+    file = prose.with_name(f"{prose.stem}-drawn-{VERSION}-{tokenizer_hash(directory)[:16]}.txt")
+    if file.exists():
+        return file
+    words = common_first(load_tokenizer(directory))
+    if len(words) < FEWEST_WORDS:
+        return prose
+    rows = prose.read_text(encoding="utf-8").splitlines()
+    generator = random.Random(part)
+    rows += drawn_rows(words, len(rows), generator)
+    generator.shuffle(rows)
+    write_whole(file, "\n".join(rows) + "\n")
+    return file
+
+
+def common_first(tokenizer: Any) -> list[str]:
+    """Whole words of a tokenizer's vocabulary in its order, the common ones first."""
+    tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
+    starts = [token for token, _ in tokens if token.startswith(WORD_STARTS)]
+    words = [token[1:] for token in starts] or [token for token, _ in tokens if not token.startswith(CONTINUATION)]
+    return [word for word in words if word.isalpha() and (len(word) > 1 or not word.isascii())]
+
+
+def drawn_rows(words: list[str], count: int, generator: random.Random) -> list[str]:
+    """Rows of words, each drawn with a probability that falls with its rank."""
+    weights = [1 / (rank + RANK_OFFSET) for rank in range(len(words))]
+    lengths = [generator.randint(SHORTEST_ROW, LONGEST_ROW) for _ in range(count)]
+    return [" ".join(generator.choices(words, weights=weights, k=length)) for length in lengths]
