@@ -26,7 +26,8 @@ from spmconvert.version import __version__
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
 PROCESSES = typer.Option(min=1, help="Processes on this machine.")
 # what stands for a text where none is given
-PROSE = "docstrings of the Python installation, for an encoder with words drawn from its vocabulary"
+PROSE = "docstrings of the Python installation"
+DRAWN = "words drawn from the tokenizer's vocabulary"
 BETTER = "a text like what the model is used for is far better"
 
 app = typer.Typer(
@@ -212,7 +213,8 @@ def _say_what_stands_in(recipe: Recipe) -> None:
     from spmconvert.commands.convert import FIRST_SPEEDUP
 
     if str(recipe.calibration.file) == AUTO_TEXT:
-        console.note(f"calibration text: what a causal model writes itself, or {PROSE}; {BETTER}, --calib FILE")
+        taken = f"what a causal model writes itself, or {PROSE}, for an encoder with {DRAWN}"
+        console.note(f"calibration text: {taken}; {BETTER}, --calib FILE")
     if not recipe.names_designs and recipe.calibration.file is not None:
         console.note(f"no design and no budget is named: --speedup {FIRST_SPEEDUP:g}, where the model reads text")
     if recipe.calibration.file is None:
@@ -267,7 +269,7 @@ def finetune(
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
     _start_processes(num_processes)
     if data == AUTO_TEXT and is_first():
-        console.note(f"training text: {PROSE}; {BETTER}, --data FILE")
+        console.note(f"training text: {PROSE} and {DRAWN}; {BETTER}, --data FILE")
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.commands.finetune import finetune as run
 

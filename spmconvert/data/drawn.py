@@ -1,9 +1,10 @@
-"""Words drawn at random from a tokenizer's own vocabulary, beside prose that every machine has: a text for encoders.
+"""Words drawn at random from a tokenizer's own vocabulary, beside prose that every machine has.
 
 Vocabularies are sorted by how often their words were met, so Zipf's law over that order gives about the words of the text
-that the tokenizer was made from, names and rare ones included, which docstrings lack. An encoder that is fitted on half
-docstrings, half drawn words loses much less elsewhere than on docstrings alone; models of language gain nothing, since they
-read what follows from what (benchmarks/results/choices.md), and get prose.
+that the tokenizer was made from, names and rare ones included, which docstrings lack. An encoder that is fitted or trained
+on half docstrings, half drawn words loses much less elsewhere than on docstrings alone, and so does a language model that
+is trained on them. To be fitted it reads prose alone: there it gains nothing, since what follows from what is lost with the
+order of words (benchmarks/results/choices.md).
 """
 
 import random
@@ -26,7 +27,7 @@ VERSION = 1
 
 
 def stand_in_text(part: Part, directory: Path, config: Any) -> Path:
-    """Prose of the Python installation and, for an encoder, a row of drawn words for every paragraph of it.
+    """Prose of the Python installation and, where that is better, a row of drawn words for every paragraph of it.
 
     Args:
         part: what it is for; no row is in two parts.
@@ -34,15 +35,15 @@ def stand_in_text(part: Part, directory: Path, config: Any) -> Path:
         config: the model's config.
 
     Returns:
-        A .txt file in the cache, one row a line; written where it is not there. Prose alone for models of language, and
-        where the vocabulary has too few words.
+        A .txt file in the cache, one row a line; written where it is not there. Prose alone to calibrate models of
+        language, and where the vocabulary has too few words.
 
     Raises:
         CalibrationError: when there is no tokenizer that can be used, or the standard library is here without its sources.
         NotWritableError: when the cache cannot be written.
     """
     prose = library_text(part)
-    if reads_packed(config):
+    if part == "calibration" and reads_packed(config):
         return prose
     file = prose.with_name(f"{prose.stem}-drawn-{VERSION}-{tokenizer_hash(directory)[:16]}.txt")
     if file.exists():

@@ -69,6 +69,11 @@ def test_an_encoder_reads_prose_and_drawn_words_half_and_half(encoder):
     assert stand_in_text("calibration", encoder, ENCODER).read_bytes() == content, "the same anywhere"
 
 
-def test_models_of_language_and_small_vocabularies_get_prose_alone(encoder, checkpoints):
-    assert stand_in_text("training", encoder, GPT2Config(architectures=["GPT2LMHeadModel"])) == library_text("training")
+def test_models_of_language_are_trained_on_drawn_words_and_calibrated_on_prose(encoder):
+    config = GPT2Config(architectures=["GPT2LMHeadModel"])
+    assert stand_in_text("calibration", encoder, config) == library_text("calibration")
+    assert stand_in_text("training", encoder, config) == stand_in_text("training", encoder, ENCODER)
+
+
+def test_a_small_vocabulary_gives_prose_alone(checkpoints):
     assert stand_in_text("training", checkpoints["bert"], ENCODER) == library_text("training")
