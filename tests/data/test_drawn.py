@@ -15,23 +15,20 @@ ENCODER = BertConfig(architectures=["BertModel"])
 
 
 def tokenizer_of(tokens):
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(
-            models.WordLevel({token: index for index, token in enumerate(tokens)}, unk_token=tokens[0])
-        )
-    )
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0])))
 
 
 @pytest.mark.parametrize(
     "tokens",
     [
-        ["[PAD]", "a", "##ing", "the", ",", "1990", "of", "##s", "für", "人"],
-        ["<s>", "a", "ing", "Ġ", "Ġa", "Ġthe", "Ġ,", "Ġ1990", "Ġof", "s", "Ġfür", "Ġ人"],
-        ["<s>", "a", "ing", "▁", "▁a", "▁the", "▁,", "▁1990", "▁of", "s", "▁für", "▁人"],
+        ["[PAD]", "a", "β", "人", "##ing", "the", ",", "1990", "of", "##s", "für"],
+        ["<s>", "a", "β", "人", "ing", "Ġ", "Ġa", "Ġ人", "Ġthe", "Ġ,", "Ġ1990", "Ġof", "s", "Ġfür"],
+        ["<s>", "a", "β", "人", "ing", "▁", "▁a", "▁人", "▁the", "▁,", "▁1990", "▁of", "s", "▁für"],
     ],
 )
 def test_whole_words_in_the_order_of_the_vocabulary(tokens):
-    assert common_first(tokenizer_of(tokens)) == ["the", "of", "für", "人"]
+    assert common_first(tokenizer_of(tokens)) == ["the", "of", "für"]
 
 
 def test_words_are_drawn_by_their_rank():
