@@ -67,7 +67,9 @@ def common_first(tokenizer: Any) -> list[str]:
     """
     tokens = sorted(tokenizer.get_vocab().items(), key=lambda entry: entry[1])
     starts = [token for token, _ in tokens if token.startswith(WORD_STARTS)]
-    words = [token[1:] for token in starts] or [token for token, _ in tokens if not token.startswith(CONTINUATION)]
+    # vocabularies of bytes spell letters beyond ASCII by other ones
+    words = [tokenizer.convert_tokens_to_string([token]).strip() for token in starts]
+    words = words or [token for token, _ in tokens if not token.startswith(CONTINUATION)]
     return [word for word in words if word.isalpha() and len(word) > 1]
 
 

@@ -4,7 +4,7 @@ import random
 from collections import Counter
 
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, decoders, models
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast
 
 from spmconvert.data import drawn
@@ -14,21 +14,27 @@ from spmconvert.data.library import library_text
 ENCODER = BertConfig(architectures=["BertModel"])
 
 
-def tokenizer_of(tokens):
+def tokenizer_of(tokens, decoder=None):
     vocabulary = {token: index for index, token in enumerate(tokens)}
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0])))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=tokens[0]))
+    if decoder is not None:
+        tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 @pytest.mark.parametrize(
-    "tokens",
+    ("tokens", "decoder"),
     [
-        ["[PAD]", "a", "β", "人", "##ing", "the", ",", "1990", "of", "##s", "für"],
-        ["<s>", "a", "β", "人", "ing", "Ġ", "Ġa", "Ġ人", "Ġthe", "Ġ,", "Ġ1990", "Ġof", "s", "Ġfür"],
-        ["<s>", "a", "β", "人", "ing", "▁", "▁a", "▁人", "▁the", "▁,", "▁1990", "▁of", "s", "▁für"],
+        (["[PAD]", "a", "β", "人", "##ing", "the", ",", "1990", "of", "##s", "für"], None),
+        (["<s>", "a", "ing", "Ġ", "ĠĠĠ", "Ġa", "Ġthe", "Ġ,", "Ġ1990", "Ġof", "s", "ĠfÃ¼r", "ĠÃ"], decoders.ByteLevel()),
+        (
+            ["<s>", "a", "β", "人", "ing", "▁", "▁▁▁", "▁a", "▁人", "▁the", "▁,", "▁1990", "▁of", "s", "▁für"],
+            decoders.Metaspace(),
+        ),
     ],
 )
-def test_whole_words_in_the_order_of_the_vocabulary(tokens):
-    assert common_first(tokenizer_of(tokens)) == ["the", "of", "für"]
+def test_whole_words_in_the_order_of_the_vocabulary(tokens, decoder):
+    assert common_first(tokenizer_of(tokens, decoder)) == ["the", "of", "für"]
 
 
 def test_words_are_drawn_by_their_rank():
