@@ -101,7 +101,7 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
         if self.pre_quantized:
-            swap_layers(model, self.quantization_config.specs())
+            _keep_from_initialising(model, swap_layers(model, self.quantization_config.specs()))
         # those of the revision, subfolder and variant that are being loaded
         self._files = [Path(file) for file in checkpoint_files or ()]
         return model
@@ -152,6 +152,18 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The operator has no graph breaks."""
         return True
+
+
+def _keep_from_initialising(model: nn.Module, replaced: list[str]) -> None:
+    """Tell transformers that the modules around replaced layers need no fresh parameters.
+
+    It goes over every module after loading, and those that it knows (an MLP of SigLIP) reach for the weight and bias of
+    the layers inside, which a replaced one may not have under these names. ``_check_complete`` looks after the layers.
+    """
+    for name in replaced:
+        around = model.get_submodule(name.rpartition(".")[0])
+        if next(around.parameters(recurse=False), None) is None:
+            around._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def _check_complete(model: nn.Module) -> None:

@@ -17,6 +17,15 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
 )
 
 from spmconvert.cli import app as cli
@@ -89,6 +98,44 @@ def mixtral_config() -> MixtralConfig:
     )
 
 
+def vit_config() -> ViTConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    return ViTConfig(**sizes, image_size=32, patch_size=8, num_labels=5)
+
+
+def wav2vec2_config() -> Wav2Vec2Config:
+    sizes = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2}
+    waves = {"conv_dim": (16, 16), "conv_stride": (32, 16), "conv_kernel": (32, 16), "num_feat_extract_layers": 2}
+    return Wav2Vec2Config(**sizes, **waves, num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2)
+
+
+def whisper_config() -> WhisperConfig:
+    sides = {f"{side}_{key}": 2 for side in ("encoder", "decoder") for key in ("layers", "attention_heads")}
+    return WhisperConfig(
+        **sides,
+        d_model=32,
+        encoder_ffn_dim=96,
+        decoder_ffn_dim=96,
+        vocab_size=VOCABULARY,
+        max_source_positions=100,
+        num_mel_bins=80,
+        decoder_start_token_id=2,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+        suppress_tokens=None,
+        begin_suppress_tokens=None,
+    )
+
+
+def _save_media(model, processor, directory: Path, *, tokenizer: bool = False) -> Path:
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    if tokenizer:
+        _tokenizer().save_pretrained(directory)
+    return directory
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     """Directories of tiny dense checkpoints by name."""
@@ -102,6 +149,16 @@ def checkpoints(tmp_path_factory) -> dict[str, Path]:
         "llama-bf16": _save(LlamaForCausalLM(llama_config()).to(torch.bfloat16), root / "llama-bf16"),
         "bert": _save(BertModel(bert_config()), root / "bert"),
         "mixtral": _save(MixtralForCausalLM(mixtral_config()), root / "mixtral"),
+        "vit": _save_media(
+            ViTForImageClassification(vit_config()), ViTImageProcessor(size={"height": 32, "width": 32}), root / "vit"
+        ),
+        "wav2vec2": _save_media(Wav2Vec2Model(wav2vec2_config()), Wav2Vec2FeatureExtractor(), root / "wav2vec2"),
+        "whisper": _save_media(
+            WhisperForConditionalGeneration(whisper_config()),
+            WhisperFeatureExtractor(chunk_length=2),
+            root / "whisper",
+            tokenizer=True,
+        ),
     }
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from spmconvert.budget.allocation import Allocation, Limit
+from spmconvert.data.tokens import inputs_of, reads_tokens
 from spmconvert.errors import OptionError
 from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
 from spmconvert.operator.design import Design
@@ -69,8 +70,11 @@ def forward_seconds(models: Mapping[str, Any], budget: Budget, device: str, seco
     """
     calls: dict[str, Callable[[], Any]] = {}
     for name, model in models.items():
-        if model.main_input_name != "input_ids":
-            raise OptionError(f"--speedup times rows of tokens, and {type(model).__name__} reads none; use --keep instead")
+        if not reads_tokens(model.config):
+            what = inputs_of(model.config)
+            raise OptionError(
+                f"--speedup times rows of tokens, and {type(model).__name__} reads {what}; use --keep instead"
+            )
         calls[name] = _call(model, token_rows_batch(model, budget.rows, budget.tokens))
     times = interleaved_seconds(calls, seconds, device)
     return {name: statistics.median(values) for name, values in times.items()}

@@ -7,14 +7,13 @@ where the layers are in a chain of blocks (``by_block``), and through the whole 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch import Tensor
-
 from spmconvert.calibrate.by_block import BlockCalibration
 from spmconvert.calibrate.curvature import Curvatures
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.calibrate.store import PARTS, MomentStore
 from spmconvert.data.calibration import CalibrationRows
+from spmconvert.data.rows import Row
 from spmconvert.model.chain import Chain, common_list
 from spmconvert.model.loading import in_float32
 from spmconvert.outputs.objective import objective_for
@@ -69,7 +68,7 @@ def gather_moments(
     total = len(groups) * sum(len(getattr(rows, part)) for part in PARTS)
     done = 0
 
-    def counted(part: list[Tensor], size: int) -> Iterator[dict[str, Any]]:
+    def counted(part: list[Row], size: int) -> Iterator[dict[str, Any]]:
         nonlocal done
         for first in range(0, len(part), size):
             yield next(rows.batches(part[first : first + size], model()))
@@ -123,7 +122,7 @@ def _fitted(
     model: Any,
     names: Sequence[str],
     rows: CalibrationRows,
-    counted: Callable[[list[Tensor], int], Iterator[dict[str, Any]]],
+    counted: Callable[[list[Row], int], Iterator[dict[str, Any]]],
     *,
     weighted: bool,
     seed: int,

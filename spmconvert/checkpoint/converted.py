@@ -7,7 +7,6 @@ from typing import Any
 
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
-from spmconvert.checkpoint.names import resolve_name, shared_prefix
 from spmconvert.checkpoint.provenance import check_provenance
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
@@ -43,17 +42,6 @@ class Converted:
     def checkpoint(self) -> Checkpoint:
         """The same files as a checkpoint whose tensors can be read."""
         return Checkpoint(self.directory, str(self.directory), None, self.config, self.tensors)
-
-    def stored_prefix(self, layer: str) -> str:
-        """Name of a layer in the checkpoint, which may lack or have the base model's prefix.
-
-        Raises:
-            CorruptCheckpointError: when the checkpoint has no tensors of the layer.
-        """
-        modules = {name.rpartition(".")[0] for name in self.tensors}
-        stored = resolve_name(layer, modules, shared_prefix(self.layers, modules))
-        assert stored is not None, "the shared prefix resolves every layer of the map"
-        return stored
 
 
 def open_source(converted: Converted, teacher: str | None) -> Checkpoint:

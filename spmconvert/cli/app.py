@@ -26,9 +26,6 @@ from spmconvert.version import __version__
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
 PROCESSES = typer.Option(min=1, help="Processes on this machine.")
 # what stands for a text where none is given
-PROSE = "docstrings of the Python installation"
-DRAWN = "words drawn from the tokenizer's vocabulary"
-BETTER = "a text like what the model is used for is far better"
 
 app = typer.Typer(
     add_completion=False,
@@ -107,8 +104,8 @@ def convert(
     calib: Annotated[
         str | None,
         typer.Option(
-            help="Text (.txt, .jsonl, .parquet, datasets:ID) that weights the fit, or none; default auto, what a causal "
-            "model writes itself, or prose that every Python installation has."
+            help="Text (.txt, .jsonl, .parquet, datasets:ID), folder of pictures or .wav files, or processor tensors "
+            "(.safetensors) that weights the fit, or none; default auto, what every machine has or the model writes itself."
         ),
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe; options replace single values of it.")] = None,
@@ -182,8 +179,6 @@ def _convert(
     from spmconvert.commands.convert import convert as run
 
     began = time.monotonic()
-    if is_first():
-        _say_what_stands_in(recipe)
     console.silence_libraries()
     try:
         with progress.ConversionProgress() as watch:
@@ -208,17 +203,15 @@ def _convert(
         views.show_next(conversion.output)
 
 
-def _say_what_stands_in(recipe: Recipe) -> None:
-    """Say what a conversion takes for what its recipe does not name."""
-    from spmconvert.commands.convert import FIRST_SPEEDUP
+def _say_what_stands_in(directory: Path) -> None:
+    """Say what a finetune takes for the data that it was not given."""
+    from spmconvert.checkpoint.converted import open_converted
+    from spmconvert.data.standin import stand_in
+    from spmconvert.model.architecture import load_config
 
-    if str(recipe.calibration.file) == AUTO_TEXT:
-        taken = f"what a causal model writes itself, or {PROSE}, for an encoder with {DRAWN}"
-        console.note(f"calibration text: {taken}; {BETTER}, --calib FILE")
-    if not recipe.names_designs and recipe.calibration.file is not None:
-        console.note(f"no design and no budget is named: --speedup {FIRST_SPEEDUP:g}, where the model reads text")
-    if recipe.calibration.file is None:
-        console.note("no calibration text: layers are fitted in the Frobenius norm, which is far worse; give --calib FILE")
+    found = stand_in("training", directory, load_config(open_converted(directory).directory))
+    if found is not None:
+        console.note(f"trained on {found.what}; {found.better}, --data")
 
 
 @app.command()
@@ -229,8 +222,8 @@ def finetune(
     data: Annotated[
         str,
         typer.Option(
-            help="Text (.txt, .jsonl, .parquet, datasets:ID[:CONFIG[:SPLIT]]) or processor tensors (.safetensors); auto "
-            "for prose that every Python installation has."
+            help="Text (.txt, .jsonl, .parquet, datasets:ID[:CONFIG[:SPLIT]]), folder of pictures or .wav files, or "
+            "processor tensors (.safetensors); auto for what every machine has."
         ),
     ] = AUTO_TEXT,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-ft.")] = None,
@@ -268,13 +261,13 @@ def finetune(
     options |= _given(train=train, seed=seed)
     training = training_from_keywords({**dict(parse_assignment(text) for text in set_ or []), **options}, recipe)
     _start_processes(num_processes)
-    if data == AUTO_TEXT and is_first():
-        console.note(f"training text: {PROSE} and {DRAWN}; {BETTER}, --data FILE")
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.commands.finetune import finetune as run
 
     chosen = directory or only_converted(Path.cwd(), finetuned=False)
     console.silence_libraries()
+    if data == AUTO_TEXT and is_first():
+        _say_what_stands_in(chosen)
     began = time.monotonic()
     where = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_device": teacher_device, "device": device}
     how = {"shard": shard, "tracker": tracker, "in_place": in_place, "force": force, "resume": resume}
@@ -321,8 +314,8 @@ def report(
     data: Annotated[
         str,
         typer.Option(
-            help="Text to measure quality on, neither fitted nor trained on, or none; auto for prose that every Python "
-            "installation has."
+            help="Text, folder of pictures or .wav files, or processor tensors to measure quality on, neither fitted nor "
+            "trained on, or none; auto for what every machine has."
         ),
     ] = AUTO_TEXT,
     other_data: Annotated[Path | None, typer.Option(help="A second text, of another domain.")] = None,

@@ -20,15 +20,17 @@ def dry_run_of(
 ) -> None:
     """Print the layers, designs, sizes and times of a conversion, and what other budgets would buy; touch nothing."""
     from spmconvert.budget.allocation import choice_record, describe_choice
-    from spmconvert.commands.convert import default_output, open_plan, with_budget
-    from spmconvert.data.calibration import with_text
+    from spmconvert.commands.convert import default_output, first_budget, open_plan
+    from spmconvert.data.calibration import with_inputs
     from spmconvert.data.documents import content_hash, read_documents
+    from spmconvert.data.media import TENSOR_SUFFIX
 
     source, plan, config = open_plan(model, recipe)
-    recipe = with_budget(with_text(recipe, source, config, device, None), config)
-    text = None
-    if recipe.calibration.file is not None:
-        text = content_hash(recipe.calibration.file, read_documents(recipe.calibration.file))
+    recipe, _ = with_inputs(recipe, source, config, device, None)
+    recipe = recipe.model_copy(update={"budget": first_budget(recipe, config) or recipe.budget})
+    file, text = recipe.calibration.file, None
+    if file is not None:
+        text = content_hash(file, None if file.suffix == TENSOR_SUFFIX else read_documents(file))
     choice = budgets = note = None
     if recipe.budget.limits:
         allocation, budgets = _budgets(source, plan, recipe, device, text, speedups)

@@ -10,8 +10,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from spmconvert.units import count, size
 
 if TYPE_CHECKING:
+    from spmconvert.data.standin import StandIn
     from spmconvert.fit.layer import LayerRecord
     from spmconvert.plan.plan import ConversionPlan
+    from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.cli.console import err, note
 from spmconvert.cli.views import _layers
 
@@ -62,6 +64,18 @@ class ConversionProgress:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         """Stop drawing."""
         self._progress.stop()
+
+    def reading(self, recipe: "Recipe", standing_in: "StandIn | None") -> None:
+        """Say what stands in for a calibration text, and what that costs."""
+        if standing_in is not None:
+            note(f"calibrated on {standing_in.what}; {standing_in.better}, --calib")
+        elif recipe.calibration.file is None:
+            note("no calibration data: layers are fitted in the Frobenius norm, which is far worse; give --calib")
+
+    def taking(self, budget: "Budget") -> None:
+        """Say which."""
+        taken = f"--keep {budget.keep:g}" if budget.speedup is None else f"--speedup {budget.speedup:g}"
+        note(f"no design and no budget is named: {taken}")
 
     def measured(self, name: str, done: int, total: int) -> None:
         """Move the layer bar while curves are measured."""

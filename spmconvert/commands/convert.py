@@ -29,8 +29,8 @@ from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.commands.conversion import Conversion, write_conversion
-from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_text
-from spmconvert.data.tokens import row_length, tokenizer_hash
+from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_inputs
+from spmconvert.data.tokens import reads_tokens, row_length, tokenizer_hash
 from spmconvert.errors import OptionError
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
@@ -51,6 +51,8 @@ from spmconvert.version import __version__
 
 # what a first try asks for: SmolLM2-135M and all-MiniLM-L6-v2 are still close to what they were
 FIRST_SPEEDUP = 1.2
+# the share of the layers that is kept where a model reads none
+FIRST_KEPT = 0.5
 # of a model that would have been refined
 UNREFINED = "no block was refined, since the targets are on no path through one list of blocks"
 # of a model that could not be walked block by block
@@ -120,11 +122,13 @@ def _convert(
     # a text that the model writes itself is written once
     if not team.leads:
         team.wait()
-    resolved = with_text(resolved, source, config, device, listener.calibrating)
+    resolved, standing_in = with_inputs(resolved, source, config, device, listener.calibrating)
     if team.leads:
         team.wait()
-    if bare:
-        resolved = with_budget(resolved, config)
+    listener.reading(resolved, standing_in)
+    if bare and (budget := first_budget(resolved, config)) is not None:
+        listener.taking(budget)
+        resolved = resolved.model_copy(update={"budget": budget})
     rows = calibration_rows(source.directory, config, resolved)
     budgeted = bool(resolved.budget.limits)
     if budgeted:
@@ -293,12 +297,17 @@ def default_output(model: str) -> Path:
     return Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-spm")
 
 
-def with_budget(recipe: Recipe, config: Any) -> Recipe:
-    """The recipe with a first budget, where it names neither designs nor a budget; one without a text stays as it is."""
-    if recipe.names_designs or recipe.calibration.file is None:
-        return recipe
-    first = Budget(speedup=FIRST_SPEEDUP, tokens=row_length(config, Budget().tokens))
-    return recipe.model_copy(update={"budget": first})
+def first_budget(recipe: Recipe, config: Any) -> Budget | None:
+    """What is asked for where a recipe names neither designs nor a budget."""
+    if recipe.names_designs:
+        return None
+    if recipe.calibration.file is None:
+        # without data nothing else is sure to be better than to predict the mean
+        return Budget(keep=FIRST_KEPT, structures=("lowrank",), sensitivity="none")
+    if not reads_tokens(config):
+        # a speed-up is timed on rows of tokens
+        return Budget(keep=FIRST_KEPT)
+    return Budget(speedup=FIRST_SPEEDUP, tokens=row_length(config, Budget().tokens))
 
 
 def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) -> Recipe:

@@ -26,9 +26,11 @@ from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.places import check_apart, check_output
 from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import FitError, OptionError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import load
+from spmconvert.model.stored import stored_prefixes
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.outputs.probe import first_output, token_batch
 from spmconvert.plan.plan import DTYPE_BYTES
@@ -149,7 +151,7 @@ Entry = tuple[str, int, Callable[[], Tensor]]
 def _dense_tensors(converted: Converted, switches: tuple[str, ...]) -> list[Entry]:
     """Name, bytes and reader of every dense tensor, each layer where its mark was."""
     source = converted.checkpoint()
-    layers = {converted.stored_prefix(name): name for name in converted.layers}
+    layers = {prefix: name for name, prefix in stored_prefixes(converted).items()}
     inside = tuple(f"{prefix}." for prefix in layers)
     tensors: list[Entry] = []
     for name, entry in converted.tensors.items():
@@ -203,7 +205,7 @@ def _difference(converted: Converted, dense: Path) -> tuple[float | None, float]
     for directory in (converted.directory, dense):
         model = load(directory, dtype="auto").eval()
         limit = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
-        if model.main_input_name != "input_ids":
+        if not reads_tokens(model.config):
             return None, limit
         outputs.append(first_output(model, token_batch(model, CHECKED_TOKENS)["input_ids"]))
         # one model at a time

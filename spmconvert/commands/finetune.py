@@ -22,7 +22,6 @@ from spmconvert.checkpoint.card import finetuned_card
 from spmconvert.checkpoint.converted import FINETUNED_SUFFIX, Converted, open_converted, open_source
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
-from spmconvert.checkpoint.names import resolve_name
 from spmconvert.checkpoint.places import STATE_FILE, check_apart, finish_commit
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
@@ -39,6 +38,7 @@ from spmconvert.distill.state import State, restore, whole
 from spmconvert.distill.stored import StoredLogits, store_logits
 from spmconvert.errors import CheckpointError, FitError, OptionError, OutputError
 from spmconvert.model.architecture import load_config, model_class
+from spmconvert.model.stored import StoredNames
 from spmconvert.outputs.objective import objective_for
 from spmconvert.recipe.loading import training_from_keywords
 from spmconvert.recipe.recipe import AUTO_TEXT, Training
@@ -184,8 +184,8 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
     """Measure the best parameters once more and, in the first process, write them."""
     converted = inputs.converted
     best = {name: whole(value) for name, value in run.state.best.items()}
-    prefix = run.distillation.student.base_model_prefix
-    stored_names = {name: _stored_name(name, converted, prefix) for name in best}
+    names = StoredNames.of(run.distillation.student, converted.tensors)
+    stored_names = {name: _stored_name(name, converted, names) for name in best}
     result = _result(run, destination, best, converted, stored_names)
     if target is not None:
         written = {stored_names[name]: value for name, value in best.items()}
@@ -272,8 +272,9 @@ def _make_run(
     if inputs.stored is None:
         dense = load_teacher(inputs.source, config, options.teacher_device or accelerator.device)
     trained = choose_trained(student, training)
+    names = StoredNames.of(student, converted.tensors)
     for name in trained:
-        _stored_name(name, converted, student.base_model_prefix)
+        _stored_name(name, converted, names)
     objective = objective_for(config)
     if training.learning_rate is None:
         training = training.model_copy(update={"learning_rate": settled_rate(converted.kept, objective)})
@@ -438,11 +439,11 @@ def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirector
     target.commit()
 
 
-def _stored_name(name: str, converted: Converted, prefix: str) -> str:
-    tensor_name = resolve_name(name, converted.tensors, prefix)
+def _stored_name(name: str, converted: Converted, names: StoredNames) -> str:
+    tensor_name = names.tensor(name)
     if tensor_name is None:
         raise CheckpointError(
-            f"parameter {name} is not a tensor of {converted.directory} (merged or renamed when the model loads); "
+            f"parameter {name} is not a tensor of {converted.directory} (merged or split when the model loads); "
             "train fewer parameters"
         )
     return tensor_name

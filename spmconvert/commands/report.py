@@ -17,8 +17,8 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from spmconvert.checkpoint.converted import Converted, open_converted
-from spmconvert.data.library import library_text
-from spmconvert.data.tokens import load_tokenizer, reads_text
+from spmconvert.data.standin import stand_in
+from spmconvert.data.tokens import inputs_of, load_tokenizer
 from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
 from spmconvert.recipe.loading import recorded_recipe
@@ -52,6 +52,7 @@ from spmconvert.version import __version__
 GENERATIONS = 3
 PROMPT_TOKENS = 24
 CONTINUATION_TOKENS = 40
+DATA_REMEDY = "name data that was neither fitted nor trained on with --data"
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ def report(
 
     Args:
         directory: output of a conversion or of a finetune.
-        data: text to measure quality on, .txt or .jsonl; neither fitted nor trained on. ``auto`` for prose that every
-            Python installation has, where the model reads text.
+        data: text to measure quality on, .txt or .jsonl, or a folder or file of pictures or sounds; neither fitted nor
+            trained on. ``auto`` for prose that every Python installation has, or made-up pictures or sounds.
         other_data: a second text, of another domain.
         progress: told what is being done.
         **options: fields of ``ReportOptions``.
@@ -143,7 +144,7 @@ def report(
         training=training,
         quality=quality,
         generations=() if chosen.brief else _generations(run, texts),
-        timing=_timing(run, brief=chosen.brief),
+        timing=_timing(run, texts, brief=chosen.brief),
         candidates=methods,
         tasks=_tasks(run, chosen.tasks),
         recorded_output=record_output(run.student) if run.reads_tokens and not chosen.brief else None,
@@ -237,11 +238,10 @@ def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
 def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
     """The unseen rows of the texts that were given; what is missing is noted."""
     if str(data) == AUTO_TEXT:
-        data = library_text("evaluation") if reads_text(run.converted.directory, run.config) else None
+        found = stand_in("evaluation", run.converted.directory, run.config)
+        data = None if found is None else found.file
     if data is None:
-        run.note_missing(
-            "quality", "no text is given", "name a text that was neither fitted nor trained on with --data FILE"
-        )
+        run.note_missing("quality", "no text is given", DATA_REMEDY)
     if run.student.__class__.__name__.endswith("ForQuestionAnswering"):
         run.note_missing("quality", "spans of question answering are not compared", "measure the task itself with --tasks")
         return []
@@ -288,6 +288,7 @@ def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generatio
     new = min(CONTINUATION_TOKENS, positions - prompt_tokens)
     samples = []
     for row in texts[0].rows[:GENERATIONS]:
+        assert isinstance(row, torch.Tensor), "a model that only generates reads token ids"
         ids = row[None, :prompt_tokens].to(run.device)
         answers = [timing.generate(model, ids, new)[0, ids.shape[1] :] for model in (run.dense, run.student)]
         prompt, dense, converted = (tokenizer.decode(part) for part in (ids[0], *answers))
@@ -295,19 +296,20 @@ def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generatio
     return tuple(samples)
 
 
-def _timing(run: ReportRun, *, brief: bool) -> tuple[TimingRow, ...]:
+def _timing(run: ReportRun, texts: list[EvaluationRows], *, brief: bool) -> tuple[TimingRow, ...]:
     if run.dense is None:
         return ()
     if not run.seconds:
         run.note_missing("time and memory", "--seconds is 0", "give --seconds 2 or more")
         return ()
-    if not run.reads_tokens:
-        run.note_missing(
-            "time", f"the model reads {run.student.main_input_name}, only token inputs are timed", "time it yourself"
-        )
-        return ()
-    run.progress("timing dense and converted in turn")
     models = (run.dense, run.student, run.seconds, run.device)
+    if not run.reads_tokens:
+        if not texts:
+            run.note_missing("time", f"the model reads {inputs_of(run.config)}, and there is none", DATA_REMEDY)
+            return ()
+        run.progress("timing dense and converted in turn")
+        return tuple(timing.time_items(*models, texts[0].rows, sizes=timing.ITEMS[:1] if brief else timing.ITEMS))
+    run.progress("timing dense and converted in turn")
     if brief:
         return tuple(timing.time_forward(*models, sizes=(timing.TYPICAL_TOKENS,)))
     generation = [timing.time_generation(*models)] if run.dense.can_generate() else []

@@ -16,6 +16,7 @@ from spmconvert.checkpoint.converted import Converted, open_converted, open_sour
 from spmconvert.checkpoint.headers import TensorEntry
 from spmconvert.checkpoint.manifest import CHECKSUM_FILE, REPORT_FILES
 from spmconvert.errors import CheckpointError, ModelNotFoundError, SpmconvertError
+from spmconvert.model.stored import stored_prefixes
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.reporting.schema import Report, read_report
 from spmconvert.system.files import file_hash
@@ -94,11 +95,11 @@ def _hashes(converted: Converted) -> Check:
 
 def _shapes(converted: Converted) -> Check:
     expected = {}
+    prefixes = stored_prefixes(converted)
     for layer, spec in converted.layers.items():
-        prefix = converted.stored_prefix(layer)
         # parameters, indices and the mark
         for part, tensor in layer_from_spec(spec, device="meta").state_dict().items():
-            expected[f"{prefix}.{part}"] = tuple(tensor.shape)
+            expected[f"{prefixes[layer]}.{part}"] = tuple(tensor.shape)
     for name, shape in expected.items():
         entry = converted.tensors.get(name)
         if entry is None or entry.shape != shape:
@@ -122,7 +123,7 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
         if teacher is not None:
             raise
         return Check(name, "skipped", f"the source cannot be compared: {error}")
-    prefixes = tuple(f"{converted.stored_prefix(layer)}." for layer in converted.layers)
+    prefixes = tuple(f"{prefix}." for prefix in stored_prefixes(converted).values())
     before = {key: entry for key, entry in source.tensors.items() if not key.startswith(prefixes)}
     after = {key: entry for key, entry in converted.tensors.items() if not key.startswith(prefixes)}
     if set(before) != set(after):

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.drawn import stand_in_text
-from spmconvert.data.tokens import load_tokenizer, padded_batch, reads_text, row_length, token_rows
+from spmconvert.data.media import TENSOR_SUFFIX, MediaRow, folder_inputs, media_rows
+from spmconvert.data.rows import Row, row_batch
+from spmconvert.data.standin import StandIn, stand_in
+from spmconvert.data.tokens import check_reads_text, load_tokenizer, reads_text, row_length, token_rows
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import AUTO_TEXT, Calibration, Recipe
@@ -25,41 +26,41 @@ from spmconvert.recipe.recipe import AUTO_TEXT, Calibration, Recipe
 
 @dataclass(frozen=True)
 class CalibrationRows:
-    """Token rows for the fit and for measuring errors.
+    """Rows for the fit and for measuring errors.
 
     Attributes:
-        fitted: rows whose activations are fitted, each [tokens] (int64).
+        fitted: rows whose activations are fitted, each token ids or an item of a processor's tensors.
         choosing: rows that designs are chosen on; none where the recipe names the designs.
         held_out: rows that are only used to measure errors.
-        unused: rows of the text that were not drawn.
+        unused: rows that were not drawn.
         padding: token id that fills short rows in a batch.
         batch_size: rows a batch.
-        file_sha256: hash of the text file, or of the documents of a dataset.
+        file_sha256: hash of the file, or of the documents of a dataset.
     """
 
-    fitted: list[Tensor]
-    choosing: list[Tensor]
-    held_out: list[Tensor]
-    unused: list[Tensor]
+    fitted: list[Row]
+    choosing: list[Row]
+    held_out: list[Row]
+    unused: list[Row]
     padding: int
     batch_size: int
     file_sha256: str
 
-    def batches(self, rows: list[Tensor], model: Any, *, size: int | None = None) -> Iterator[dict[str, Any]]:
+    def batches(self, rows: list[Row], model: Any, *, size: int | None = None) -> Iterator[dict[str, Any]]:
         """Padded batches as keyword arguments of the model, on its device; ``batch_size`` rows unless a size is given."""
         size = size or self.batch_size
         for first in range(0, len(rows), size):
-            yield padded_batch(rows[first : first + size], self.padding, model)
+            yield row_batch(rows[first : first + size], self.padding, model)
 
 
-def with_text(
+def with_inputs(
     recipe: Recipe,
     source: Checkpoint,
     config: Any,
     device: str,
     report: Callable[[int, int], None] | None,
-) -> Recipe:
-    """The recipe with the file that an ``auto`` text stands for; without a text where the model reads none.
+) -> tuple[Recipe, StandIn | None]:
+    """The recipe with the file that ``auto`` or a folder stands for; without one where nothing can stand in.
 
     Args:
         recipe: that may say ``auto``.
@@ -67,26 +68,35 @@ def with_text(
         config: the model's config.
         device: where it would write its own text.
         report: told how many rows of that are written, and of how many; None takes one that it has written already.
+
+    Returns:
+        The recipe, and what stands in where it says ``auto``.
     """
-    calibration = recipe.calibration
-    if str(calibration.file) != AUTO_TEXT:
-        return recipe
-    file = _auto_text(source, config, device, report) if reads_text(source.directory, config) else None
-    return _with_file(recipe, file)
+    if str(recipe.calibration.file) != AUTO_TEXT:
+        return _with_folder(recipe, source.directory, config), None
+    written = _written(source, config, device, report) if reads_text(source.directory, config) else None
+    found = written or stand_in("calibration", source.directory, config)
+    return _with_file(recipe, None if found is None else found.file), found
+
+
+def _written(source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None) -> StandIn | None:
+    """What a model writes itself, where it does."""
+    parameters = sum(math.prod(entry.shape) for entry in source.tensors.values())
+    if not writes(config, parameters, device):
+        return None
+    file = written_file(source.sha256())
+    if report is not None:
+        file = write_text(source.directory, source.sha256(), config, device, report)
+    return StandIn(file, "what the model writes itself") if file.exists() else None
+
+
+def _with_folder(recipe: Recipe, directory: Path, config: Any) -> Recipe:
+    file = recipe.calibration.file
+    return _with_file(recipe, folder_inputs(file, directory, config)) if file is not None and file.is_dir() else recipe
 
 
 def _with_file(recipe: Recipe, file: Path | None) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": file})})
-
-
-def _auto_text(source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None) -> Path:
-    parameters = sum(math.prod(entry.shape) for entry in source.tensors.values())
-    if not writes(config, parameters, device):
-        return stand_in_text("calibration", source.directory, config)
-    if report is not None:
-        return write_text(source.directory, source.sha256(), config, device, report)
-    written = written_file(source.sha256())
-    return written if written.exists() else stand_in_text("calibration", source.directory, config)
 
 
 def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:
@@ -95,8 +105,9 @@ def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> Calibratio
     What still says ``auto`` here, for a model that is converted in memory, is nothing that it would have to write first.
     """
     if str(recipe.calibration.file) == AUTO_TEXT:
-        file = stand_in_text("calibration", directory, config) if reads_text(directory, config) else None
-        recipe = _with_file(recipe, file)
+        found = stand_in("calibration", directory, config)
+        recipe = _with_file(recipe, None if found is None else found.file)
+    recipe = _with_folder(recipe, directory, config)
     if recipe.calibration.file is None:
         return None
     return load_rows(directory, config, recipe.calibration, recipe.seed, choosing=bool(recipe.budget.limits))
@@ -105,7 +116,7 @@ def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> Calibratio
 def load_rows(
     directory: Path, config: Any, calibration: Calibration, seed: int, *, choosing: bool = False
 ) -> CalibrationRows:
-    """Read, tokenise and split the calibration text.
+    """Read, tokenise and split the calibration text; or split the items of a file of tensors.
 
     Args:
         directory: checkpoint directory, for the tokenizer.
@@ -115,20 +126,19 @@ def load_rows(
         choosing: draw rows to choose designs on, as many as are held out.
 
     Raises:
-        CalibrationError: when the text is missing, empty, not UTF-8 or too short, or there is no tokenizer.
+        CalibrationError: when the file is missing, empty, not UTF-8 or too short, there is no tokenizer, or the model
+            reads no text.
     """
     if calibration.file is None:
         raise CalibrationError("no calibration file is given; name one with --calib FILE")
-    documents = read_documents(calibration.file)
-    tokenizer = load_tokenizer(directory)
-    length = row_length(config, calibration.tokens)
-    rows = token_rows(documents, tokenizer, config, length, calibration.file)
+    rows, padding, digest = _read_rows(calibration.file, directory, config, calibration.tokens)
     measuring = 2 if choosing else 1
     if len(rows) <= measuring:
         uses = "one to fit, one to choose on and one held out" if choosing else "one to fit and one held out"
+        length = "" if isinstance(rows[0], MediaRow) else f" of {len(rows[0])} tokens"
         raise CalibrationError(
-            f"{calibration.file} gives {len(rows)} row{'s' * (len(rows) > 1)} of {length} tokens; {measuring + 1} are "
-            f"needed, {uses}: use a longer text or a smaller calibration.tokens"
+            f"{calibration.file} gives {len(rows)} row{'s' * (len(rows) > 1)}{length}; {measuring + 1} are "
+            f"needed, {uses}: use more of it or a smaller calibration.tokens"
         )
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed)).tolist()
     wanted = max(1, round(calibration.held_out * min(calibration.rows, len(rows))))
@@ -141,7 +151,19 @@ def load_rows(
         choosing=drawn[count:fitted_start],
         held_out=drawn[:count],
         unused=drawn[fitted_end:],
-        padding=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
+        padding=padding,
         batch_size=calibration.batch_size,
-        file_sha256=content_hash(calibration.file, documents),
+        file_sha256=digest,
     )
+
+
+def _read_rows(file: Path, directory: Path, config: Any, tokens: int) -> tuple[list[Row], int, str]:
+    """All rows of a file, the token id that fills short ones, and the file's hash."""
+    if file.suffix == TENSOR_SUFFIX:
+        return list(media_rows(file, config)), 0, content_hash(file)
+    check_reads_text(directory, config, file)
+    documents = read_documents(file)
+    tokenizer = load_tokenizer(directory)
+    rows = token_rows(documents, tokenizer, config, row_length(config, tokens), file)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    return list(rows), padding, content_hash(file, documents)

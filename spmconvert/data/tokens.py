@@ -26,12 +26,35 @@ def has_tokenizer(directory: Path) -> bool:
     return any(next(directory.glob(pattern), None) for pattern in TOKENIZER_FILES)
 
 
-def reads_text(directory: Path, config: Any) -> bool:
-    """Whether a checkpoint's model can be run on text alone: it has a tokenizer, and needs neither pictures nor sound."""
+def reads_tokens(config: Any) -> bool:
+    """Whether a model can be run on tokens alone, without pictures or sound."""
     towers = any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
     # a model that generates reads text without the pictures that belong to it; towers side by side need both
-    alone = reads_packed(config) or not towers
-    return has_tokenizer(directory) and model_class(config).main_input_name == "input_ids" and alone
+    return model_class(config).main_input_name == "input_ids" and (reads_packed(config) or not towers)
+
+
+def reads_text(directory: Path, config: Any) -> bool:
+    """Whether a checkpoint's model can be run on text alone: it reads tokens, and has a tokenizer."""
+    return has_tokenizer(directory) and reads_tokens(config)
+
+
+def inputs_of(config: Any) -> str:
+    """What a model reads, by names of its arguments."""
+    name: str = model_class(config).main_input_name
+    return name if name != "input_ids" or reads_tokens(config) else f"{name} beside pictures or sound"
+
+
+def check_reads_text(directory: Path, config: Any, text: object) -> None:
+    """Refuse a text for a model that reads pictures or sounds.
+
+    Raises:
+        CalibrationError: when it reads none.
+    """
+    if not reads_tokens(config):
+        raise CalibrationError(
+            f"{text} is a text, and the model in {directory} reads {inputs_of(config)}; give a folder of pictures or of "
+            ".wav files, its processor's tensors as .safetensors, or auto"
+        )
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -17,9 +17,17 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.drawn import stand_in_text
-from spmconvert.data.tokens import load_tokenizer, padded_batch, reads_text, row_length, token_rows, tokenizer_hash
-from spmconvert.errors import CalibrationError, first_line
+from spmconvert.data.media import TENSOR_SUFFIX, folder_inputs, read_tensors
+from spmconvert.data.standin import stand_in
+from spmconvert.data.tokens import (
+    check_reads_text,
+    load_tokenizer,
+    padded_batch,
+    row_length,
+    token_rows,
+    tokenizer_hash,
+)
+from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import AUTO_TEXT, Training
 from spmconvert.system.caches import cache_directory, check_cache
 from spmconvert.system.files import save_whole
@@ -146,7 +154,7 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     """Tokenise a text or take it from the cache; or open a file of tensors.
 
     Args:
-        source: .txt, .jsonl, .parquet or .safetensors file, ``datasets:ID``, or ``auto``.
+        source: .txt, .jsonl, .parquet or .safetensors file, ``datasets:ID``, a folder of pictures or sounds, or ``auto``.
         directory: checkpoint directory, for the tokenizer.
         config: the model's config.
         training: row length, held-out share, column and seed.
@@ -156,14 +164,18 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
         OptionError: when reading it needs a package that is not installed.
     """
     if source == AUTO_TEXT:
-        if not reads_text(directory, config):
+        found = stand_in("training", directory, config)
+        if found is None:
             raise CalibrationError(
-                f"{directory} has no tokenizer, or does not read text alone, so none stands in for data; give its "
-                "processor's tensors with --data FILE.safetensors"
+                f"{directory} has neither a tokenizer for text alone nor a processor of pictures or sounds, so nothing "
+                "stands in for data; give its processor's tensors with --data FILE.safetensors"
             )
-        source = str(stand_in_text("training", directory, config))
-    if source.endswith(".safetensors"):
+        source = str(found.file)
+    elif Path(source).is_dir():
+        source = str(folder_inputs(Path(source), directory, config))
+    if source.endswith(TENSOR_SUFFIX):
         return _load_tensors(Path(source), config, training)
+    check_reads_text(directory, config, source)
     documents = read_documents(source, training.column)
     if len(documents) < 2:
         raise CalibrationError(
@@ -219,23 +231,10 @@ def _split(count: int, training: Training) -> dict[str, list[int]]:
 
 
 def _load_tensors(file: Path, config: Any, training: Training) -> TrainingData:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CalibrationError(
-            f"{file} cannot be read: {first_line(error)}; give the processor's tensors as safetensors"
-        ) from None
-    lengths = {name: len(tensor) for name, tensor in tensors.items() if tensor.ndim}
-    if not tensors or len(lengths) != len(tensors) or len(set(lengths.values())) != 1:
-        raise CalibrationError(f"{file} has tensors of {lengths} items; all need the same number, one row an item")
-    count = next(iter(lengths.values()))
+    tensors = read_tensors(file, config)
+    count = len(next(iter(tensors.values())))
     if count < 2:
         raise CalibrationError(f"{file} has {count} items; 2 are needed, one to train on and one held out")
-    if config.is_encoder_decoder and "decoder_input_ids" not in tensors:
-        raise CalibrationError(f"{file} has no decoder_input_ids, which {config.model_type} needs; add them")
     parts = [TensorRows(tensors, tuple(chosen)) for chosen in _split(count, training).values()]
     return TrainingData(parts[0], parts[1], content_hash(file))
 

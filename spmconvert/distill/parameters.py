@@ -6,6 +6,7 @@ from torch import nn
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
+from spmconvert.model.stored import stored_prefixes
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.recipe import Training
 
@@ -37,7 +38,7 @@ def structured_parameters(student: nn.Module) -> set[str]:
 
 def state_bytes(converted: Converted, training: Training) -> int:
     """Bytes of a training state on disk, from the headers: trained parameters, best ones, two moments, and an average."""
-    prefixes = tuple(f"{converted.stored_prefix(layer)}." for layer in converted.layers)
+    prefixes = tuple(f"{prefix}." for prefix in stored_prefixes(converted).values())
     # beside its parameters a layer stores its mark and indices
     marks = {f"{prefix}weight" for prefix in prefixes}
     trained = sum(

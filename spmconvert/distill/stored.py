@@ -21,6 +21,7 @@ from torch import Tensor
 
 from spmconvert.data.training import Rows, TokenRows, TrainingData
 from spmconvert.errors import CheckpointError, OptionError, OutputError
+from spmconvert.outputs.probe import vocabulary_size
 
 ABOUT_FILE = "about.json"
 FORMAT_VERSION = 1
@@ -105,10 +106,9 @@ def store_logits(
     if os.path.lexists(directory):
         raise OutputError(f"{directory} exists; name another directory for the logits, or remove it")
     parts = [_plain(rows) for rows in (data.training, data.held_out)]
-    if count > teacher.config.vocab_size:
-        raise OptionError(
-            f"{count} words a token are asked for, the teacher has {teacher.config.vocab_size}; ask for fewer"
-        )
+    size = vocabulary_size(teacher)
+    if count > size:
+        raise OptionError(f"{count} words a token are asked for, the teacher has {size}; ask for fewer")
     # a name that nobody else has
     temporary = directory.with_name(f".{directory.name}.{secrets.token_hex(8)}.partial")
     temporary.mkdir(parents=True)

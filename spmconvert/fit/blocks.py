@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
-from spmconvert.checkpoint.names import resolve_name
 from spmconvert.fit.layer import LayerRecord, measured_again
 from spmconvert.fit.refine import refine_
 from spmconvert.fit.sequential import Regression, regress
 from spmconvert.fit.stored import FitRun, dense_tensors, fit_one, moments_of, stored_layer
 from spmconvert.fit.streams import Streams, layer_blocks
 from spmconvert.model.architecture import skeleton
+from spmconvert.model.stored import StoredNames
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
 
@@ -132,11 +132,11 @@ def _vectors(run: FitRun, streams: Streams, block: _Block) -> dict[str, nn.Param
     One that the checkpoint has under another name, or in another shape, stays as it is.
     """
     replaced = tuple(f"{layer.target.name}." for layer in block.layers)
-    prefix = getattr(skeleton(run.dense.config), "base_model_prefix", "")
+    names = StoredNames.of(skeleton(run.dense.config), run.source.tensors)
     found = {}
     for inner, parameter in streams.block.named_parameters():
         name = streams.full_name(inner)
-        source_name = resolve_name(name, run.source.tensors, prefix)
+        source_name = names.tensor(name)
         if parameter.dim() != 1 or name.startswith(replaced) or source_name is None:
             continue
         entry = run.source.tensors[source_name]

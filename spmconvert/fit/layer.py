@@ -14,7 +14,7 @@ from spmconvert.fit.error import LayerError, measure_error
 from spmconvert.fit.sequential import Regression
 from spmconvert.fit.solver import fit_
 from spmconvert.model.swap import layer_from_spec
-from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
+from spmconvert.operator.factors import RIDGE, covariance_root, damped_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
 
@@ -22,6 +22,8 @@ from spmconvert.plan.plan import LayerPlan
 WORTHLESS = 1.0
 # what is warned about: an error that rounding multiplies by this, or so many times that of SVD of the same size
 ROUNDING_LOSS, FAR_ABOVE = 1.5, 2.0
+# what begins the warning of a layer whose moments had to be damped
+SINGULAR = "second moments of its inputs are singular"
 # differences below it mean nothing
 TINY = 1e-3
 
@@ -101,7 +103,8 @@ def fit_layer(
     if regression is not None:
         moved = regression.to(weight.device)
         aim = (moved.weight, moved.bias, moved.inputs)
-    result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric)
+    root, ridge = damped_root(aim[2].covariance)
+    result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric, root=root)
     dense = (weight, bias)
     unrounded_error = measure_error(dense, (_matrix(layer), layer.held_bias), statistics)
     layer = layer.to(getattr(torch, plan.stored_dtype))
@@ -116,7 +119,7 @@ def fit_layer(
             f"layer {plan.target.name} has an error of {unrounded_error.centred:.3g} and, rounded to {plan.stored_dtype}, "
             f"of {fitted_error.centred:.3g}; store it with --dtype float32, or leave it out with --ignore"
         )
-    warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype)
+    warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype) or _damped(ridge)
     return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds, warning)
 
 
@@ -128,13 +131,18 @@ def measured_again(
     stored = (_matrix(layer), layer.held_bias)
     fitted, error = (measure_error((weight, bias), stored, rows) for rows in (known.fitted, known.held_out))
     baseline = LayerError(record.baseline_error, record.baseline_centred_error)
+    damped = record.warning if record.warning.startswith(SINGULAR) else ""
     return replace(
         record,
         fitted_error=fitted.relative,
         error=error.relative,
         centred_error=error.centred,
-        warning=_warning(fitted, fitted, error, baseline, plan.stored_dtype),
+        warning=_warning(fitted, fitted, error, baseline, plan.stored_dtype) or damped,
     )
+
+
+def _damped(ridge: float) -> str:
+    return f"{SINGULAR}, fitted with {ridge:.0e} of their mean added to the diagonal" if ridge > RIDGE else ""
 
 
 def _warning(fitted: LayerError, unrounded: LayerError, error: LayerError, baseline: LayerError, stored_dtype: str) -> str:

@@ -2,12 +2,20 @@
 
 from typing import Protocol
 
+from spmconvert.data.standin import StandIn
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.plan.plan import ConversionPlan
+from spmconvert.recipe.recipe import Budget, Recipe
 
 
 class Progress(Protocol):
     """Who wants to know how a conversion gets on."""
+
+    def reading(self, recipe: Recipe, standing_in: StandIn | None) -> None:
+        """It is settled what the layers are calibrated on, and what of it stands in for what nobody gave."""
+
+    def taking(self, budget: Budget) -> None:
+        """A budget is taken, since neither designs nor one were named."""
 
     def measured(self, name: str, done: int, total: int) -> None:
         """A layer's curve is there."""
@@ -30,6 +38,12 @@ class Progress(Protocol):
 
 class Silent:
     """Nobody listens."""
+
+    def reading(self, recipe: Recipe, standing_in: StandIn | None) -> None:
+        """Nobody listens."""
+
+    def taking(self, budget: Budget) -> None:
+        """Nobody listens."""
 
     def measured(self, name: str, done: int, total: int) -> None:
         """Nobody listens."""

@@ -24,17 +24,27 @@ def covariance_root(covariance: Tensor) -> Tensor:
     The rows of R serve as the tokens of the least-squares problem: ‖R (W - S)ᵀ‖² = trace((W - S) Σ (W - S)ᵀ).
     A covariance of zero (a single row, or a constant input) counts as the identity.
     """
+    return damped_root(covariance)[0]
+
+
+def damped_root(covariance: Tensor) -> tuple[Tensor, float]:
+    """The same, and the ridge that it took: ``RIDGE``, or as many times ten of it as make the sum positive definite.
+
+    A covariance has negative eigenvalues where sums of few bits cancel: a channel whose inputs are a thousand times as
+    large as the others rounds theirs away.
+    """
     sigma = covariance.double()
     level = sigma.diagonal().mean()
     if not level > 0:
-        return torch.eye(len(sigma), dtype=torch.float32, device=sigma.device)
+        return torch.eye(len(sigma), dtype=torch.float32, device=sigma.device), RIDGE
     sigma = (sigma + sigma.t()) / 2
-    sigma.diagonal().add_(RIDGE * level)
-    factor, failed = torch.linalg.cholesky_ex(sigma)
-    if failed:
-        values, vectors = torch.linalg.eigh(sigma)
-        factor = vectors * values.clamp_min(RIDGE * level).sqrt()
-    return factor.t().float().contiguous()
+    ridge = RIDGE
+    while True:
+        damped = sigma + torch.eye(len(sigma), device=sigma.device) * (ridge * level)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return factor.t().float().contiguous(), ridge
+        ridge *= 10
 
 
 def left_singular_vectors(weight: Tensor, root: Tensor, rank: int) -> Tensor:

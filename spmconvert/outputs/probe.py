@@ -14,6 +14,15 @@ def first_output(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(**batch)[0].float()
 
 
+def vocabulary_size(model: Any) -> int:
+    """Number of token ids that a model reads, whatever tower of it the config says that of."""
+    two_sided = model.config.is_encoder_decoder
+    config = model.config.get_text_config(encoder=two_sided, decoder=not two_sided)
+    # an encoder and a decoder that were put together have no config of their own for text
+    size = getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    return int(size)
+
+
 def token_batch(model: Any, tokens: int) -> dict[str, Any]:
     """Random token ids as keyword arguments: one row, or several full rows where the model's positions end."""
     positions = getattr(model.config, "max_position_embeddings", None) or tokens
@@ -25,6 +34,6 @@ def token_batch(model: Any, tokens: int) -> dict[str, Any]:
 def token_rows_batch(model: Any, rows: int, tokens: int) -> dict[str, Any]:
     """Random token ids [rows, tokens] as keyword arguments."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.vocab_size, (rows, tokens), generator=generator).to(model.device)
+    ids = torch.randint(0, vocabulary_size(model), (rows, tokens), generator=generator).to(model.device)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     return {**batch, "decoder_input_ids": ids} if model.config.is_encoder_decoder else batch

@@ -14,9 +14,9 @@ from pydantic import ValidationError
 
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
-from spmconvert.checkpoint.names import resolve_name
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
+from spmconvert.model.stored import StoredNames
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.plan.targets import Selection, Target, matches, select_targets
 from spmconvert.recipe.recipe import LayerDesign, Recipe
@@ -24,6 +24,8 @@ from spmconvert.recipe.recipe import LayerDesign, Recipe
 # share of a large matrix product's speed that a fit reaches, merging included; 0.25 to 0.45 measured on 384 to 3072 wide
 # layers with two cores
 FIT_EFFICIENCY = 0.3
+# names that new tensors are like: the mark, and a parameter of a term
+PROBED_PARTS = ("weight", "lowrank.up.weight", "spm.values")
 # bytes a parameter takes in each dtype a converted layer may be stored in
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -37,6 +39,7 @@ class LayerPlan:
         spec: what will be in its place.
         weight: name of its weight tensor in the checkpoint.
         bias: name of its bias tensor in the checkpoint, or None.
+        prefix: what its new tensors are called there, without the parameter.
         stored_dtype: dtype in which the new parameters are stored.
         dense_bytes: bytes of the dense layer in the checkpoint.
     """
@@ -45,13 +48,9 @@ class LayerPlan:
     spec: LayerSpec
     weight: str
     bias: str | None
+    prefix: str
     stored_dtype: str
     dense_bytes: int
-
-    @property
-    def prefix(self) -> str:
-        """Name of the layer in the checkpoint, without the parameter."""
-        return self.weight.removesuffix(".weight")
 
     @property
     def dense_parameters(self) -> int:
@@ -156,8 +155,8 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
                 f"override pattern {override.pattern!r} matches none of the {len(selection.targets)} targeted layers, "
                 f"for example {selection.targets[0].name}"
             )
-    prefix = getattr(model, "base_model_prefix", "")
-    layers = tuple(_plan_layer(checkpoint, target, prefix, recipe) for target in selection.targets)
+    names = StoredNames.of(model, checkpoint.tensors)
+    layers = tuple(_plan_layer(checkpoint, target, names, recipe) for target in selection.targets)
     if not recipe.budget.limits:
         _refuse_growth(layers, recipe)
     replaced = {name for layer in layers for name in (layer.weight, layer.bias)}
@@ -182,8 +181,8 @@ def design_for(target: Target, recipe: Recipe) -> LayerDesign:
     return design
 
 
-def _plan_layer(checkpoint: Checkpoint, target: Target, prefix: str, recipe: Recipe) -> LayerPlan:
-    weight = _tensor_name(checkpoint, f"{target.name}.weight", prefix)
+def _plan_layer(checkpoint: Checkpoint, target: Target, names: StoredNames, recipe: Recipe) -> LayerPlan:
+    weight = _tensor_name(names, f"{target.name}.weight")
     entry = checkpoint.tensors[weight]
     dense_dtype = SAFETENSORS_DTYPES.get(entry.dtype)
     if dense_dtype is None:
@@ -196,14 +195,20 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, prefix: str, recipe: Rec
         raise UnsupportedLayerError(
             f"{weight} is {entry.shape} in the checkpoint, the model has {shape}; config.json is wrong"
         )
-    bias = _tensor_name(checkpoint, f"{target.name}.bias", prefix) if target.bias else None
+    bias = _tensor_name(names, f"{target.name}.bias") if target.bias else None
+    prefix = names.module(target.name, weight.removesuffix(".weight"), PROBED_PARTS)
+    if prefix is None:
+        raise UnsupportedLayerError(
+            f"transformers would rename the new tensors of {target.name} while it loads them; leave it out with "
+            f"--ignore {target.name}"
+        )
     design = design_for(target, recipe)
     layer_design = _named_design(target, design)
     pinned = None if recipe.dtype in ("auto", dense_dtype) else recipe.dtype
     calibrated = recipe.calibration.file is not None
     spec = LayerSpec(layer_design, target.bias or calibrated, target.kind == "conv1d", pinned)
     dense_bytes = entry.nbytes + (checkpoint.tensors[bias].nbytes if bias else 0)
-    return LayerPlan(target, spec, weight, bias, pinned or dense_dtype, dense_bytes)
+    return LayerPlan(target, spec, weight, bias, prefix, pinned or dense_dtype, dense_bytes)
 
 
 def _named_design(target: Target, design: LayerDesign) -> Design:
@@ -214,11 +219,12 @@ def _named_design(target: Target, design: LayerDesign) -> Design:
     return staged_design(*sizes, design.stages, design.variant, design.block, design.rank)
 
 
-def _tensor_name(checkpoint: Checkpoint, name: str, prefix: str) -> str:
-    tensor_name = resolve_name(name, checkpoint.tensors, prefix)
+def _tensor_name(names: StoredNames, name: str) -> str:
+    tensor_name = names.tensor(name)
     if tensor_name is None:
         raise UnsupportedLayerError(
-            f"{name} is not a tensor of the checkpoint (merged or renamed when the model loads); leave it out with --ignore"
+            f"{name} is no tensor of the checkpoint (missing, or merged or split when the model loads); leave it out with "
+            "--ignore"
         )
     return tensor_name
 

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_softmax, normalize
 
-from spmconvert.data.tokens import padded_batch, reads_packed
-from spmconvert.outputs.objective import class_logits, objective_for
+from spmconvert.data.media import MediaRow
+from spmconvert.data.rows import row_batch
+from spmconvert.data.tokens import reads_packed
+from spmconvert.outputs.objective import class_logits, objective_for, real_mask
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Metric
 
@@ -65,7 +67,7 @@ def compare(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
 
 def _outputs(dense: Any, other: Any, rows: EvaluationRows) -> Iterator[tuple[dict[str, Any], Any, Any]]:
     for first in range(0, len(rows.rows), BATCH_ROWS):
-        batch = padded_batch(rows.rows[first : first + BATCH_ROWS], rows.padding, dense)
+        batch = row_batch(rows.rows[first : first + BATCH_ROWS], rows.padding, dense)
         with torch.no_grad():
             yield batch, dense(**batch), other(**batch)
 
@@ -74,7 +76,7 @@ def _compare_words(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric
     divergence, agreement, other_loss, dense_loss = _Means(), _Means(), _Means(), _Means()
     causal = reads_packed(dense.config) and not dense.config.is_encoder_decoder
     for batch, target, other_outputs in _outputs(dense, other, rows):
-        mask = batch["attention_mask"].bool()
+        mask = _mask(batch, target.logits)
         divergence.add(_kl(target.logits, other_outputs.logits), mask)
         agreement.add((target.logits.argmax(-1) == other_outputs.logits.argmax(-1)).float(), mask)
         if causal:
@@ -93,10 +95,8 @@ def _compare_words(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric
 def _compare_classes(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
     divergence, agreement = _Means(), _Means()
     for batch, target, other_outputs in _outputs(dense, other, rows):
-        mask = batch["attention_mask"].bool()
         # one decision a row, or one a token
-        if target.logits.ndim == 2:
-            mask = mask[:, :1]
+        mask = _mask(batch, target.logits) if target.logits.ndim > 2 else torch.ones_like(target.logits[:, :1]).bool()
         shape = (*mask.shape, target.logits.shape[-1])
         target_logits, other_logits = target.logits.reshape(shape), other_outputs.logits.reshape(shape)
         divergence.add(_kl(target_logits, other_logits), mask)
@@ -148,25 +148,38 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
     states, embeddings = _Means(), _Means()
     pooled: list[tuple[Tensor, Tensor]] = []
     for batch, target, other_outputs in _outputs(dense, other, rows):
-        mask = batch["attention_mask"].bool()
-        target_states, other_states = target[0].float(), other_outputs[0].float()
+        target_states, other_states = (_by_position(outputs[0].float()) for outputs in (target, other_outputs))
+        mask = _mask(batch, target_states)
         states.add(cosine_similarity(other_states, target_states, dim=-1), mask)
         pair = _mean_pooled(target_states, mask), _mean_pooled(other_states, mask)
         embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], mask.any(-1, keepdim=True))
         pooled.append((pair[0].cpu(), pair[1].cpu()))
+    what = "item" if isinstance(rows.rows[0], MediaRow) else "text"
     metrics = [
-        _metric("embedding", "cosine of text embeddings", "", embeddings, "texts", higher=True),
+        _metric("embedding", f"cosine of {what} embeddings", "", embeddings, f"{what}s", higher=True),
         _metric("states", "cosine of token states", "", states, "tokens", higher=True),
     ]
     if len(rows.rows) >= 3:
-        metrics.insert(0, _similarity_ranking(*(torch.cat(part) for part in zip(*pooled, strict=True))))
+        first, second = (torch.cat(part) for part in zip(*pooled, strict=True))
+        metrics.insert(0, _similarity_ranking(first, second, what))
     return tuple(metrics)
 
 
-def _similarity_ranking(dense: Tensor, other: Tensor) -> Metric:
-    """Spearman correlation of the similarities of all pairs of texts [rows, features], as each model sees them.
+def _mask(batch: dict[str, Any], states: Tensor) -> Tensor:
+    """Positions [rows, positions] that are no padding, of states or logits; all where the batch does not say."""
+    mask = real_mask(batch, states)
+    return torch.ones(states.shape[:2], dtype=torch.bool, device=states.device) if mask is None else mask
 
-    The standard error is a bootstrap over texts: pairs that share a text are not independent.
+
+def _by_position(states: Tensor) -> Tensor:
+    """States as [rows, positions, features], of models that keep pictures as [rows, features, height, width], too."""
+    return states.flatten(2).mT if states.ndim == 4 else states
+
+
+def _similarity_ranking(dense: Tensor, other: Tensor, what: str) -> Metric:
+    """Spearman correlation of the similarities of all pairs of rows [rows, features], as each model sees them.
+
+    The standard error is a bootstrap over rows: pairs that share a row are not independent.
     """
     similarities = [unit @ unit.t() for unit in (normalize(dense, dim=-1), normalize(other, dim=-1))]
     first, second = torch.triu_indices(len(dense), len(dense), offset=1)
@@ -181,13 +194,13 @@ def _similarity_ranking(dense: Tensor, other: Tensor) -> Metric:
             drawn.append(_spearman(*(matrix[left[distinct], right[distinct]] for matrix in similarities)))
     return Metric(
         key="similarity",
-        title="ranking of text similarities (Spearman)",
+        title=f"ranking of {what} similarities (Spearman)",
         unit="",
         dense=None,
         converted=_spearman(*(matrix[first, second] for matrix in similarities)),
         higher_is_better=True,
         samples=len(dense),
-        sample="texts, in pairs",
+        sample=f"{what}s, in pairs",
         standard_error=float(torch.tensor(drawn).std()),
     )
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from spmconvert.checkpoint.converted import Converted, open_source
 from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import CheckpointError, ModelNotFoundError
 from spmconvert.model.architecture import model_class
 from spmconvert.model.loading import load
@@ -47,5 +48,5 @@ class ReportRun:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the model's input is text."""
-        return bool(self.student.main_input_name == "input_ids")
+        """Whether the model's input is text alone."""
+        return reads_tokens(self.config)

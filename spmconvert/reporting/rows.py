@@ -1,4 +1,4 @@
-"""Which rows of a text may be called unseen.
+"""Which rows of a text, or items of a file of tensors, may be called unseen.
 
 Quality is never measured on rows that a fit or a finetune has used. A text is known by its hash:
 
@@ -19,7 +19,9 @@ from torch import Tensor
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.data.calibration import CalibrationRows, load_rows
 from spmconvert.data.documents import content_hash, read_documents
-from spmconvert.data.tokens import load_tokenizer, row_length, token_rows
+from spmconvert.data.media import TENSOR_SUFFIX, folder_inputs, media_rows
+from spmconvert.data.rows import Row, row_key
+from spmconvert.data.tokens import check_reads_text, load_tokenizer, row_length, token_rows
 from spmconvert.recipe.loading import recorded_recipe
 from spmconvert.reporting.schema import NotMeasured
 
@@ -37,7 +39,7 @@ class EvaluationRows:
         file: the text.
         domain: which of the two texts it is.
         sha256: its hash.
-        rows: token ids, each [tokens] (int64).
+        rows: each token ids [tokens] (int64), or an item of a processor's tensors.
         padding: token id that fills short rows.
         origin: where the rows come from, in words.
     """
@@ -45,14 +47,14 @@ class EvaluationRows:
     file: Path
     domain: Domain
     sha256: str
-    rows: list[Tensor]
+    rows: list[Row]
     padding: int
     origin: str
 
     @property
     def tokens(self) -> int:
-        """Number of tokens in all rows."""
-        return sum(len(row) for row in self.rows)
+        """Number of tokens in all rows; 0 where they are none of tokens."""
+        return sum(len(row) for row in self.rows if isinstance(row, Tensor))
 
 
 def evaluation_rows(
@@ -64,6 +66,8 @@ def evaluation_rows(
         CalibrationError: when the file cannot be read as a text.
     """
     what = f"quality on {file.name}"
+    if file.is_dir():
+        file = folder_inputs(file, converted.directory, config)
     digest = content_hash(file)
     if any(run.get("data_sha256") == digest for run in converted.provenance.get("finetune", [])):
         return NotMeasured(
@@ -74,15 +78,22 @@ def evaluation_rows(
     calibration = converted.provenance.get("calibration") or {}
     if calibration.get("file_sha256") == digest:
         return _rows_not_fitted(converted, config, file, domain, what, count)
-    documents = read_documents(file)
-    tokenizer = load_tokenizer(converted.directory)
-    rows = token_rows(documents, tokenizer, config, row_length(config, ROW_TOKENS), file)
+    rows, padding = _read_rows(converted.directory, config, file)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     chosen = [rows[index] for index in sorted(order[:count])]
     return EvaluationRows(
         file, domain, digest, chosen, padding, f"{len(chosen)} of {len(rows)} rows, drawn with seed {SEED}"
     )
+
+
+def _read_rows(directory: Path, config: Any, file: Path) -> tuple[list[Row], int]:
+    """All rows of a file, and the token id that fills short ones."""
+    if file.suffix == TENSOR_SUFFIX:
+        return list(media_rows(file, config)), 0
+    check_reads_text(directory, config, file)
+    tokenizer = load_tokenizer(directory)
+    rows = token_rows(read_documents(file), tokenizer, config, row_length(config, ROW_TOKENS), file)
+    return list(rows), tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
 
 
 def recorded_rows(converted: Converted, config: Any, file: Path) -> CalibrationRows | None:
@@ -112,8 +123,8 @@ def _rows_not_fitted(
             remedy=f"give another text with {OPTIONS[domain]}",
         )
     # lines such as headings may occur many times in a text
-    seen = {tuple(row.tolist()) for row in (*rows.fitted, *rows.choosing)}
-    unseen = [row for row in (*rows.held_out, *rows.unused) if tuple(row.tolist()) not in seen]
+    seen = {row_key(row) for row in (*rows.fitted, *rows.choosing)}
+    unseen = [row for row in (*rows.held_out, *rows.unused) if row_key(row) not in seen]
     if not unseen:
         return NotMeasured(
             what=what,

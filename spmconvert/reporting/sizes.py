@@ -13,6 +13,7 @@ from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.headers import TensorEntry
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.model.architecture import skeleton
+from spmconvert.model.stored import stored_prefixes
 from spmconvert.plan.structure import find_linears
 from spmconvert.reporting.schema import Layer, Quantity
 
@@ -47,7 +48,7 @@ def quantities(
     """Parameters, FLOPs and bytes of the replaced layers and of the whole model."""
     replaced, whole = "replaced layers", "whole model"
     recorded = converted.provenance
-    inside = tuple(f"{converted.stored_prefix(name)}." for name in converted.layers)
+    inside = tuple(f"{prefix}." for prefix in stored_prefixes(converted).values())
     after = sum(math.prod(entry.shape) for name, entry in converted.tensors.items() if not name.startswith(inside))
     after += sum(spec.parameter_count() for spec in converted.layers.values())
     flops = sum(layer.flops for layer in layers)

@@ -84,6 +84,12 @@ def compared_methods(report: Report) -> list[tuple[MethodResult, MethodResult, l
     return [(own, other, [outcome for _, _, outcome in _compared(own, other)]) for other in others]
 
 
+def headline_row(report: Report) -> TimingRow | None:
+    """The forward pass that a reader asks for first: of so many tokens, or of one picture or sound; None without any."""
+    forward = [row for row in report.timing if row.what == "forward"]
+    return next((row for row in forward if row.tokens == HEADLINE_TOKENS), forward[0] if forward else None)
+
+
 def break_even(rows: tuple[TimingRow, ...]) -> str:
     """From how many tokens on the converted model is faster, in words; only clear differences count as faster."""
     forward = [row for row in rows if row.what == "forward"]
@@ -126,7 +132,7 @@ def _size_figure(report: Report) -> KeyFigure:
 
 
 def _speed_figure(report: Report) -> KeyFigure:
-    row = next((row for row in report.timing if row.what == "forward" and row.tokens == HEADLINE_TOKENS), None)
+    row = headline_row(report)
     if row is None:
         return KeyFigure("speed", "not measured", "see below", "plain")
     times = f"{milliseconds(row.dense.p50)} to {milliseconds(row.converted.p50)} ms for {row.tokens} tokens"

@@ -11,13 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from spmconvert.data.rows import Row, row_batch
 from spmconvert.errors import SpmconvertError
+from spmconvert.operator.linear import SPMLinear
 from spmconvert.outputs.probe import token_batch
 from spmconvert.reporting.schema import Latency, NotMeasured, Quantity, TimingRow
 from spmconvert.system.fresh import run_fresh
 from spmconvert.system.timing import interleaved_seconds
 
 TOKENS = (1, 16, 128, 1024)
+# pictures or sounds
+ITEMS = (1, 8)
 # tokens of the passes that compare methods and measure memory
 TYPICAL_TOKENS = 128
 MEMORY_TOKENS = 1024
@@ -42,14 +46,41 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], seconds: float, device: 
 
 def time_forward(dense: Any, converted: Any, seconds: float, device: str, sizes: Sequence[int] = TOKENS) -> list[TimingRow]:
     """Whole-model forward passes by number of tokens."""
-    rows = []
-    for tokens in sizes:
-        batch = token_batch(dense, tokens)
-        calls = {"dense": forward_call(dense, batch), "converted": forward_call(converted, batch)}
-        latency = interleaved(calls, seconds, device)
-        shape = "{} x {}".format(*batch["input_ids"].shape)
-        rows.append(TimingRow(what="forward", tokens=tokens, shape=shape, **latency))
-    return rows
+    batches = [(tokens, token_batch(dense, tokens)) for tokens in sizes]
+    return [_timed(dense, converted, batch, tokens, seconds, device) for tokens, batch in batches]
+
+
+def time_items(
+    dense: Any, converted: Any, seconds: float, device: str, rows: Sequence[Row], sizes: Sequence[int] = ITEMS
+) -> list[TimingRow]:
+    """Whole-model forward passes by number of pictures or sounds, told in tokens: what a replaced layer gets of them."""
+    batches = [row_batch(rows[:count], 0, dense) for count in sizes if count <= len(rows)]
+    return [_timed(dense, converted, batch, _most_positions(converted, batch), seconds, device) for batch in batches]
+
+
+def _timed(dense: Any, converted: Any, batch: dict[str, Any], tokens: int, seconds: float, device: str) -> TimingRow:
+    calls = {"dense": forward_call(dense, batch), "converted": forward_call(converted, batch)}
+    latency = interleaved(calls, seconds, device)
+    shape = " x ".join(map(str, batch[dense.main_input_name].shape))
+    return TimingRow(what="forward", tokens=tokens, shape=shape, **latency)
+
+
+def _most_positions(converted: Any, batch: dict[str, Any]) -> int:
+    """The most rows that a replaced layer gets in one pass."""
+    most = 0
+
+    def note(layer: SPMLinear, arguments: tuple[torch.Tensor, ...]) -> None:
+        nonlocal most
+        most = max(most, arguments[0].numel() // layer.in_features)
+
+    layers = [module for module in converted.modules() if isinstance(module, SPMLinear)]
+    hooks = [layer.register_forward_pre_hook(note) for layer in layers]
+    try:
+        forward_call(converted, batch)()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return most
 
 
 def forward_call(model: Any, batch: dict[str, Any]) -> Callable[[], Any]:

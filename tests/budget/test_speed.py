@@ -124,12 +124,10 @@ def test_what_is_left_without_targeted_layers(checkpoints, proportional):
     assert found.dense - found.rest == pytest.approx(1e-6 * targeted)
 
 
-def test_models_that_read_no_tokens_are_refused():
-    class Eyes:
-        main_input_name = "pixel_values"
-
-    with pytest.raises(OptionError, match="Eyes reads none; use --keep instead"):
-        forward_seconds({"dense": Eyes()}, Budget(speedup=1.5), "cpu")
+def test_models_that_read_no_tokens_are_refused(checkpoints):
+    model = spmconvert.load(checkpoints["vit"])
+    with pytest.raises(OptionError, match="ViTForImageClassification reads pixel_values; use --keep instead"):
+        forward_seconds({"dense": model}, Budget(speedup=1.5), "cpu")
 
 
 def test_models_are_called_in_turn_on_the_rows_of_the_budget(checkpoints, monkeypatch):

@@ -31,14 +31,14 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     for figure in (r"parameters +−\d+%", r"speed +\d\.\d+×", r"quality +[\d.]+ → [\d.]+"):
         assert re.search(figure, out), out
     assert out.index("quality") < out.index("next: spmconvert finetune gpt2-spm, or load it")
-    assert "calibration text: what a causal model writes itself, or docstrings of the Python installation" in err
+    assert "calibrated on what the model writes itself; a text like what the model is used for is far better" in err
     assert "held out, on 1 rows" in out
     recorded = json.loads((tmp_path / "gpt2-spm" / "spm.json").read_text())["recipe"]["calibration"]["file"]
     assert recorded == str(written_file(open_checkpoint(str(checkpoints["gpt2"])).sha256()))
     code, out, err = run("finetune", "--steps", "2", "--batch-size", "2", "--measure", "--json")
     assert code == 0, err
     assert [figure["label"] for figure in json.loads(out)["outcome"]] == ["parameters", "speed", "quality"]
-    assert "training text: docstrings of the Python installation" in err
+    assert "trained on docstrings of the Python installation; a text like" in err
     assert (tmp_path / "gpt2-spm-ft").is_dir()
     code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json")
     assert code == 0, err
@@ -87,7 +87,7 @@ def test_models_without_a_tokenizer_read_no_text(run, wordless, tmp_path):
     code, out, _ = run("convert", wordless, "-o", tmp_path / "o", "--rank", "2")
     assert code == 0
     assert "no data was used" in out
-    assert_refused(run("finetune", tmp_path / "o"), CalibrationError, "no tokenizer", ".safetensors")
+    assert_refused(run("finetune", tmp_path / "o"), CalibrationError, "neither a tokenizer", ".safetensors")
     code, out, _ = run("report", tmp_path / "o", "--seconds", "0", "--json")
     assert code == 0
     report = json.loads(out)

@@ -10,6 +10,7 @@ from spmconvert.checkpoint.places import STATE_FILE
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.commands import verify as verification
 from spmconvert.commands.convert import convert
+from spmconvert.fit.progress import Silent
 from tests.support import assert_refused
 
 FAST = ("--seconds", "0")
@@ -67,7 +68,7 @@ def test_an_unfinished_conversion_is_told_from_a_missing_one(run, place, checkpo
     assert_refused(run("report", "nothing"), errors.ModelNotFoundError, "nothing")
 
 
-class InterruptAfterTwo:
+class InterruptAfterTwo(Silent):
     """A listener that interrupts the conversion when two layers are finished."""
 
     def planned(self, plan):

@@ -22,6 +22,7 @@ from spmconvert.errors import (
     TargetError,
     UnsupportedLayerError,
 )
+from spmconvert.fit.progress import Silent
 from spmconvert.recipe.recipe import Recipe
 from tests.support import QUICK, files_of, raw_tensors
 
@@ -246,7 +247,7 @@ def test_two_runs_give_the_same_bytes(checkpoints, text, tmp_path):
     assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
 
 
-class StopAfter:
+class StopAfter(Silent):
     """Interrupts a conversion once so many layers are fitted."""
 
     def __init__(self, layers: int) -> None:

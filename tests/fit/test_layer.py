@@ -1,5 +1,6 @@
 """What is said of a fitted layer, and what may not be saved."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -7,7 +8,8 @@ import torch
 
 import spmconvert
 from spmconvert.calibrate.moments import gather_moments
-from spmconvert.calibrate.store import MomentStore
+from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.calibrate.store import Moments, MomentStore
 from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.data.calibration import load_rows
 from spmconvert.errors import FitError
@@ -19,12 +21,12 @@ from spmconvert.operator.factors import covariance_root, truncated_svd
 from spmconvert.recipe.loading import recipe_from_keywords
 
 
-def fit(checkpoint, **changes):
+def fit(checkpoint, moments=None, **changes):
     recipe = recipe_from_keywords({"targets": "re:.*0.mlp.(c_fc|up_proj)", **changes})
     source, plan, _ = open_plan(str(checkpoint), recipe)
     (planned,) = plan.layers
     weight = source.read(planned.weight).float()
-    return fit_layer(planned, weight.t() if planned.spec.fan_in_fan_out else weight, None, None, iterations=30, seed=0)
+    return fit_layer(planned, weight.t() if planned.spec.fan_in_fan_out else weight, None, moments, iterations=30, seed=0)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -52,8 +54,20 @@ def test_a_layer_that_is_worth_little_says_so(checkpoints, monkeypatch, errors, 
     assert record.warning == words
 
 
+def test_a_layer_whose_moments_are_singular_is_named(checkpoints):
+    scatter = torch.eye(32)
+    scatter[0, 0] = -1e-2
+    broken = replace(ActivationStatistics.isotropic(32), scatter=scatter)
+    moments = replace(Moments.isotropic(32), fitted=broken)
+    _, record = fit(checkpoints["gpt2"], moments, stages=0, rank=24)
+    assert (
+        record.warning == "second moments of its inputs are singular, fitted with 1e-01 of their mean added to the diagonal"
+    )
+
+
 def test_the_warning_stands_in_the_line_of_the_layer(run, checkpoints, tmp_path):
-    code, out, _ = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", "--calib", "none", "--set", "fit.iterations=2")
+    few = ["--calib", "none", "--stages", "7", "--set", "fit.iterations=2"]
+    code, out, _ = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", *few)
     assert code == 0
     lines = [line for line in out.splitlines() if "mlp.c_fc" in line]
     assert len(lines) == 2

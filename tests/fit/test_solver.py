@@ -12,7 +12,7 @@ from spmconvert.errors import FitError, OptionError
 from spmconvert.fit.error import measure_error
 from spmconvert.fit.solver import fit_, fit_linear
 from spmconvert.operator.design import Design
-from spmconvert.operator.factors import covariance_root, rank_at, truncated_svd
+from spmconvert.operator.factors import RIDGE, covariance_root, damped_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.start import hierarchical_start_
 
@@ -425,3 +425,19 @@ def test_fit_linear_takes_terms():
     assert layer.design.terms == terms
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.bfloat16}
     assert 0 < result.end < 1
+
+
+def test_damping_rises_where_moments_are_singular():
+    """Negative eigenvalues beyond the ridge are lifted; a matrix that needs no more gets no more."""
+    plain = torch.cov(torch.randn(6, 100, generator=torch.Generator().manual_seed(0)))
+    root, ridge = damped_root(plain)
+    assert ridge == RIDGE
+    torch.testing.assert_close(root.t() @ root, plain, rtol=1e-4, atol=1e-5)
+    broken = plain.clone()
+    broken.diagonal()[2] = -3e-4 * plain.diagonal().mean()
+    broken[2, :2], broken[2, 3:], broken[:2, 2], broken[3:, 2] = 0, 0, 0, 0
+    root, ridge = damped_root(broken)
+    assert ridge == pytest.approx(1e-3)
+    assert root.isfinite().all()
+    lifted = broken + torch.eye(6) * ridge * broken.diagonal().mean()
+    torch.testing.assert_close(root.t() @ root, lifted, rtol=1e-4, atol=1e-6)

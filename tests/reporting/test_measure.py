@@ -91,7 +91,7 @@ def test_equal_values_rank_alike():
 def test_ranking_of_similarities_is_spearman():
     torch.manual_seed(0)
     dense, own = torch.randn(12, 6), torch.randn(12, 6)
-    found = _similarity_ranking(dense, own)
+    found = _similarity_ranking(dense, own, "text")
     pairs = [(i, j) for i in range(12) for j in range(i + 1, 12)]
     ranks = []
     for part in (dense, own):
@@ -99,8 +99,8 @@ def test_ranking_of_similarities_is_spearman():
         values = [float(unit[i] @ unit[j]) for i, j in pairs]
         ranks.append([sorted(values).index(value) for value in values])
     assert found.converted == pytest.approx(np.corrcoef(ranks)[0, 1])
-    assert _similarity_ranking(dense, 3 * dense).converted == pytest.approx(1)
-    assert _similarity_ranking(dense, dense).standard_error == pytest.approx(0, abs=1e-9)
+    assert _similarity_ranking(dense, 3 * dense, "text").converted == pytest.approx(1)
+    assert _similarity_ranking(dense, dense, "text").standard_error == pytest.approx(0, abs=1e-9)
 
 
 def test_two_of_four_keeps_the_largest():

@@ -1,0 +1,98 @@
+"""Names of tensors that transformers gives other names while it loads: found, kept, and loaded again."""
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+import spmconvert
+from spmconvert.checkpoint.converted import open_converted
+from spmconvert.errors import CorruptCheckpointError, UnsupportedLayerError
+from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.stored import StoredNames, stored_prefixes
+from tests.plan.architectures import ARCHITECTURES
+from tests.support import raw_tensors
+
+OLD, NEW = "vit.encoder.layer.0.intermediate.dense", "vit.layers.0.mlp.fc1"
+
+
+@pytest.fixture
+def names(checkpoints):
+    tensors = load_file(checkpoints["vit"] / "model.safetensors")
+    return StoredNames.of(skeleton(load_config(checkpoints["vit"])), tensors)
+
+
+def test_names_are_found_whatever_the_file_calls_them(names):
+    assert names.tensor(f"{NEW}.weight") == f"{OLD}.weight"
+    # of the base model, which lacks the prefix
+    assert names.tensor(f"{NEW}.weight".removeprefix("vit.")) == f"{OLD}.weight"
+    assert names.tensor("vit.layers.0.mlp.fc7.weight") is None
+
+
+def test_new_tensors_are_called_as_transformers_finds_them(names):
+    parts = ("weight", "lowrank.up.weight")
+    assert names.module(NEW, OLD, parts) == OLD
+    # where the file's own name would lead elsewhere, the model's
+    assert names.module(NEW, "vit.encoder.layer.1.intermediate.dense", parts) == NEW
+    assert names.module("vit.encoder.layer.0.intermediate.dense", OLD, parts) is None
+
+
+def test_old_and_new_layouts_give_the_same_bytes(checkpoints, tmp_path):
+    (tmp_path / "new").mkdir()
+    source = checkpoints["vit"]
+    names = StoredNames.of(skeleton(load_config(source)), load_file(source / "model.safetensors"))
+    renamed = {new: load_file(source / "model.safetensors")[old] for new, old in names.by_model.items()}
+    assert f"{NEW}.weight" in renamed
+    save_file(renamed, tmp_path / "new" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "new" / "config.json").write_text((source / "config.json").read_text())
+    for name, directory in (("old", source), ("new", tmp_path / "new")):
+        spmconvert.convert(directory, tmp_path / f"{name}-spm", stages=0, rank=4)
+    old, new = (raw_tensors(tmp_path / f"{name}-spm") for name in ("old", "new"))
+    assert f"{OLD}.lowrank.up.weight" in old
+    assert f"{NEW}.lowrank.up.weight" in new
+    both = StoredNames.of(skeleton(load_config(source)), old).by_model
+    assert {name: old[stored] for name, stored in both.items()} == new
+    prefixes = stored_prefixes(open_converted(tmp_path / "old-spm"))
+    assert prefixes[NEW] == OLD
+
+
+def test_a_layer_that_is_gone(checkpoints, tmp_path):
+    spmconvert.convert(checkpoints["vit"], tmp_path / "o", stages=0, rank=4)
+    file = tmp_path / "o" / "model.safetensors"
+    tensors = {name: tensor for name, tensor in load_file(file).items() if not name.startswith(OLD)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CorruptCheckpointError, match="no tensors of it"):
+        stored_prefixes(open_converted(tmp_path / "o"))
+
+
+def test_a_weight_that_is_missing_or_merged_is_named(checkpoints, tmp_path):
+    (tmp_path / "s").mkdir()
+    tensors = load_file(checkpoints["vit"] / "model.safetensors")
+    del tensors[f"{OLD}.weight"]
+    save_file(tensors, tmp_path / "s" / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "s" / "config.json").write_text((checkpoints["vit"] / "config.json").read_text())
+    with pytest.raises(UnsupportedLayerError, match=f"{NEW}.weight is no tensor of the checkpoint"):
+        spmconvert.convert(tmp_path / "s", tmp_path / "o")
+
+
+# towers side by side and tokens of several streams cannot be run on a row of tokens, which the export is checked on
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "musicgen-decoder"])
+def test_every_architecture_is_converted_loaded_and_exported(name, tmp_path):
+    config, architecture, sizes = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    dense = getattr(transformers, architecture)(getattr(transformers, config)(**sizes)).eval()
+    dense.save_pretrained(tmp_path / "s")
+    targets = "*proj" if name in ("mamba", "mixtral") else "mlp"
+    conversion = spmconvert.convert(tmp_path / "s", tmp_path / "o", targets=targets, stages=0, rank=4)
+    converted = spmconvert.load(tmp_path / "o")
+    found = dict(converted.named_parameters())
+    replaced = {name for name, module in converted.named_modules() if isinstance(module, spmconvert.SPMLinear)}
+    assert len(replaced) == len(conversion.layers)
+    for key, tensor in dense.named_parameters():
+        if key.rpartition(".")[0] not in replaced:
+            torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
+    assert not [check for check in spmconvert.verify(tmp_path / "o") if check.outcome == "FAILED"]
+    spmconvert.export(tmp_path / "o", tmp_path / "e")
+    whole = getattr(transformers, architecture).from_pretrained(tmp_path / "e")
+    for module in replaced:
+        torch.testing.assert_close(whole.get_submodule(module).weight.shape, dense.get_submodule(module).weight.shape)
