@@ -1,8 +1,10 @@
 """Text that a causal language model writes itself, by sampling from it, to be calibrated on where nobody gave a text.
 
-Rows start with a common word each and are sampled at temperature 1. They show the model what it expects to see: calibrated
-on them it loses less elsewhere than on docstrings (benchmarks/results/choices.md), and still far more than on a text of the
-right kind. They are kept in the cache by the model's hash. Its price is the time to write, so only models up to a size do.
+Rows start with a common word each and are sampled at temperature 1. Where the tokenizer has a chat template, every other
+batch is of conversations in it: the model says what a user says, and answers. They show the model what it expects to see:
+calibrated on them it loses less elsewhere than on docstrings (benchmarks/results/choices.md), and still far more than on a
+text of the right kind. They are kept in the cache by the model's hash. Its price is the time to write, so only models up
+to a size do.
 """
 
 import json
@@ -24,8 +26,11 @@ ROWS, TOKENS, BATCH_ROWS = 320, 160, 64
 COMMON_WORDS = 1000
 # on a CPU; SmolLM2-135M writes for five minutes on two cores
 MOST_PARAMETERS = 200_000_000
+# part of a row that a user may say, and what stands for it in a template
+QUESTION_SHARE = 4
+PLACE = "what a user says"
 # changes with anything that changes what is written
-VERSION = 1
+VERSION = 2
 
 
 def written_file(sha256: str) -> Path:
@@ -59,20 +64,91 @@ def write_text(directory: Path, sha256: str, config: Any, device: str, report: C
     if file.exists():
         return file
     check_cache("texts")
-    tokenizer = load_tokenizer(directory)
-    prompts = _prompts(tokenizer)
-    length = row_length(config, TOKENS)
-    model = load_dense_model(directory, config, device)
-    lines = []
+    writer = _Writer(load_dense_model(directory, config, device), load_tokenizer(directory), row_length(config, TOKENS))
+    prompts = _prompts(writer.tokenizer)
+    lines: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        for first in range(0, ROWS, BATCH_ROWS):
-            ids = prompts[first : first + BATCH_ROWS].to(device)
-            texts = tokenizer.batch_decode(_sampled(model, ids, length), skip_special_tokens=True)
+        for number, first in enumerate(range(0, ROWS, BATCH_ROWS)):
+            ids = prompts[first : first + BATCH_ROWS]
+            # every other batch, where there is a template
+            texts = writer.talk(ids) if number % 2 and writer.opening is not None else writer.write(ids)
             lines += [json.dumps({"text": text}) for text in texts]
             report(len(lines), ROWS)
     write_whole(file, "\n".join(lines) + "\n")
     return file
+
+
+class _Writer:
+    """A model that writes rows, as running text or as a conversation in its chat template.
+
+    Attributes:
+        tokenizer: of the model.
+        opening: what its chat template puts before what a user says, or None where it has no template that can be used.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, length: int) -> None:
+        self._model, self.tokenizer, self._length = model, tokenizer, length
+        self.opening = _opening(tokenizer)
+
+    def write(self, ids: torch.Tensor) -> list[str]:
+        """Go on from the first tokens of rows [rows, tokens]."""
+        return self._decoded(self._sampled(ids, torch.ones_like(ids), self._length - ids.shape[1]))
+
+    def talk(self, ids: torch.Tensor) -> list[str]:
+        """Say what a user says, beginning with the last token of every row [rows, tokens], and answer it."""
+        opening = self.tokenizer(self.opening, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        begun = torch.cat([opening.expand(len(ids), -1), ids[:, -1:]], dim=1)
+        said = self._sampled(begun, torch.ones_like(begun), self._length // QUESTION_SHARE)
+        turns = [[{"role": "user", "content": text.strip()}] for text in self._decoded(said[:, opening.shape[1] :])]
+        asked = [self._in_template(turn, answered=False) for turn in turns]
+        # on the left, so that what is asked ends where the answer begins
+        batch = self.tokenizer.pad(
+            {"input_ids": [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in asked]},
+            padding_side="left",
+            return_tensors="pt",
+        )
+        prompts = batch["input_ids"]
+        answers = self._sampled(prompts, batch["attention_mask"], max(1, self._length - prompts.shape[1]))
+        said_back = self._decoded(answers[:, prompts.shape[1] :])
+        both = zip(turns, said_back, strict=True)
+        return [self._in_template([*turn, {"role": "assistant", "content": text}], answered=True) for turn, text in both]
+
+    def _in_template(self, turns: list[dict[str, str]], *, answered: bool) -> str:
+        found = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=not answered)
+        return str(found)
+
+    def _decoded(self, ids: torch.Tensor) -> list[str]:
+        texts: list[str] = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return texts
+
+    @torch.no_grad()
+    def _sampled(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
+        padding = self._model.generation_config.pad_token_id
+        sampled: torch.Tensor = self._model.generate(
+            input_ids=ids.to(self._model.device),
+            attention_mask=mask.to(self._model.device),
+            max_new_tokens=new_tokens,
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            pad_token_id=0 if padding is None else padding,
+        )
+        return sampled
+
+
+def _opening(tokenizer: Any) -> str | None:
+    """What a chat template puts before what a user says."""
+    if not getattr(tokenizer, "chat_template", None) or tokenizer.pad_token_id is None:
+        return None
+    try:
+        turn = [{"role": "user", "content": PLACE}]
+        before, found, _ = str(tokenizer.apply_chat_template(turn, tokenize=False)).partition(PLACE)
+    except Exception:
+        # whatever a template raises: one that wants more than a user's turn is no help here
+        return None
+    return before if found else None
 
 
 def _prompts(tokenizer: Any) -> torch.Tensor:
@@ -83,18 +159,3 @@ def _prompts(tokenizer: Any) -> torch.Tensor:
     length = len(tokenizer("")["input_ids"]) + 1
     rows = [tokenizer(common[index])["input_ids"][:length] for index in order]
     return torch.tensor([row for row in rows if len(row) == length])
-
-
-@torch.no_grad()
-def _sampled(model: Any, ids: torch.Tensor, length: int) -> torch.Tensor:
-    padding = model.generation_config.pad_token_id
-    return model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=length - ids.shape[1],
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        pad_token_id=0 if padding is None else padding,
-    )

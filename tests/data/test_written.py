@@ -1,6 +1,8 @@
 """A causal model writes its own text once; others do not."""
 
 import json
+import re
+import shutil
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ def write(checkpoints, tmp_path, monkeypatch):
     def call(name, cache="cache"):
         monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / cache))
         told = []
-        source = open_checkpoint(str(checkpoints[name]))
+        source = open_checkpoint(str(checkpoints.get(name, name)))
         config = load_config(source.directory)
         file = write_text(source.directory, source.sha256(), config, "cpu", lambda *done: told.append(done))
         assert file == written_file(source.sha256())
@@ -40,6 +42,48 @@ def test_a_text_is_written_once_and_the_same_again(write, name):
     content = file.read_bytes()
     assert write(name) == (file, [])
     assert write(name, "other")[0].read_bytes() == content
+
+
+TEMPLATE = (
+    "{% for turn in messages %}<{{ turn.role }}>{{ turn.content }}|{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+@pytest.fixture
+def chatting(checkpoints, tmp_path):
+    """A checkpoint with a chat template; returns its directory."""
+    directory = shutil.copytree(checkpoints["llama"], tmp_path / "chatting")
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory
+
+
+def test_models_with_a_chat_template_talk_in_it(chatting, checkpoints, write):
+    file, told = write(chatting)
+    rows = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+    assert told[-1] == (10, 10)
+    plain, talk = [*rows[:4], *rows[8:]], rows[4:8]
+    assert not any(row.startswith("<user>") for row in plain)
+    for row in talk:
+        assert re.fullmatch(r"<user>.+\|<assistant>.*\|", row, flags=re.DOTALL), row
+    content = file.read_bytes()
+    assert write(chatting, "other")[0].read_bytes() == content
+    plainly = [json.loads(line)["text"] for line in write("llama", "plain")[0].read_text().splitlines()]
+    assert plainly[:4] == rows[:4]
+    assert not any("<assistant>" in row for row in plainly)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception('a system turn is missing') }}",
+        "{% for turn in messages %}{{ turn.content | upper }}{% endfor %}",
+    ],
+)
+def test_templates_that_are_no_help_are_left_alone(chatting, write, template):
+    (chatting / "chat_template.jinja").write_text(template)
+    rows = [json.loads(line)["text"] for line in write(chatting)[0].read_text().splitlines()]
+    assert len(rows) == 10
 
 
 def test_models_write_in_a_time_that_can_be_waited_for(checkpoints):
