@@ -170,6 +170,8 @@ def dense_layers(model: nn.Module, moments: dict[str, tuple[ActivationStatistics
         module = model.get_submodule(name)
         weight = module.weight.detach().t() if isinstance(module, Conv1D) else module.weight.detach()
         bias = torch.zeros(len(weight)) if module.bias is None else module.bias.detach()
+        # no method gets a bias that the dense layer has not
+        fitted = fitted.uncentred() if module.bias is None else fitted
         layers.append(Layer(name, weight.contiguous(), bias, fitted, held_out))
     return layers
 

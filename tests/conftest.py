@@ -229,7 +229,8 @@ class Sums(dict[str, Path]):
         self.checkpoints, self.text, self.root = checkpoints, text, root
 
     def __missing__(self, name: str) -> Path:
-        options = {"calib": self.text, "fit.iterations": 4, "calibration.rows": 24, "fit.refine": 0, **SUMS[name]}
+        options = {"calib": self.text, "fit.iterations": 4, "calibration.rows": 24, "fit.refine": 0, "new_bias": True}
+        options |= SUMS[name]
         convert(self.checkpoints["llama"], self.root / name, targets="mlp", **options)
         self[name] = self.root / name
         return self[name]

@@ -453,7 +453,7 @@ def test_the_commit_of_a_file_in_the_cache_of_the_hub(checkpoints, tmp_path, mon
 
 @pytest.mark.parametrize("name", ["lowrank", "sparse24"])
 def test_convert_on_load_of_every_kind_of_term(checkpoints, text, sums, tmp_path, name):
-    request = SPMConfig(targets="mlp", calib=str(text), **{"calibration.rows": 24, **SUMS[name]})
+    request = SPMConfig(targets="mlp", calib=str(text), new_bias=True, **{"calibration.rows": 24, **SUMS[name]})
     model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=request)
     torch.testing.assert_close(logits(model), logits(spmconvert.load(sums[name])), rtol=1e-3, atol=1e-3)
     model.save_pretrained(tmp_path)

@@ -135,6 +135,7 @@ class Spending:
     def _subject(self, layer: LayerPlan) -> Subject:
         weight, bias = self.weights(layer)
         moments = self.moments(layer.target.name) or Moments.isotropic(weight.shape[1])
+        moments = moments if layer.spec.bias else moments.without_bias()
         return Subject(weight, bias, moments.to(weight.device), self.recipe)
 
     def _do(self, kind: str, items: Sequence[Any]) -> None:

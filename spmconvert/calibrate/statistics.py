@@ -57,6 +57,11 @@ class ActivationStatistics:
         """Centred second moment, [in_features, in_features]."""
         return self.scatter / max(self.rows, 1)
 
+    def uncentred(self) -> "ActivationStatistics":
+        """The same rows with their mean as part of the second moment: what a layer without a bias is fitted to."""
+        scatter = self.scatter + self.rows * torch.outer(self.mean, self.mean)
+        return ActivationStatistics(self.rows, torch.zeros_like(self.mean), scatter)
+
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> "ActivationStatistics":
         """What ``tensors`` gave."""

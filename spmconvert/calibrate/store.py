@@ -4,7 +4,7 @@ A resumed run takes the same numbers, and only the layer at work is in memory.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -42,6 +42,10 @@ class Moments:
         """What stands in for data when there is none."""
         moments = ActivationStatistics.isotropic(in_features)
         return cls(moments, moments, moments)
+
+    def without_bias(self) -> "Moments":
+        """The same for a layer that has none: its fit cannot make up for the mean."""
+        return replace(self, fitted=self.fitted.uncentred())
 
     def to(self, device: torch.device | str) -> "Moments":
         """The same on another device."""

@@ -101,6 +101,9 @@ def convert(
         int | None,
         typer.Option(help="Passes that train each block as a whole after its fits; 0 for none."),
     ] = None,
+    new_bias: Annotated[
+        bool, typer.Option("--new-bias", help="Give layers a bias where the dense ones have none; exports refuse it.")
+    ] = False,
     calib: Annotated[
         str | None,
         typer.Option(
@@ -129,7 +132,7 @@ def convert(
         **_given(targets=targets, ignore=ignore, layers=layers, stages=stages, variant=variant, block=block),
         **_given(rank=rank, dtype=dtype, seed=seed, sensitivity=sensitivity, structures=structures),
         **_given(keep=keep, keep_bytes=keep_bytes, keep_flops=keep_flops, max_error=max_error, sequential=sequential),
-        **_given(refine=refine),
+        **_given(refine=refine, new_bias=new_bias or None),
         **_given(tokens=tokens, rows=rows, speedup=speedups[0] if speedups else None, allow_slower=allow_slower or None),
         **({} if calib is None else {"calib": None if calib == "none" else calib}),
     }

@@ -121,9 +121,9 @@ def _dense_config(converted: Converted) -> tuple[dict[str, Any], tuple[str, ...]
             missing = left
     if missing:
         raise UnsupportedLayerError(
-            f"{len(missing)} layers, for example {min(missing)}, got a bias from calibration that "
+            f"{len(missing)} layers, for example {min(missing)}, got a new bias that "
             f"{config['architectures'][0]} has no place for; use the converted checkpoint itself, or "
-            "convert with --calib none to export it"
+            "convert without --new-bias to export it"
         )
     return {**config, **dict.fromkeys(chosen, True)}, tuple(chosen)
 

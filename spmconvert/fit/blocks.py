@@ -94,7 +94,8 @@ def _streams(run: FitRun) -> Streams:
 
 def _regression(run: FitRun, streams: Streams, layer: LayerPlan) -> Regression:
     weight = run.source.read_finite(layer.weight)
-    return regress(streams, layer.target.name, (weight.t() if layer.spec.fan_in_fan_out else weight).float())
+    matrix = (weight.t() if layer.spec.fan_in_fan_out else weight).float()
+    return regress(streams, layer.target.name, matrix, bias=layer.spec.bias)
 
 
 def _refine(run: FitRun, streams: Streams, block: _Block, records: dict[str, LayerRecord]) -> dict[str, LayerRecord]:

@@ -99,7 +99,7 @@ def fit_layer(
     statistics = known.fitted
     layer = layer_from_spec(plan.spec, device=weight.device).float()
     own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
-    aim = (weight, bias, statistics)
+    aim = (weight, bias, statistics if plan.spec.bias else statistics.uncentred())
     if regression is not None:
         moved = regression.to(weight.device)
         aim = (moved.weight, moved.bias, moved.inputs)
@@ -199,6 +199,7 @@ def whitened_svd(
     """
     out_features, in_features = weight.shape
     rank = rank_at(spec.design.parameter_count(bias=False), in_features, out_features)
+    statistics = statistics if spec.bias else statistics.uncentred()
     left, right = truncated_svd(weight, covariance_root(statistics.covariance), rank)
     return left, right, statistics.corrected_bias(weight, left @ right, bias) if spec.bias else None
 

@@ -27,17 +27,18 @@ class Regression:
 
     Attributes:
         weight: regression of the dense outputs on the inputs, [out_features, in_features].
-        bias: that makes the mean output exact, [out_features].
-        inputs: moments of the inputs.
+        bias: that makes the mean output exact, [out_features]; None for a layer without a bias.
+        inputs: moments of the inputs, uncentred for such a layer.
     """
 
     weight: Tensor
-    bias: Tensor
+    bias: Tensor | None
     inputs: ActivationStatistics
 
     def to(self, device: torch.device | str) -> "Regression":
         """The same on another device."""
-        return Regression(self.weight.to(device), self.bias.to(device), self.inputs.to(device))
+        bias = None if self.bias is None else self.bias.to(device)
+        return Regression(self.weight.to(device), bias, self.inputs.to(device))
 
 
 class _Paired:
@@ -58,29 +59,37 @@ class _Paired:
         self.mean += difference * share
         self.inputs.merge_(part)
 
-    def regression(self, weight: Tensor) -> Regression:
+    def regression(self, weight: Tensor, *, bias: bool) -> Regression:
+        if not bias:
+            # of the outputs themselves on the inputs themselves, not of what varies
+            self.scatter.addr_(self.mean, self.inputs.mean, alpha=self.inputs.rows)
+            self.inputs = self.inputs.uncentred()
         covariance = self.inputs.covariance.double()
         if not covariance.any():
             # constant inputs say nothing about the weight
-            return Regression(weight, self.mean - weight @ self.inputs.mean, self.inputs)
+            return self._with_bias(weight, bias=bias)
         # of the mean variance: as noise of the moments grows, with unknowns to each row
         ridge = len(covariance) / self.inputs.rows * covariance.diagonal().mean()
         cross = self.scatter.double() / self.inputs.rows + ridge * weight.double()
         covariance.diagonal().add_(ridge)
         regressed = torch.linalg.solve(covariance, cross.t()).t().float()
-        return Regression(regressed, self.mean - regressed @ self.inputs.mean, self.inputs)
+        return self._with_bias(regressed, bias=bias)
+
+    def _with_bias(self, weight: Tensor, *, bias: bool) -> Regression:
+        return Regression(weight, self.mean - weight @ self.inputs.mean if bias else None, self.inputs)
 
 
-def regress(streams: Streams, name: str, weight: Tensor) -> Regression:
+def regress(streams: Streams, name: str, weight: Tensor, *, bias: bool) -> Regression:
     """The regression of a layer in the block at work; all layers before it are converted.
 
     Args:
         streams: that have come to its block.
         name: of the layer.
         weight: its dense weight, [out_features, in_features], float32.
+        bias: whether the converted layer has one.
     """
     out_features, in_features = weight.shape
     sums = _Paired(in_features, out_features)
     for inputs, outputs in streams.pairs(name):
         sums.add(inputs, outputs)
-    return sums.regression(weight)
+    return sums.regression(weight, bias=bias)

@@ -1,7 +1,8 @@
 """Fit a layer's terms to a dense one: weighted least squares in the norm of the inputs, with exact bias correction.
 
-The mean goes into the bias exactly, b' = b + (W - S) μ. Terms with a closed form are solved one after the other, each on
-what the rest leaves, for a few rounds; those without are fitted by a gradient, with low rank eliminated (``problem``).
+The mean goes into the bias exactly, b' = b + (W - S) μ; where there is none the fit is to the uncentred second moment,
+which the mean is part of. Terms with a closed form are solved one after the other, each on what the rest leaves, for a few
+rounds; those without are fitted by a gradient, with low rank eliminated (``problem``).
 
 The gradient's solver is Adam with a cosine step size, then L-BFGS; the best point seen is kept, starting with the start
 itself, so a fit is never worse than the zero matrix. Adam comes first because it gets farther in the same time: 0.567 of
@@ -258,12 +259,14 @@ def fit_linear(
         **design: ``terms``, or ``stages``, ``variant``, ``block`` and ``rank`` of the layer.
 
     Returns:
-        The layer, in the dtype and on the device of the dense one, and what the fit did.
+        The layer, in the dtype and on the device of the dense one, with a bias where that has one, and what the fit did.
     """
     weight = dense.weight.detach()
     bias: Tensor | None = dense.bias
-    has_bias = bias is not None or statistics is not None
-    layer = SPMLinear(dense.in_features, dense.out_features, has_bias, device=weight.device, dtype=torch.float32, **design)
+    layer = SPMLinear(
+        dense.in_features, dense.out_features, bias is not None, device=weight.device, dtype=torch.float32, **design
+    )
     moments = statistics or ActivationStatistics.isotropic(dense.in_features)
+    moments = moments if bias is not None else moments.uncentred()
     result = fit_(layer, weight, bias, moments.to(weight.device), iterations=iterations, seed=seed)
     return layer.to(weight.dtype), result

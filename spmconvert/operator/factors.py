@@ -40,7 +40,7 @@ def damped_root(covariance: Tensor) -> tuple[Tensor, float]:
     sigma = (sigma + sigma.t()) / 2
     ridge = RIDGE
     while True:
-        damped = sigma + torch.eye(len(sigma), device=sigma.device) * (ridge * level)
+        damped = sigma + ridge * level * torch.eye(len(sigma), dtype=sigma.dtype, device=sigma.device)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
             return factor.t().float().contiguous(), ridge

@@ -15,10 +15,13 @@ from pydantic import ValidationError
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
+from spmconvert.data.media import TENSOR_SUFFIX
+from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
 from spmconvert.model.stored import StoredNames
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.plan.targets import Selection, Target, matches, select_targets
+from spmconvert.plan.towers import Tower
 from spmconvert.recipe.recipe import LayerDesign, Recipe
 
 # share of a large matrix product's speed that a fit reaches, merging included; 0.25 to 0.45 measured on 384 to 3072 wide
@@ -148,7 +151,8 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
         UnsupportedLayerError: when a layer has no tensor of its own in the checkpoint, or a dtype that cannot be fitted.
         OptionError: when an override matches none of the targets, or a design does not fit a layer.
     """
-    selection = select_targets(model, targets=recipe.targets, ignore=recipe.ignore, layers=recipe.layers)
+    tower: Tower | None = "text" if _runs_text(recipe, model.config) else None
+    selection = select_targets(model, targets=recipe.targets, ignore=recipe.ignore, layers=recipe.layers, tower=tower)
     for override in recipe.overrides:
         if not any(matches(override.pattern, target.name) for target in selection.targets):
             raise OptionError(
@@ -162,6 +166,12 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
     replaced = {name for layer in layers for name in (layer.weight, layer.bias)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in replaced)
     return ConversionPlan(layers, selection, other)
+
+
+def _runs_text(recipe: Recipe, config: Any) -> bool:
+    """Whether a calibration would run a model of several towers on text alone, as far as its file tells."""
+    file = recipe.calibration.file
+    return file is not None and file.suffix != TENSOR_SUFFIX and not file.is_dir() and reads_tokens(config)
 
 
 def design_for(target: Target, recipe: Recipe) -> LayerDesign:
@@ -205,8 +215,8 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, names: StoredNames, reci
     design = design_for(target, recipe)
     layer_design = _named_design(target, design)
     pinned = None if recipe.dtype in ("auto", dense_dtype) else recipe.dtype
-    calibrated = recipe.calibration.file is not None
-    spec = LayerSpec(layer_design, target.bias or calibrated, target.kind == "conv1d", pinned)
+    new_bias = recipe.fit.new_bias and recipe.calibration.file is not None
+    spec = LayerSpec(layer_design, target.bias or new_bias, target.kind == "conv1d", pinned)
     dense_bytes = entry.nbytes + (checkpoint.tensors[bias].nbytes if bias else 0)
     return LayerPlan(target, spec, weight, bias, prefix, pinned or dense_dtype, dense_bytes)
 

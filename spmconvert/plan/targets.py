@@ -2,7 +2,8 @@
 
 Presets take layers of the repeated blocks only: ``mlp`` the feed-forward layers, ``attn`` the attention projections,
 ``all`` every linear layer there. Output heads, anything tied, routers and layers whose weight the model's code reads itself
-are never part of a preset. A pattern may name any plain linear layer that is not tied. What matches nothing is an error.
+are never part of a preset. A pattern may name any plain linear layer that is not tied. ``text:``, ``vision:`` and
+``audio:`` before either confine it to a tower. What matches nothing is an error.
 """
 
 import difflib
@@ -24,6 +25,7 @@ from spmconvert.plan.structure import (
     tied_to,
     unsupported_forms,
 )
+from spmconvert.plan.towers import TOWERS, Tower, inside, towers_of
 
 PRESETS = ("mlp", "attn", "all")
 _WILDCARDS = re.compile(r"[*?\[]")
@@ -76,7 +78,12 @@ def matches(pattern: str, name: str, prefix: str = "") -> bool:
 
 
 def select_targets(
-    model: nn.Module, *, targets: Sequence[str], ignore: Sequence[str] = (), layers: str | None = None
+    model: nn.Module,
+    *,
+    targets: Sequence[str],
+    ignore: Sequence[str] = (),
+    layers: str | None = None,
+    tower: Tower | None = None,
 ) -> Selection:
     """Resolve presets and patterns against a model.
 
@@ -85,6 +92,7 @@ def select_targets(
         targets: presets, globs and ``re:`` patterns.
         ignore: presets and patterns that take layers away again.
         layers: block numbers such as ``4-10,-1``; negative ones count from the end of each stack.
+        tower: what presets mean where the model has towers and they name none; None for all of them.
 
     Raises:
         TargetError: when a pattern or everything together matches nothing, or only layers that are tied.
@@ -93,7 +101,7 @@ def select_targets(
     """
     if not targets:
         raise OptionError("no targets are given; use --targets mlp, attn, all or a pattern")
-    survey = _Survey(model)
+    survey = _Survey(model, tower)
     wanted = {name for pattern in targets for name in survey.resolve(pattern)}
     unwanted = {name for pattern in ignore for name in survey.resolve_ignored(pattern)}
     numbers = None if layers is None else _block_numbers(layers, survey.depths)
@@ -116,8 +124,10 @@ def select_targets(
 class _Survey:
     """Everything that is known about a model's linear layers before any pattern is looked at."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, tower: Tower | None = None) -> None:
         self.model = model
+        self.towers = towers_of(model)
+        self.tower = self.towers.get(tower) if tower is not None else None
         self.prefix = getattr(model, "base_model_prefix", "")
         self.linears = find_linears(model)
         self.names = [linear.name for linear in self.linears]
@@ -130,7 +140,12 @@ class _Survey:
     def _left_alone(self) -> dict[str, str]:
         """Layers that no preset takes, with the reason."""
         head = output_head(self.model)
-        reasons = {}
+        reasons: dict[str, str] = {}
+        if self.tower is not None:
+            for other, place in self.towers.items():
+                if place != self.tower:
+                    reason = f"in the {other} tower, which the calibration does not run; {other}:mlp would take it"
+                    reasons |= {name: reason for name in self.names if inside(place, name)}
         for linear in self.linears:
             if linear.name in self.tied:
                 reasons[linear.name] = f"shares its weight with {self.tied[linear.name]}"
@@ -150,9 +165,10 @@ class _Survey:
 
     def resolve(self, pattern: str) -> list[str]:
         """Names that a preset or pattern selects."""
+        place, pattern = self._in_tower(pattern)
         if pattern in PRESETS:
-            return self._preset(pattern)
-        matching = [name for name in self.names if matches(pattern, name, self.prefix)]
+            return self._preset(pattern, place)
+        matching = [name for name in self.names if _is_in(place, name) and matches(pattern, name, self.prefix)]
         if not matching:
             self._explain_nothing(pattern)
         free = [name for name in matching if name not in self.tied and not self._read_directly(name)]
@@ -170,16 +186,42 @@ class _Survey:
 
     def resolve_ignored(self, pattern: str) -> list[str]:
         """Names that an ignore pattern takes away."""
+        place, pattern = self._in_tower(pattern)
         if pattern in PRESETS:
-            return self._preset(pattern)
-        matching = [name for name in [*self.names, *self.experts] if matches(pattern, name, self.prefix)]
+            return self._preset(pattern, place)
+        known = [name for name in [*self.names, *self.experts] if _is_in(place, name)]
+        matching = [name for name in known if matches(pattern, name, self.prefix)]
         if not matching:
             raise TargetError(f"--ignore {pattern} matches no linear layer; {self._near(pattern)}")
         return matching
 
-    def _preset(self, preset: str) -> list[str]:
+    def _in_tower(self, pattern: str) -> tuple[str | None, str]:
+        """The tower that a pattern is confined to, and the rest of it.
+
+        Raises:
+            TargetError: when the model has no such tower.
+        """
+        kind, colon, rest = pattern.partition(":")
+        if not colon or kind not in TOWERS:
+            return None, pattern
+        place = next((place for tower, place in self.towers.items() if tower == kind), None)
+        if place is None:
+            has = f"towers for {', '.join(self.towers)}" if self.towers else "no towers"
+            article = "an" if kind == "audio" else "a"
+            raise TargetError(
+                f"{pattern} names {article} {kind} tower, and {type(self.model).__name__} has {has}; write {rest}"
+            )
+        return place, rest
+
+    def _preset(self, preset: str, place: str | None) -> list[str]:
         roles = ("attn", "mlp", "other") if preset == "all" else (preset,)
-        names = [linear.name for linear in self.linears if linear.role in roles and linear.name not in self.reasons]
+        # a tower that is named is taken, whether the calibration runs it or not
+        kept_out = {name for name, reason in self.reasons.items() if place is None or "tower" not in reason}
+        names = [
+            linear.name
+            for linear in self.linears
+            if linear.role in roles and linear.name not in kept_out and _is_in(place, linear.name)
+        ]
         if not names:
             hint = f"; its experts are fused parameters, {self.experts[0]} for example" if self.experts else ""
             raise TargetError(
@@ -219,6 +261,10 @@ class _Survey:
         ]
         examples = list(dict.fromkeys(near)) or self.names[:3]
         return f"near names are {', '.join(examples)}" if near else f"there are {', '.join(examples)}"
+
+
+def _is_in(place: str | None, name: str) -> bool:
+    return place is None or inside(place, name)
 
 
 def _block_numbers(text: str, depth: dict[str, int]) -> set[tuple[str | None, int | None]]:

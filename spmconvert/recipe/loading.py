@@ -71,6 +71,7 @@ _SHORT_KEYS = {
     "sensitivity": "budget.sensitivity",
     "structures": "budget.structures",
     "sequential": "fit.sequential",
+    "new_bias": "fit.new_bias",
     "output_weighting": "fit.output_weighting",
     "refine": "fit.refine",
 }

@@ -135,12 +135,15 @@ class Fit(_Table):
         refine: passes over calibration rows in which a block's new layers, norms and biases are trained to do together
             what the dense block did; 0 for none. None does so where there are rows and the targets are on one path
             through one list of blocks.
+        new_bias: give every layer a bias that makes its mean output exact, where the dense layer has none, too; needs
+            calibration rows. Dense exports and other runtimes have no place for such a bias.
     """
 
     iterations: Annotated[int, Field(ge=0)] = 200
     output_weighting: bool | None = None
     sequential: bool | None = None
     refine: Annotated[int, Field(ge=0)] | None = None
+    new_bias: bool = False
 
     @property
     def follows_blocks(self) -> bool:

@@ -550,7 +550,7 @@ def test_a_layer_of_constant_inputs_is_fitted_in_sequence(checkpoints, text, tmp
 
 
 def test_largest_error_is_kept(checkpoints, text, tmp_path, filled_cache):
-    changes = {"max_error": 0.3, "calib": text, **QUICK}
+    changes = {"max_error": 0.3, "calib": text, "new_bias": True, **QUICK}
     result = spmconvert.convert(checkpoints["llama"], tmp_path / "out", **changes)
     _, plan, _ = open_plan(str(checkpoints["llama"]), resolve_recipe(None, changes))
     replaced = {record.name for record in result.layers}

@@ -29,7 +29,7 @@ assert "spmconvert" not in sys.modules
 """
 ARCHITECTURES = {"gpt2": "GPT2LMHeadModel", "bert": "BertModel", "llama": "LlamaForCausalLM"}
 # of the Llama only some of the layers are converted that its switch of biases reaches
-CHANGES = {"gpt2": {"rank": 2}, "bert": {"rank": 2}, "llama": {"targets": "up_proj"}}
+CHANGES = {"gpt2": {"rank": 2}, "bert": {"rank": 2}, "llama": {"targets": "up_proj", "new_bias": True}}
 
 
 def exported(checkpoints, text, place, name):
@@ -103,10 +103,21 @@ def test_a_bias_without_a_place_is_refused(text, tmp_path):
     )
     torch.manual_seed(0)
     source = _save(T5ForConditionalGeneration(config), tmp_path / "t5")
-    convert(source, tmp_path / "spm", calib=text, **QUICK)
-    with pytest.raises(UnsupportedLayerError, match="got a bias from calibration"):
+    convert(source, tmp_path / "spm", calib=text, new_bias=True, **QUICK)
+    with pytest.raises(UnsupportedLayerError, match="got a new bias"):
         export(tmp_path / "spm", tmp_path / "dense")
     assert not (tmp_path / "dense").exists()
+
+
+@pytest.mark.parametrize("refine", [0, 1])
+def test_a_calibrated_decoder_without_biases_is_exported(checkpoints, text, tmp_path, refine):
+    """As itself, since no layer gets a bias that the dense one has not, fits in sequence and refinement included."""
+    options = {"calib": text, **QUICK, "refine": refine, "rank": 2, "sequential": True}
+    convert(checkpoints["llama"], tmp_path / "spm", **options)
+    result = export(tmp_path / "spm", tmp_path / "dense")
+    assert result.added_biases == ()
+    source = load_file(checkpoints["llama"] / "model.safetensors")
+    assert load_file(result.output / "model.safetensors").keys() == source.keys()
 
 
 def test_an_export_that_differs_does_not_appear(checkpoints, tmp_path, monkeypatch):

@@ -286,7 +286,25 @@ def test_fit_linear_keeps_dtype_and_needs_no_data():
     assert layer.weight.dtype == torch.bfloat16
     assert layer.held_bias is None
     assert 0 < result.end < 1
-    assert fit_linear(linear, ActivationStatistics.of(inputs(24)), iterations=2)[0].bias is not None
+    assert fit_linear(linear, ActivationStatistics.of(inputs(24)), iterations=2)[0].held_bias is None
+    biased = torch.nn.Linear(24, 24)
+    assert fit_linear(biased, ActivationStatistics.of(inputs(24)), iterations=2)[0].held_bias is not None
+
+
+@pytest.mark.parametrize("entry", [{"kind": "lowrank", "rank": 6}, {"kind": "sparse24"}, {"kind": "spm", "stages": 4}])
+def test_a_layer_without_a_bias_matches_the_mean_by_its_matrix(entry):
+    """Inputs with a large mean: fitted to what varies alone, the mean output would be lost."""
+    statistics = ActivationStatistics.of(inputs(24) + 4 * torch.linspace(-1, 1, 24))
+    linear = torch.nn.Linear(24, 24, bias=False)
+    dense = (linear.weight.detach(), None)
+    errors = []
+    for moments in (statistics.uncentred(), statistics):
+        layer = SPMLinear(24, 24, bias=False, terms=Design.from_options(24, 24, [entry]).terms)
+        fit_(layer, dense[0], None, moments, iterations=60)
+        errors.append(measure_error(dense, (layer.to_dense(), None), statistics).relative)
+    assert errors[0] < 0.7 * errors[1]
+    found = fit_linear(linear, statistics, iterations=60, terms=Design.from_options(24, 24, [entry]).terms)[0]
+    assert measure_error(dense, (found.to_dense(), None), statistics).relative == pytest.approx(errors[0], rel=1e-4)
 
 
 def test_solver_that_diverges_leaves_the_best_point(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+import spmconvert
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
 from spmconvert.plan.structure import reads_weight_directly
 from spmconvert.plan.targets import matches, select_targets
@@ -245,3 +246,54 @@ def test_matches():
     assert not matches("c_f", "h.0.c_fc")
     assert not matches("re:c_fc", "h.0.c_fc")
     assert matches("h.0.c_fc", "transformer.h.0.c_fc", prefix="transformer")
+
+
+@pytest.fixture(scope="module")
+def seeing():
+    """A language model with eyes, on the meta device."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {"model_type": "llama", **sizes, "vocab_size": 64}
+    eyes = {"model_type": "clip_vision_model", **sizes, "image_size": 16, "patch_size": 8}
+    with torch.device("meta"):
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(text_config=text, vision_config=eyes, image_token_index=63)
+        )
+
+
+@pytest.mark.parametrize(
+    ("targets", "ignore", "tower", "places"),
+    [
+        (["mlp"], [], None, {"language_model", "vision_tower"}),
+        (["mlp"], [], "text", {"language_model"}),
+        (["text:mlp"], [], None, {"language_model"}),
+        (["vision:attn"], [], None, {"vision_tower"}),
+        (["vision:mlp"], [], "text", {"vision_tower"}),
+        (["text:all", "vision:mlp"], [], None, {"language_model", "vision_tower"}),
+        (["text:*.up_proj"], [], None, {"language_model"}),
+        (["vision:re:.*fc1"], [], None, {"vision_tower"}),
+        (["mlp"], ["vision:mlp"], None, {"language_model"}),
+        (["mlp"], ["vision:*fc*"], None, {"language_model"}),
+    ],
+)
+def test_towers(seeing, targets, ignore, tower, places):
+    selection = select_targets(seeing, targets=targets, ignore=ignore, tower=tower)
+    assert {target.name.split(".")[1] for target in selection.targets} == places
+    left = {skipped.name for skipped in selection.skipped}
+    assert not left & {target.name for target in selection.targets}
+
+
+def test_what_a_text_does_not_run_is_left_alone_with_the_reason(seeing):
+    selection = select_targets(seeing, targets=["mlp"], tower="text")
+    reasons = {skipped.reason for skipped in selection.skipped if "vision_tower" in skipped.name}
+    assert reasons == {"in the vision tower, which the calibration does not run; vision:mlp would take it"}
+
+
+def test_towers_that_are_not_there(seeing, checkpoints):
+    with pytest.raises(
+        TargetError, match="names an audio tower, and LlavaForConditionalGeneration has towers for vision, text"
+    ):
+        select_targets(seeing, targets=["audio:mlp"])
+    with pytest.raises(TargetError, match="GPT2LMHeadModel has no towers; write mlp"):
+        select_targets(spmconvert.load(checkpoints["gpt2"]), targets=["text:mlp"])
+    with pytest.raises(TargetError, match="matches no linear layer"):
+        select_targets(seeing, targets=["vision:*.up_proj"])
