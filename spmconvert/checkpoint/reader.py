@@ -33,6 +33,8 @@ HUB_PATTERNS = (
     "*LICENSE*",
     "README.md",
 )
+# of PEFT
+ADAPTER_FILE = "adapter_config.json"
 CHAT_TEMPLATES = "additional_chat_templates"
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
 WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE, CHECKSUM_FILE, *REPORT_FILES)
@@ -109,8 +111,14 @@ class Checkpoint:
             if path.is_file() and not is_weight and not skipped:
                 companions.append(path)
         for folder in self._companion_folders():
-            files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix not in PICKLE_SUFFIXES)
-            companions += files
+            files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+            pickles = [path for path in files if path.suffix in PICKLE_SUFFIXES]
+            if pickles and not any(path.suffix == ".safetensors" for path in files):
+                raise CheckpointError(
+                    f"{pickles[0]} is a pickle, which can run code and is never read, and the module {folder.name} has no "
+                    "other weights; save the model again with sentence-transformers, which writes safetensors"
+                )
+            companions += [path for path in files if path not in pickles]
         for path in companions:
             self._check_inside(path)
         return companions
@@ -224,7 +232,18 @@ def hub_commit(directory: Path) -> str | None:
 def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
+        inner = next((found.parent.name for found in sorted(directory.glob("0_*/config.json"))), None)
+        if inner is not None:
+            raise CheckpointError(
+                f"{directory} keeps its transformer in {inner}, as old versions of sentence-transformers did; load it with "
+                "a newer one and save it again, which puts it beside modules.json"
+            )
         raise CheckpointError(f"{directory} has no config.json; give the directory of a Hugging Face checkpoint")
+    if (directory / ADAPTER_FILE).is_file():
+        raise CheckpointError(
+            f"{directory} has an adapter beside its weights ({ADAPTER_FILE}), which transformers would add to them; merge "
+            "it with merge_and_unload and save the model elsewhere, or remove the adapter's files"
+        )
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

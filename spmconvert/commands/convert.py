@@ -244,6 +244,8 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
         SpmconvertError: as for ``convert``.
     """
     source = open_checkpoint(model)
+    # what cannot be carried over is refused before any work
+    source.companion_files()
     config = load_config(source.directory)
     model = skeleton(config)
     plan = plan_conversion(source, model, recipe)

@@ -37,7 +37,8 @@ from spmconvert.distill.runlog import RunLog, check_log
 from spmconvert.distill.state import State, restore, whole
 from spmconvert.distill.stored import StoredLogits, store_logits
 from spmconvert.errors import CheckpointError, FitError, OptionError, OutputError
-from spmconvert.model.architecture import load_config, model_class
+from spmconvert.model.architecture import load_config
+from spmconvert.model.loading import is_unused, load_whole
 from spmconvert.model.stored import StoredNames
 from spmconvert.outputs.objective import objective_for
 from spmconvert.recipe.loading import training_from_keywords
@@ -188,7 +189,7 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
     stored_names = {name: _stored_name(name, converted, names) for name in best}
     result = _result(run, destination, best, converted, stored_names)
     if target is not None:
-        written = {stored_names[name]: value for name, value in best.items()}
+        written = {stored: value for name, value in best.items() for stored in _stored_alike(name, run, names)}
         _write(converted, written, target, _provenance(inputs, run, result))
     return result
 
@@ -273,8 +274,11 @@ def _make_run(
         dense = load_teacher(inputs.source, config, options.teacher_device or accelerator.device)
     trained = choose_trained(student, training)
     names = StoredNames.of(student, converted.tensors)
-    for name in trained:
-        _stored_name(name, converted, names)
+    for name in list(trained):
+        if names.tensor(name) is None and is_unused(name, config):
+            trained.pop(name).requires_grad_(False)
+        else:
+            _stored_name(name, converted, names)
     objective = objective_for(config)
     if training.learning_rate is None:
         training = training.model_copy(update={"learning_rate": settled_rate(converted.kept, objective)})
@@ -329,7 +333,7 @@ def store_teacher_logits(
             f"{config.architectures[0]} has no logits over words to store; distil it with the teacher in memory"
         )
     rows = load_training_data(str(data), converted.directory, config, training)
-    dense = model_class(config).from_pretrained(source.directory, dtype="auto").to(device).eval()
+    dense = load_whole(source.directory, config, dtype="auto").to(device).eval()
     store_logits(Path(destination), dense, rows, teacher_sha256=source.sha256(), count=words, report=report)
 
 
@@ -426,7 +430,8 @@ def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirector
     source = Checkpoint(directory, str(directory), None, converted.config, converted.tensors)
 
     def read(name: str) -> Tensor:
-        return best[name] if name in best else source.read(name)
+        # a tensor of its own for each of two names
+        return best[name].clone() if name in best else source.read(name)
 
     target.write_weights([(name, entry.nbytes, partial(read, name)) for name, entry in converted.tensors.items()])
     target.add_text("config.json", (directory / "config.json").read_text(encoding="utf-8"))
@@ -437,6 +442,14 @@ def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirector
     for file in source.companion_files():
         target.add_file(str(file.relative_to(directory)), file)
     target.commit()
+
+
+def _stored_alike(name: str, run: TrainingRun, names: StoredNames) -> list[str]:
+    """All names in the checkpoint of a trained parameter: one that is tied may be stored beside what it is tied to."""
+    parameter = run.trained[name]
+    every = run.distillation.student.named_parameters(remove_duplicate=False)
+    found = [names.tensor(alike) for alike, other in every if other is parameter]
+    return [stored for stored in dict.fromkeys(found) if stored is not None]
 
 
 def _stored_name(name: str, converted: Converted, names: StoredNames) -> str:

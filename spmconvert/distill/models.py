@@ -8,8 +8,8 @@ from torch import nn
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import OptionError
-from spmconvert.model.architecture import load_config, model_class
-from spmconvert.model.loading import load
+from spmconvert.model.architecture import load_config
+from spmconvert.model.loading import load, load_whole
 from spmconvert.recipe.recipe import Training
 
 
@@ -51,5 +51,5 @@ def turn_dropout_off_(config: Any) -> None:
 
 def load_teacher(source: Checkpoint, config: Any, device: torch.device | str) -> Any:
     """The dense source in float32, in eval and without gradients."""
-    teacher = model_class(config).from_pretrained(source.directory, dtype=torch.float32)
+    teacher = load_whole(source.directory, config, dtype=torch.float32)
     return teacher.to(device).eval().requires_grad_(False)

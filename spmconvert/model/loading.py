@@ -11,19 +11,55 @@ from typing import Any
 import torch
 from torch import nn
 
+from spmconvert.errors import CheckpointError
 from spmconvert.model.architecture import load_config, model_class, skeleton
 from spmconvert.model.chain import Chain, chain_through
+from spmconvert.outputs.objective import objective_for
 
 
 def load(model: str | Path, **options: Any) -> Any:
-    """Load a converted checkpoint as the architecture that its config names; options go to ``from_pretrained``."""
-    config = load_config(model)
-    return model_class(config).from_pretrained(model, **options)
+    """Load a converted checkpoint as the architecture that its config names; options go to ``from_pretrained``.
+
+    Raises:
+        CheckpointError: when it lacks a tensor that the model uses.
+    """
+    own = options.pop("config", None)
+    return load_whole(model, own or load_config(model), changed=own is not None, **options)
+
+
+def load_whole(directory: str | Path, config: Any, *, changed: bool = False, **options: Any) -> Any:
+    """A model of a checkpoint, with all tensors that it uses from there: transformers draws what is missing at random.
+
+    Args:
+        directory: checkpoint.
+        config: that names its architecture.
+        changed: whether the model is to have this config, and not that of the directory.
+        **options: of ``from_pretrained``.
+
+    Raises:
+        CheckpointError: when a tensor is missing.
+    """
+    architecture = model_class(config)
+    options |= {"config": config} if changed else {}
+    model, found = architecture.from_pretrained(directory, output_loading_info=True, **options)
+    missing = sorted(name for name in found["missing_keys"] if not is_unused(name, config))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{directory} has no {missing[0]}{more}, which {architecture.__name__} would draw at random; name the "
+            "architecture that was saved in config.json, or save the checkpoint again"
+        )
+    return model
+
+
+def is_unused(name: str, config: Any) -> bool:
+    """Whether a tensor has no influence on what is compared: a pooler where hidden states are."""
+    return ".pooler." in f".{name}" and objective_for(config) == "hidden"
 
 
 def load_dense_model(directory: Path, config: Any, device: str) -> Any:
     """The dense model as it is calibrated."""
-    model = model_class(config).from_pretrained(directory, dtype="auto")
+    model = load_whole(directory, config, dtype="auto")
     # half precision products are slow on a CPU and round the statistics
     return model.float().eval() if device == "cpu" else model.to(device).eval()
 
@@ -104,7 +140,11 @@ def load_with_blocks_on_disk(directory: Path, config: Any, device: str, containe
     places = _places(skeleton(config), container, device)
     # for tensors that the model has in another form than the checkpoint
     folder = tempfile.TemporaryDirectory(prefix="spmconvert-", ignore_cleanup_errors=True)
-    loaded = model_class(config).from_pretrained(directory, dtype="auto", device_map=places, offload_folder=folder.name)
+    try:
+        loaded = load_whole(directory, config, dtype="auto", device_map=places, offload_folder=folder.name)
+    except BaseException:
+        folder.cleanup()
+        raise
     # as long as the model, which reads them there
     weakref.finalize(loaded, folder.cleanup)
     for tensor in (*loaded.parameters(), *loaded.buffers()):

@@ -18,6 +18,9 @@ def has_plain_head(model: Any, batch: dict[str, Any]) -> bool:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return False
+    # a class without a name for what is before its head
+    if model.base_model is model:
+        return False
     with torch.no_grad():
         states, output = states_before_head(model, model, _beginning(batch))
         logits = head(states)

@@ -8,8 +8,7 @@ from spmconvert.checkpoint.converted import Converted, open_source
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import CheckpointError, ModelNotFoundError
-from spmconvert.model.architecture import model_class
-from spmconvert.model.loading import load
+from spmconvert.model.loading import load, load_whole
 from spmconvert.reporting.schema import NotMeasured
 
 
@@ -39,7 +38,7 @@ class ReportRun:
                 "everything that needs the dense model: quality, time, memory", str(error), "name it with --teacher"
             )
             return
-        dense = model_class(self.config).from_pretrained(self.source.directory, dtype="auto")
+        dense = load_whole(self.source.directory, self.config, dtype="auto")
         self.dense = dense.to(self.device).eval()
 
     def note_missing(self, what: str, reason: str, remedy: str) -> None:

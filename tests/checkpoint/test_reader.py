@@ -285,3 +285,27 @@ def test_links_inside_of_a_checkpoint_and_of_the_hub_are_followed(source, tmp_pa
     (snapshot / "added_tokens.json").symlink_to("../../../private")
     with pytest.raises(CheckpointError, match="outside of the checkpoint"):
         open_checkpoint(str(snapshot)).companion_files()
+
+
+def test_a_module_whose_weights_are_a_pickle_is_refused(source):
+    """Its copy would have none."""
+    (source / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "2_Dense"}]))
+    (source / "2_Dense").mkdir()
+    (source / "2_Dense" / "pytorch_model.bin").write_bytes(b"pickle")
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin is a pickle.*the module 2_Dense has no other weights"):
+        open_checkpoint(str(source)).companion_files()
+    (source / "2_Dense" / "model.safetensors").write_bytes(b"safe")
+    assert "pytorch_model.bin" not in [path.name for path in open_checkpoint(str(source)).companion_files()]
+
+
+def test_a_transformer_in_a_folder_of_its_own_is_named(tmp_path):
+    (tmp_path / "0_Transformer").mkdir()
+    (tmp_path / "0_Transformer" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="keeps its transformer in 0_Transformer"):
+        open_checkpoint(str(tmp_path))
+
+
+def test_an_adapter_beside_the_weights_is_refused(source):
+    (source / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="merge it with merge_and_unload"):
+        open_checkpoint(str(source))

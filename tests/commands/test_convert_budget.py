@@ -51,8 +51,8 @@ def test_kept_bytes_count_positions_and_marks(checkpoints, text, tmp_path, name)
         sizes = (layer.target.in_features, layer.target.out_features)
         values, positions = sizes[1] * 2 * math.ceil(sizes[0] / 4), sizes[1] * math.ceil(sizes[0] / 8)
         item = 2 if layer.stored_dtype == "bfloat16" else 4
-        # the fit adds a bias, and the mark is one number
-        total += item * (values + sizes[1] + 1) + positions
+        # the mark is one number
+        total += item * (values + sizes[1] * layer.target.bias + 1) + positions
     options = {"structures": "sparse24", "allow_slower": True, "calib": text, **BUDGET}
     with pytest.raises(OptionError, match=f"{total:,}"):
         spmconvert.convert(checkpoints[name], tmp_path / "o", keep_bytes=total - 1, **options)
