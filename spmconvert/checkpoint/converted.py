@@ -24,7 +24,7 @@ class Converted:
         config: config.json.
         layers: layer map by module name.
         tensors: headers of all tensors.
-        provenance: spm.json.
+        provenance: spm.json; empty where there is none and none is needed.
     """
 
     directory: Path
@@ -65,8 +65,13 @@ def open_source(converted: Converted, teacher: str | None) -> Checkpoint:
     return source
 
 
-def open_converted(directory: Path) -> Converted:
+def open_converted(directory: Path, *, recorded: bool = True) -> Converted:
     """Open a converted checkpoint.
+
+    Args:
+        directory: where it is.
+        recorded: whether it needs its provenance, which only this tool writes; without it what ``save_pretrained`` and the
+            trainers of other libraries wrote of a converted model will do, too.
 
     Raises:
         ModelNotFoundError: when there is no such directory.
@@ -85,6 +90,8 @@ def open_converted(directory: Path) -> Converted:
         raise CorruptCheckpointError(f"config.json in {directory} has no layer map; download it or convert again")
     layers = {name: LayerSpec.from_json(name, entry) for name, entry in entries.items()}
     if not (directory / PROVENANCE_FILE).is_file():
+        if not recorded:
+            return Converted(directory, config, layers, read_headers(directory), {})
         raise CheckpointError(
             f"{directory} has no {PROVENANCE_FILE}, which save_pretrained does not write and this command needs; put that "
             "of the conversion there, or convert the source by spmconvert convert"

@@ -80,10 +80,11 @@ def export(directory: str | Path, output: str | Path | None = None, *, form: str
     """
     if form not in FORMATS:
         raise OptionError(f"format is {form!r}; choose one of {', '.join(FORMATS)}")
-    converted = open_converted(Path(directory))
+    converted = open_converted(Path(directory), recorded=False)
+    source = converted.provenance["source"]["name"] if converted.provenance else None
     destination = Path(output) if output else Path(f"{converted.directory.resolve().name}-dense")
     # the source is not read, and yet it may be the only dense model there is
-    check_apart(destination, {"input": converted.directory, "source": converted.provenance["source"]["name"]})
+    check_apart(destination, {"input": converted.directory, "source": source})
     check_output(destination.resolve(), force=force)
     config, switches = _dense_config(converted)
     tensors = _dense_tensors(converted, switches)

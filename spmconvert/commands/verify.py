@@ -14,7 +14,7 @@ from typing import Literal
 from spmconvert.checkpoint.checksums import listed_files, read_checksums
 from spmconvert.checkpoint.converted import Converted, open_converted, open_source
 from spmconvert.checkpoint.headers import TensorEntry
-from spmconvert.checkpoint.manifest import CHECKSUM_FILE, REPORT_FILES
+from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, REPORT_FILES
 from spmconvert.errors import CheckpointError, ModelNotFoundError, SpmconvertError
 from spmconvert.model.stored import stored_prefixes
 from spmconvert.model.swap import layer_from_spec
@@ -55,11 +55,12 @@ def verify(directory: str | Path, *, teacher: str | None = None) -> list[Check]:
         ModelNotFoundError: when there is no such directory.
     """
     try:
-        converted = open_converted(Path(directory))
+        converted = open_converted(Path(directory), recorded=False)
     except CheckpointError as error:
         return [Check("files", "FAILED", str(error))]
     count = len(converted.tensors)
-    checks = [Check("files", "ok", f"config, layer map, provenance and headers of {count} tensors agree")]
+    agreeing = "config, layer map, provenance" if converted.provenance else f"config, layer map (without {PROVENANCE_FILE})"
+    checks = [Check("files", "ok", f"{agreeing} and headers of {count} tensors agree")]
     steps: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
         ("hashes", lambda: [_hashes(converted)]),
         ("shapes", lambda: [_shapes(converted)]),
@@ -117,6 +118,8 @@ def _finite(converted: Converted) -> Check:
 
 def _untouched(converted: Converted, teacher: str | None) -> Check:
     name = "untouched tensors"
+    if not converted.provenance:
+        return Check(name, "skipped", f"there is no {PROVENANCE_FILE}, which says what the checkpoint was made of")
     try:
         source = open_source(converted, teacher)
     except (ModelNotFoundError, CheckpointError) as error:

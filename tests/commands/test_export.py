@@ -7,13 +7,15 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands import export as exporting
 from spmconvert.commands.convert import convert
 from spmconvert.commands.export import export
+from spmconvert.commands.verify import verify
 from spmconvert.errors import FitError, OptionError, OutputError, UnsupportedLayerError
+from spmconvert.hf import SPMConfig
 from spmconvert.model.loading import load
 from tests.conftest import SUMS, _save
 
@@ -143,3 +145,19 @@ def test_wrong_requests_are_refused(checkpoints, tmp_path):
     (tmp_path / "dense").mkdir()
     with pytest.raises(OutputError, match="--force"):
         export(tmp_path / "spm", tmp_path / "dense")
+
+
+@pytest.mark.parametrize("name", ["saved", "loaded"])
+def test_what_other_programs_wrote_of_a_converted_model_is_exported(checkpoints, converted, tmp_path, name):
+    """By ``save_pretrained``, of a conversion or of a model that was converted while it was loaded: without spm.json."""
+    if name == "saved":
+        load(converted["gpt2"]).save_pretrained(tmp_path / "o")
+    else:
+        request = SPMConfig(targets="mlp", stages=2, **{"fit.iterations": 2})
+        AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"], quantization_config=request).save_pretrained(
+            tmp_path / "o"
+        )
+    assert not (tmp_path / "o" / "spm.json").exists()
+    assert not [check for check in verify(tmp_path / "o") if check.outcome == "FAILED"]
+    result = export(tmp_path / "o", tmp_path / "dense")
+    assert 0 <= result.difference <= result.tolerance
