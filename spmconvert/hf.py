@@ -26,8 +26,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
-from spmconvert.model.swap import swap_layers
+from spmconvert.model.swap import dense_layer, replace_module, swap_layers
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Recipe
@@ -133,6 +134,15 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
             raise CheckpointError(f"tensor parallelism cannot split the SPM layers {hit}; load without tp_plan")
         for key in hit:
             del plan[key]
+
+    def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
+        """Put the dense layer in the place of every SPM layer, in place, for ``model.dequantize()``."""
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
+        prefix = getattr(model, "base_model_prefix", "")
+        specs = {resolve_name(name, layers, prefix): spec for name, spec in self.quantization_config.specs().items()}
+        for name, layer in layers.items():
+            replace_module(model, name, dense_layer(layer, conv1d=specs[name].fan_in_fan_out, dtype=dtype))
+        return model
 
     def is_serializable(self) -> bool:
         """A converted model is saved like any other."""

@@ -490,3 +490,18 @@ def test_a_copy_shares_tensors_but_not_modules(checkpoints):
     assert isinstance(model.get_submodule(name), Conv1D)
     for key, parameter in copied.named_parameters():
         assert parameter is model.get_parameter(key)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bert", "llama"])
+def test_dequantize_gives_the_dense_model(converted, tmp_path, name):
+    """In memory, and saved as a checkpoint that needs no spmconvert; under another head, too."""
+    model = AutoModel.from_pretrained(converted[name])
+    expected = model(torch.arange(3, 19)[None])[0]
+    dense = model.dequantize()
+    assert dense is model
+    assert not spm_layers(dense)
+    torch.testing.assert_close(dense(torch.arange(3, 19)[None])[0], expected, rtol=1e-4, atol=1e-5)
+    dense.save_pretrained(tmp_path)
+    assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+    again = type(model).from_pretrained(tmp_path)
+    torch.testing.assert_close(again(torch.arange(3, 19)[None])[0], expected, rtol=1e-4, atol=1e-5)

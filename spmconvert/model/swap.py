@@ -35,6 +35,30 @@ def layer_from_spec(spec: LayerSpec, *, device: torch.device | str | None = None
     return SPMLinear(design.in_features, design.out_features, spec.bias, terms=design.terms, device=device, dtype=dtype)
 
 
+@torch.no_grad()
+def dense_layer(layer: SPMLinear, *, conv1d: bool, dtype: torch.dtype) -> nn.Module:
+    """The dense layer that computes what an SPM layer does.
+
+    Args:
+        layer: on any device.
+        conv1d: give transformers' Conv1D, whose weight is transposed, in place of nn.Linear.
+        dtype: of the result.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    weight, bias = layer.to_dense(), layer.held_bias
+    if conv1d:
+        dense = Conv1D(layer.out_features, layer.in_features)
+    else:
+        dense = nn.Linear(layer.in_features, layer.out_features, bias is not None)
+    dense = dense.to(device=weight.device, dtype=dtype)
+    dense.weight.copy_(weight.t() if conv1d else weight)
+    if bias is not None:
+        dense.bias.copy_(bias)
+    found: nn.Module = dense.train(layer.training)
+    return found
+
+
 def swap_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> list[str]:
     """Replace every layer of the map that the model has, in place.
 
