@@ -20,7 +20,7 @@ from spmconvert.operator.design import Design, staged_design
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.kept import Keeper, can_be_kept
 from spmconvert.operator.offloaded import fetched, may_be_offloaded
-from spmconvert.operator.reference import is_transformed
+from spmconvert.operator.reference import is_recorded, is_transformed
 from spmconvert.operator.terms.lowrank import LowRank, LowRankModule
 from spmconvert.operator.terms.module import TermModule
 from spmconvert.operator.terms.term import Term
@@ -144,7 +144,7 @@ class SPMLinear(Keeper):
         if self.low_rank is not None and not self.low_rank.is_plain:
             return False
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._matrix_parameters())
-        if trains or x.device.type != "cpu" or torch.compiler.is_compiling():
+        if trains or x.device.type != "cpu" or is_recorded():
             return False
         return can_be_kept(self, self._matrix_parameters(), self._matrix_buffers())
 
@@ -163,7 +163,7 @@ class SPMLinear(Keeper):
         return (
             not torch.is_grad_enabled()
             and x.is_cpu
-            and not torch.compiler.is_compiling()
+            and not is_recorded()
             and not is_transformed()
             and (low_rank is None or low_rank.is_plain)
         )

@@ -36,7 +36,7 @@ from torch.nn.functional import linear, pad
 
 from spmconvert.operator.chunks import CHUNK_TOKENS
 from spmconvert.operator.geometry import Geometry, MergeGroup, merge_groups
-from spmconvert.operator.reference import apply_stages, expand, fold, is_transformed
+from spmconvert.operator.reference import apply_stages, expand, fold, is_recorded, is_transformed
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ def _absorb_fold(last: Tensor, plan: MergePlan, block: int) -> Tensor:
 
 def _mix_group(h: Tensor, block_matrices: Tensor, group: MergeGroup, digit: int, *, expands: bool) -> Tensor:
     """Multiply one group's blocks into [*digits, block, tokens]; only the mixed digit changes its size."""
-    split = group.outer > 1 and h.shape[digit] > group.middle
+    # a tracer has sizes as tensors, also those that no input changes
+    split = group.outer > 1 and int(h.shape[digit]) > group.middle
     if split:
         h = h.unflatten(digit, (-1, group.middle))
     mixed = digit + split
@@ -235,7 +236,7 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
     """
     if plan.dense:
         return linear(x, blocks[0], bias)
-    whole = torch.compiler.is_compiling() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS
+    whole = is_recorded() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS
     if whole or _saved_through_hooks() or is_transformed():
         y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
         return y if bias is None else y + bias

@@ -121,6 +121,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def is_recorded() -> bool:
+    """Whether torch.compile, an export or a tracer writes down what is computed: nothing may be kept from call to call."""
+    return bool(torch.compiler.is_compiling() or torch._C._get_tracing_state())
+
+
 def apply_stages(x: Tensor, weight: Tensor, geometry: Geometry, first: int, count: int) -> Tensor:
     """Run consecutive stages.
 

@@ -361,3 +361,24 @@ def test_outputs_are_contiguous(stages, tokens):
     assert layer(torch.randn(tokens, 256)).is_contiguous()
     with torch.no_grad():
         assert layer(torch.randn(tokens, 256)).is_contiguous()
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    "entries",
+    [
+        [{"kind": "spm", "stages": 5}],
+        [{"kind": "spm", "stages": 7, "block": 4}, {"kind": "lowrank", "rank": 3}],
+        [{"kind": "lowrank", "rank": 3}],
+        [{"kind": "sparse24"}],
+        [{"kind": "monarch", "blocks_in": 2, "blocks_out": 4, "rank": 2}],
+    ],
+)
+def test_a_tracer_writes_down_what_holds_for_other_numbers_of_tokens(entries):
+    """And nothing of what is kept from call to call: two traces are compared by torch itself."""
+    torch.manual_seed(0)
+    layer = SPMLinear(24, 40, terms=Design.from_options(24, 40, entries).terms).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(layer, torch.randn(2, 3, 24))
+        x = torch.randn(3, 5, 24)
+        torch.testing.assert_close(traced(x), layer(x))

@@ -29,6 +29,7 @@ from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.geometry import Geometry, stage_period
 from spmconvert.operator.kept import can_be_kept
 from spmconvert.operator.pruning import GROUP, KEPT, pruned
+from spmconvert.operator.reference import is_recorded
 from spmconvert.operator.start import identity_stages_
 from spmconvert.operator.terms.module import LeastSquares, TermModule, root_mean_square
 from spmconvert.operator.terms.spm import Stages, StagesModule
@@ -202,7 +203,7 @@ class Sparse24Module(TermModule):
         """The same plus a bias [out_features]."""
         sources = self._sources()
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in sources)
-        if trains or torch.compiler.is_compiling() or not can_be_kept(self, sources, (self.positions,)):
+        if trains or is_recorded() or not can_be_kept(self, sources, (self.positions,)):
             return self._differentiable(x, bias)
         return _multiply(x, self._kept_matrix(x, sources), bias)
 

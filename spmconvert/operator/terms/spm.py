@@ -22,7 +22,7 @@ from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
 from spmconvert.operator.kept import Merge, can_be_kept
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages, write_blocks
-from spmconvert.operator.reference import reference_forward
+from spmconvert.operator.reference import is_recorded, reference_forward
 from spmconvert.operator.start import can_factorise, hierarchical_start_, random_start_
 from spmconvert.operator.terms.module import LeastSquares, TermModule, root_mean_square
 from spmconvert.operator.terms.term import Term
@@ -167,7 +167,7 @@ class StagesModule(TermModule):
         # read once: a parametrization computes them at every access
         parameters = (self.weight, self.scale_in, self.scale_out)
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-        compiles = torch.compiler.is_compiling()
+        compiles = is_recorded()
         step_tokens = x.shape[0] if trains and not compiles else None
         backend = resolve_backend(self.backend, x.device.type, tokens=step_tokens)
         # an empty chain has nothing to merge: the operator is a diagonal
