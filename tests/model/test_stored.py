@@ -96,3 +96,35 @@ def test_every_architecture_is_converted_loaded_and_exported(name, tmp_path):
     whole = getattr(transformers, architecture).from_pretrained(tmp_path / "e")
     for module in replaced:
         torch.testing.assert_close(whole.get_submodule(module).weight.shape, dense.get_submodule(module).weight.shape)
+
+
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
+TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
+# renamed inside of towers, fused in the file, or initialised by a parent that reaches for the layers' biases
+FAMILIES = {
+    "Dinov2Model": lambda: transformers.Dinov2Config(**VISION, patch_size=8, mlp_ratio=2),
+    "ASTForAudioClassification": lambda: transformers.ASTConfig(
+        **{key: value for key, value in VISION.items() if key != "image_size"}, max_length=64, num_mel_bins=16
+    ),
+    "SiglipVisionModel": lambda: transformers.SiglipVisionConfig(**VISION, patch_size=8),
+    "LlavaForConditionalGeneration": lambda: transformers.LlavaConfig(
+        text_config={"model_type": "llama", **TEXT},
+        vision_config={"model_type": "clip_vision_model", **VISION, "patch_size": 8},
+        image_token_index=63,
+    ),
+    "NomicBertModel": lambda: transformers.NomicBertConfig(**TEXT, pad_token_id=1),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_whose_tensors_are_renamed(name, tmp_path):
+    torch.manual_seed(0)
+    dense = getattr(transformers, name)(FAMILIES[name]()).eval()
+    dense.save_pretrained(tmp_path / "s")
+    conversion = spmconvert.convert(tmp_path / "s", tmp_path / "o", stages=0, rank=4)
+    found = spmconvert.load(tmp_path / "o")
+    assert sum(isinstance(module, spmconvert.SPMLinear) for module in found.modules()) == len(conversion.layers)
+    assert not [check for check in spmconvert.verify(tmp_path / "o") if check.outcome == "FAILED"]
+    # what transformers saves of it has the same names again
+    found.save_pretrained(tmp_path / "again")
+    assert raw_tensors(tmp_path / "again") == raw_tensors(tmp_path / "o")
