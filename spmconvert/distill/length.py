@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 import torch
 
+from spmconvert.data.training import BUCKET_STEPS, Rows, step_indices
 from spmconvert.outputs.objective import Objective
 from spmconvert.recipe.recipe import Training
 
@@ -47,6 +48,16 @@ def planned_steps(training: Training, step: Callable[[], float], measuring: floa
     seconds = 60 * training.most_minutes - MEASUREMENTS * measuring
     each = step() + measuring / training.evaluate_every
     return min(training.most_steps, max(1, int(seconds / each)))
+
+
+def typical_step(rows: Rows, training: Training) -> int:
+    """Of the first steps the one whose number of tokens is the least far from their mean: a step has rows of one length."""
+    sizes = [
+        sum(rows.size(index) for index in step_indices(rows, training.batch_size, step, training.seed))
+        for step in range(BUCKET_STEPS)
+    ]
+    mean = sum(sizes) / len(sizes)
+    return min(range(len(sizes)), key=lambda step: abs(sizes[step] - mean))
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from spmconvert.data.training import TrainingData, step_indices
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.layerwise import match_layer
-from spmconvert.distill.length import planned_steps, timed
+from spmconvert.distill.length import planned_steps, timed, typical_step
 from spmconvert.distill.loss import Distillation, Loss
 from spmconvert.distill.state import State, restore, snapshot
 from spmconvert.recipe.recipe import Training
@@ -125,7 +125,8 @@ def _differentiate(run: TrainingRun, step: int) -> list[Loss]:
 
 def _step_seconds(run: TrainingRun) -> float:
     """Seconds that a step takes, by its gradients, which are let go; the first of two may still allocate and compile."""
-    seconds = [timed(lambda: _differentiate(run, 0), run.accelerator.device) for _ in range(2)]
+    typical = typical_step(run.data.training, run.training)
+    seconds = [timed(lambda: _differentiate(run, typical), run.accelerator.device) for _ in range(2)]
     run.called.zero_grad(set_to_none=True)
     return _longest(run, seconds[-1])
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from spmconvert.distill.length import planned_steps, settled_rate
+from spmconvert.data.training import BUCKET_STEPS, step_indices
+from spmconvert.distill.length import planned_steps, settled_rate, typical_step
 from spmconvert.errors import RecipeError
 from spmconvert.recipe.loading import training_from_keywords
 from spmconvert.recipe.recipe import MINUTES, STEPS, Training
@@ -35,6 +36,30 @@ def test_named_steps_are_not_timed():
         raise AssertionError
 
     assert planned_steps(Training(steps=7), step, measuring=0.0) == 7
+
+
+class Lengths:
+    """Rows of given lengths."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def size(self, index):
+        return self.sizes[index]
+
+
+def test_a_step_of_mean_length_is_timed():
+    """Steps are of rows of one length each: the first alone may be of the longest, and plan half of what fits."""
+    rows = Lengths([10] * 400 + [50] * 400 + [200] * 100)
+    training = Training(batch_size=4)
+    counts = [sum(map(rows.size, step_indices(rows, 4, step, training.seed))) for step in range(BUCKET_STEPS)]
+    mean = sum(counts) / len(counts)
+    chosen = counts[typical_step(rows, training)]
+    assert abs(chosen - mean) == min(abs(count - mean) for count in counts)
+    assert max(counts) > 2 * chosen
 
 
 def test_rates_fall_with_what_was_kept_and_for_states():
