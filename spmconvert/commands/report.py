@@ -29,7 +29,7 @@ from spmconvert.reporting.measure import compare
 from spmconvert.reporting.methods import measure_candidates
 from spmconvert.reporting.models import ReportRun
 from spmconvert.reporting.recorded import record_output
-from spmconvert.reporting.rows import EvaluationRows, evaluation_rows
+from spmconvert.reporting.rows import Domain, EvaluationRows, evaluation_rows
 from spmconvert.reporting.schema import (
     SCHEMA_VERSION,
     FinetuneRecord,
@@ -237,19 +237,21 @@ def _shown(record: dict[str, Any], part: type[BaseModel]) -> dict[str, Any]:
 
 def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, count: int) -> list[EvaluationRows]:
     """The unseen rows of the texts that were given; what is missing is noted."""
+    called: str | None = None
     if str(data) == AUTO_TEXT:
         found = stand_in("evaluation", run.converted.directory, run.config)
-        data = None if found is None else found.file
+        data, called = (None, None) if found is None else (found.file, found.what)
     if data is None:
         run.note_missing("quality", "no text is given", DATA_REMEDY)
     if run.student.__class__.__name__.endswith("ForQuestionAnswering"):
         run.note_missing("quality", "spans of question answering are not compared", "measure the task itself with --tasks")
         return []
     texts = []
-    for file, domain in ((data, "first"), (other, "other")):
+    asked: tuple[tuple[str | Path | None, Domain, str | None], ...] = ((data, "first", called), (other, "other", None))
+    for file, domain, name in asked:
         if file is None:
             continue
-        rows = evaluation_rows(run.converted, run.config, Path(file), domain, count=count)  # type: ignore[arg-type]
+        rows = evaluation_rows(run.converted, run.config, Path(file), domain, count=count, name=name)
         if isinstance(rows, NotMeasured):
             run.not_measured.append(rows)
         else:
@@ -262,10 +264,10 @@ def _quality(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Quality, ...]
         return ()
     qualities = []
     for text in texts:
-        run.progress(f"measuring quality on {text.file.name}")
+        run.progress(f"measuring quality on {text.name}")
         qualities.append(
             Quality(
-                text=text.file.name,
+                text=text.name,
                 domain=text.domain,
                 sha256=text.sha256,
                 rows_from=text.origin,

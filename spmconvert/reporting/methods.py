@@ -46,7 +46,7 @@ def measure_candidates(
     for key, model in models.items():
         metrics: tuple[Metric, ...] = quality[0].metrics if key == "spm" and quality else ()
         if texts and key != "spm":
-            run.progress(f"measuring {TITLES[key]} on {texts[0].file.name}")
+            run.progress(f"measuring {TITLES[key]} on {texts[0].name}")
             metrics = compare(run.dense, model, texts[0])
         candidates.append(
             MethodResult(

@@ -36,7 +36,7 @@ class EvaluationRows:
     """Unseen rows of one text.
 
     Attributes:
-        file: the text.
+        name: what it is called: the file's name, or what stands in for one.
         domain: which of the two texts it is.
         sha256: its hash.
         rows: each token ids [tokens] (int64), or an item of a processor's tensors.
@@ -44,7 +44,7 @@ class EvaluationRows:
         origin: where the rows come from, in words.
     """
 
-    file: Path
+    name: str
     domain: Domain
     sha256: str
     rows: list[Row]
@@ -58,14 +58,23 @@ class EvaluationRows:
 
 
 def evaluation_rows(
-    converted: Converted, config: Any, file: Path, domain: Domain, *, count: int
+    converted: Converted, config: Any, file: Path, domain: Domain, *, count: int, name: str | None = None
 ) -> EvaluationRows | NotMeasured:
     """Rows of a text that may measure quality, or why there are none.
+
+    Args:
+        converted: that is measured.
+        config: its model's.
+        file: a text, a folder of pictures or sounds, or a file of tensors.
+        domain: which of the two texts it is.
+        count: most rows.
+        name: what to call it; None for the file's name.
 
     Raises:
         CalibrationError: when the file cannot be read as a text.
     """
-    what = f"quality on {file.name}"
+    name = file.name if name is None else name
+    what = f"quality on {name}"
     if file.is_dir():
         file = folder_inputs(file, converted.directory, config)
     digest = content_hash(file)
@@ -77,12 +86,12 @@ def evaluation_rows(
         )
     calibration = converted.provenance.get("calibration") or {}
     if calibration.get("file_sha256") == digest:
-        return _rows_not_fitted(converted, config, file, domain, what, count)
+        return _rows_not_fitted(converted, config, file, domain, name, count)
     rows, padding = _read_rows(converted.directory, config, file)
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(SEED)).tolist()
     chosen = [rows[index] for index in sorted(order[:count])]
     return EvaluationRows(
-        file, domain, digest, chosen, padding, f"{len(chosen)} of {len(rows)} rows, drawn with seed {SEED}"
+        name, domain, digest, chosen, padding, f"{len(chosen)} of {len(rows)} rows, drawn with seed {SEED}"
     )
 
 
@@ -113,8 +122,9 @@ def recorded_rows(converted: Converted, config: Any, file: Path) -> CalibrationR
 
 
 def _rows_not_fitted(
-    converted: Converted, config: Any, file: Path, domain: Domain, what: str, count: int
+    converted: Converted, config: Any, file: Path, domain: Domain, name: str, count: int
 ) -> EvaluationRows | NotMeasured:
+    what = f"quality on {name}"
     rows = recorded_rows(converted, config, file)
     if rows is None:
         return NotMeasured(
@@ -133,4 +143,4 @@ def _rows_not_fitted(
         )
     used = f"fitted {len(rows.fitted)}" + (f" and chose designs on {len(rows.choosing)}" if rows.choosing else "")
     origin = f"{min(count, len(unseen))} of {len(unseen)} rows that the conversion did not use; it {used}"
-    return EvaluationRows(file, domain, rows.file_sha256, unseen[:count], rows.padding, origin)
+    return EvaluationRows(name, domain, rows.file_sha256, unseen[:count], rows.padding, origin)

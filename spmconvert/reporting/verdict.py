@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from spmconvert.reporting.schema import Metric, Report
-from spmconvert.reporting.summary import HEADLINE_TOKENS, compared_methods, headline_metric
+from spmconvert.reporting.summary import compared_methods, headline_metric, headline_row
 from spmconvert.system.caches import cache_directory
 from spmconvert.units import measured
 
@@ -69,7 +69,7 @@ def verdict(report: Report) -> Verdict:
 
 
 def _gains(report: Report) -> str:
-    row = next((row for row in report.timing if row.what == "forward" and row.tokens == HEADLINE_TOKENS), None)
+    row = headline_row(report)
     disk = report.quantity("bytes on disk", "whole model")
     bytes_left = f"{1 - disk.converted / disk.dense:.0%} fewer bytes" if disk.converted < disk.dense else "no fewer bytes"
     if row is None:

@@ -44,7 +44,7 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     assert code == 0, err
     assert json.loads(out)["model"]["name"] == "gpt2-spm-ft"
     (quality,) = json.loads(out)["quality"]
-    assert quality["text"] == library_text("evaluation").name
+    assert quality["text"] == "docstrings of the Python installation"
     assert quality["rows"] == 2
     code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json", "--data", "none")
     assert json.loads(out)["quality"] == []

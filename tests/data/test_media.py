@@ -168,7 +168,7 @@ def test_three_commands_for_pictures(run, checkpoints, tmp_path, monkeypatch):
     assert code == 0, err
     assert "calibrated on made-up pictures; a folder of pictures" in err
     assert "for 17 tokens" in out
-    assert "same class against the dense model, on made-up-pictures-evaluation" in out
+    assert "same class against the dense model, on made-up pictures" in out
     code, _, err = run("finetune", "--steps", "2", "--batch-size", "2")
     assert code == 0, err
     assert "trained on made-up pictures" in err

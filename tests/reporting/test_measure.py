@@ -1,7 +1,5 @@
 """The measures against what they are defined as, and the sentences made of them."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -22,7 +20,7 @@ from tests.conftest import bert_config, gpt2_config
 def rows(*lengths):
     generator = torch.Generator().manual_seed(1)
     made = [torch.randint(3, 90, (length,), generator=generator) for length in lengths]
-    return EvaluationRows(Path("x.txt"), "first", "0" * 64, made, 1, "made up")
+    return EvaluationRows("x.txt", "first", "0" * 64, made, 1, "made up")
 
 
 def pair(make):
