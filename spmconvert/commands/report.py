@@ -21,6 +21,7 @@ from spmconvert.data.standin import stand_in
 from spmconvert.data.tokens import inputs_of, load_tokenizer
 from spmconvert.errors import CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
+from spmconvert.outputs.probe import text_config
 from spmconvert.recipe.loading import recorded_recipe
 from spmconvert.recipe.recipe import AUTO_TEXT
 from spmconvert.reporting import timing
@@ -285,7 +286,7 @@ def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generatio
         return ()
     run.progress("generating samples")
     tokenizer = load_tokenizer(run.converted.directory)
-    positions = getattr(run.config, "max_position_embeddings", None) or PROMPT_TOKENS + CONTINUATION_TOKENS
+    positions = getattr(text_config(run.config), "max_position_embeddings", None) or PROMPT_TOKENS + CONTINUATION_TOKENS
     prompt_tokens = min(PROMPT_TOKENS, positions // 2)
     new = min(CONTINUATION_TOKENS, positions - prompt_tokens)
     samples = []

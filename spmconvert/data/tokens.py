@@ -15,6 +15,7 @@ from torch import Tensor
 
 from spmconvert.errors import CalibrationError, CheckpointError, first_line
 from spmconvert.model.architecture import model_class
+from spmconvert.outputs.probe import text_config
 
 # what decides about tokens beside these, and makes no tokenizer alone
 TOKENIZER_PARTS = ("merges*", "special_tokens*", "added_tokens*")
@@ -98,8 +99,9 @@ def row_length(config: Any, wanted: int) -> int:
     Raises:
         CheckpointError: when that takes a look at the model, and transformers has none for the config.
     """
-    positions = getattr(config, "max_position_embeddings", None) or wanted
-    reserved = (getattr(config, "pad_token_id", None) or 0) + 1
+    own = text_config(config)
+    positions = getattr(own, "max_position_embeddings", None) or wanted
+    reserved = (getattr(own, "pad_token_id", None) or 0) + 1
     if wanted + reserved > positions and _counts_from_padding(config, positions):
         return min(wanted, positions - reserved)
     return min(wanted, positions)
@@ -150,7 +152,8 @@ def padded_batch(rows: list[Tensor], padding: int, model: Any) -> dict[str, Any]
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
     batch: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
-    if hasattr(model.config, "use_cache"):
+    # of models of several towers the one for text says so
+    if any(hasattr(config, "use_cache") for config in (model.config, text_config(model.config))):
         batch["use_cache"] = False
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"]

@@ -128,12 +128,16 @@ class Chain:
     @contextmanager
     def _called(self, called: Callable[[int, Any, Call], Any]) -> Iterator[None]:
         """Have something else called in the place of blocks, with index, state and the rest of the call."""
+        from transformers import Cache
+
         before = [block.__dict__.get("forward") for block in self._blocks]
 
         def forward_of(index: int) -> Callable[..., Any]:
             def forward(*arguments: Any, **keywords: Any) -> Any:
                 state, *rest = arguments or (keywords.pop("hidden_states", None),)
-                return called(index, state, Call(tuple(rest), keywords))
+                # keys and values of one run are nothing to the next one, also where the model takes no use_cache
+                plain = {name: None if isinstance(value, Cache) else value for name, value in keywords.items()}
+                return called(index, state, Call(tuple(rest), plain))
 
             return forward
 

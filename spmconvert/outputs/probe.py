@@ -14,18 +14,22 @@ def first_output(model: Any, ids: torch.Tensor) -> torch.Tensor:
         return model(**batch)[0].float()
 
 
+def text_config(config: Any) -> Any:
+    """What a config says of the side of the model that reads text, and of towers of the one for text."""
+    two_sided = config.is_encoder_decoder
+    return config.get_text_config(encoder=two_sided, decoder=not two_sided)
+
+
 def vocabulary_size(model: Any) -> int:
-    """Number of token ids that a model reads, whatever tower of it the config says that of."""
-    two_sided = model.config.is_encoder_decoder
-    config = model.config.get_text_config(encoder=two_sided, decoder=not two_sided)
+    """Number of token ids that a model reads."""
     # an encoder and a decoder that were put together have no config of their own for text
-    size = getattr(config, "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    size = getattr(text_config(model.config), "vocab_size", None) or model.get_input_embeddings().num_embeddings
     return int(size)
 
 
 def token_batch(model: Any, tokens: int) -> dict[str, Any]:
     """Random token ids as keyword arguments: one row, or several full rows where the model's positions end."""
-    positions = getattr(model.config, "max_position_embeddings", None) or tokens
+    positions = getattr(text_config(model.config), "max_position_embeddings", None) or tokens
     # a power of two, because some models keep a few positions for themselves
     length = min(tokens, 1 << (positions.bit_length() - 1))
     return token_rows_batch(model, -(-tokens // length), length)
