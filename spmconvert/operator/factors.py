@@ -12,6 +12,7 @@ U has orthonormal columns (without a metric) and V the scale; factors of equal s
 import torch
 from torch import Tensor
 
+from spmconvert.errors import FitError
 from spmconvert.operator.terms.module import OutputNorm
 
 # added to the covariance, as a share of its mean diagonal, so that dead channels and few rows stay factorisable
@@ -32,8 +33,13 @@ def damped_root(covariance: Tensor) -> tuple[Tensor, float]:
 
     A covariance has negative eigenvalues where sums of few bits cancel: a channel whose inputs are a thousand times as
     large as the others rounds theirs away.
+
+    Raises:
+        FitError: when it is not finite, which no ridge makes up for.
     """
     sigma = covariance.double()
+    if not sigma.isfinite().all():
+        raise FitError("weight or input statistics are not finite; a least-squares fit needs finite numbers")
     level = sigma.diagonal().mean()
     if not level > 0:
         return torch.eye(len(sigma), dtype=torch.float32, device=sigma.device), RIDGE

@@ -459,3 +459,12 @@ def test_damping_rises_where_moments_are_singular():
     assert root.isfinite().all()
     lifted = broken + torch.eye(6) * ridge * broken.diagonal().mean()
     torch.testing.assert_close(root.t() @ root, lifted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_moments_that_no_damping_helps_are_refused(value):
+    """A ridge that rises until the sum is positive definite would rise forever."""
+    broken = torch.eye(6)
+    broken[2, 3] = value
+    with pytest.raises(FitError, match="not finite"):
+        damped_root(broken)
