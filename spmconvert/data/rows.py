@@ -22,11 +22,9 @@ def row_batch(rows: Sequence[Row], padding: int, model: Any) -> dict[str, Any]:
         model: that reads them.
     """
     items = [row for row in rows if isinstance(row, MediaRow)]
-    return (
-        media_batch(items, model)
-        if items
-        else padded_batch([row for row in rows if isinstance(row, Tensor)], padding, model)
-    )
+    if items:
+        return media_batch(items, model)
+    return padded_batch([row for row in rows if isinstance(row, Tensor)], padding, model)
 
 
 def row_key(row: Row) -> bytes:

@@ -135,17 +135,22 @@ class _Survey:
         self.depths = {stack: len(list(model.get_submodule(stack).children())) for stack in stacks}
         self.tied = tied_to(model)
         self.experts = fused_experts(model)
-        self.reasons = self._left_alone()
+        self.apart = self._in_other_towers()
+        self.reasons = {**self.apart, **self._left_alone()}
+
+    def _in_other_towers(self) -> dict[str, str]:
+        """Layers of towers that the calibration does not run, with the reason."""
+        return {
+            name: f"in the {other} tower, which the calibration does not run; {other}:mlp would take it"
+            for other, place in self.towers.items()
+            for name in self.names
+            if self.tower is not None and place != self.tower and inside(place, name)
+        }
 
     def _left_alone(self) -> dict[str, str]:
         """Layers that no preset takes, with the reason."""
         head = output_head(self.model)
-        reasons: dict[str, str] = {}
-        if self.tower is not None:
-            for other, place in self.towers.items():
-                if place != self.tower:
-                    reason = f"in the {other} tower, which the calibration does not run; {other}:mlp would take it"
-                    reasons |= {name: reason for name in self.names if inside(place, name)}
+        reasons = {}
         for linear in self.linears:
             if linear.name in self.tied:
                 reasons[linear.name] = f"shares its weight with {self.tied[linear.name]}"
@@ -216,7 +221,7 @@ class _Survey:
     def _preset(self, preset: str, place: str | None) -> list[str]:
         roles = ("attn", "mlp", "other") if preset == "all" else (preset,)
         # a tower that is named is taken, whether the calibration runs it or not
-        kept_out = {name for name, reason in self.reasons.items() if place is None or "tower" not in reason}
+        kept_out = {name for name, reason in self.reasons.items() if place is None or reason != self.apart.get(name)}
         names = [
             linear.name
             for linear in self.linears
