@@ -1,4 +1,4 @@
-"""Train the small language model that the quality benchmarks convert: a GPT-2 or Llama type, on bytes or a small BPE.
+"""Train the small language model that the quality benchmarks convert: GPT-2, Llama or a mixture, on bytes or a small BPE.
 
     python -m benchmarks.teacher --text wikitext-2-valid.txt --output teachers/gpt2
 
@@ -15,9 +15,21 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.nn.functional import cross_entropy
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from spmconvert.model.opening import close_, open_
 
 BYTES = 256
+# of a mixture: experts of a block, and how many a token is given to
+EXPERTS, CHOSEN = 8, 2
 
 
 def main() -> None:
@@ -25,7 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, required=True, help="training text")
     parser.add_argument("--output", type=Path, required=True, help="directory of the checkpoint")
-    parser.add_argument("--architecture", choices=["gpt2", "llama"], default="gpt2")
+    parser.add_argument("--architecture", choices=["gpt2", "llama", "mixture"], default="gpt2")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--block-size", type=int, default=128)
@@ -41,7 +53,10 @@ def main() -> None:
     model = build(options, len(tokenizer))
     stream = torch.tensor(tokenizer(options.text.read_text(encoding="utf-8"))["input_ids"])
     print(f"{len(stream):,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    # Muon takes matrices, so fused experts are trained one by one
+    open_(model)
     train(model, stream, options)
+    close_(model)
     model.save_pretrained(options.output)
     tokenizer.save_pretrained(options.output)
 
@@ -55,6 +70,10 @@ def build(options: argparse.Namespace, words: int) -> torch.nn.Module:
         return GPT2LMHeadModel(GPT2Config(n_positions=options.block_size, **sizes, **common))
     heads = {"num_attention_heads": options.width // 64, "num_key_value_heads": options.width // 64}
     sizes = {"hidden_size": options.width, "intermediate_size": 3 * options.width, "num_hidden_layers": options.layers}
+    if options.architecture == "mixture":
+        experts = {"num_experts": EXPERTS, "num_experts_per_tok": CHOSEN, "moe_intermediate_size": options.width}
+        sizes |= {"head_dim": 64, "norm_topk_prob": True, **experts}
+        return Qwen3MoeForCausalLM(Qwen3MoeConfig(max_position_embeddings=options.block_size, **sizes, **heads, **common))
     return LlamaForCausalLM(LlamaConfig(max_position_embeddings=options.block_size, **sizes, **heads, **common))
 
 

@@ -16,6 +16,7 @@ What it gives up: a program that never imports spmconvert cannot load the checkp
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.quantizers.auto import (
     AUTO_QUANTIZATION_CONFIG_MAPPING,
@@ -28,6 +29,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, QUANT_METHOD, LayerSpec, check_format_version
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
+from spmconvert.model.opened_module import OpenedModule
+from spmconvert.model.opening import close_
 from spmconvert.model.swap import dense_layer, replace_module, swap_layers
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.loading import recipe_from_keywords
@@ -128,8 +131,14 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
             CheckpointError: when tensor parallelism is in use and the plan names a replaced layer.
         """
         replaced = {name for name, module in model.named_modules() if isinstance(module, SPMLinear)}
-        patterns = {".".join("*" if part.isdigit() else part for part in name.split(".")) for name in replaced}
-        hit = [key for key in plan if key.removesuffix(".weight") in patterns]
+        patterns = {_pattern(name) for name in replaced}
+        # fused parameters are not there any more
+        experts = {_pattern(name) for name, module in model.named_modules() if isinstance(module, OpenedModule)}
+        hit = [
+            key
+            for key in plan
+            if key.removesuffix(".weight") in patterns or key in experts or key.rpartition(".")[0] in experts
+        ]
         if hit and getattr(model, "_tp_size", None):
             raise CheckpointError(f"tensor parallelism cannot split the SPM layers {hit}; load without tp_plan")
         for key in hit:
@@ -137,11 +146,13 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         """Put the dense layer in the place of every SPM layer, in place, for ``model.dequantize()``."""
+        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
         prefix = getattr(model, "base_model_prefix", "")
         specs = {resolve_name(name, layers, prefix): spec for name, spec in self.quantization_config.specs().items()}
         for name, layer in layers.items():
             replace_module(model, name, dense_layer(layer, conv1d=specs[name].fan_in_fan_out, dtype=dtype))
+        close_(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -162,6 +173,11 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_compileable(self) -> bool:
         """The operator has no graph breaks."""
         return True
+
+
+def _pattern(name: str) -> str:
+    """A module's name as parallel plans have it."""
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def _keep_from_initialising(model: nn.Module, replaced: list[str]) -> None:

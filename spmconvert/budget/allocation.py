@@ -1,8 +1,10 @@
 """Choose a design for every layer so that the whole model loses least within a budget.
 
-Layers whose dense form is the best use of the budget are left alone.
+Layers whose dense form is the best use of the budget are left alone. Experts of a layer share one design a projection, and
+are chosen as one.
 """
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -57,20 +59,25 @@ class Limit:
         """What a design of a layer costs; None is the dense layer."""
         budget = self.budget
         if budget.speedup is not None:
-            assert self.times is not None
-            sizes = (layer.target.in_features, layer.target.out_features)
-            seconds = self.times.dense(*sizes) if design is None else self.times.seconds(design)
-            return int(seconds * NANOSECONDS)
+            return int(self.seconds_of(layer, design) * NANOSECONDS)
         if budget.keep_flops is not None:
-            return layer.flops[0] if design is None else design.flops_per_token()
+            return layer.flops[0] if design is None else layer.flops_of(design)
         if budget.keep_bytes is not None:
             item = DTYPE_BYTES[layer.stored_dtype]
             return layer.dense_bytes if design is None else replace(layer.spec, design=design).stored_bytes(item)
         return layer.dense_parameters if design is None else replace(layer.spec, design=design).parameter_count()
 
-    def drops(self, design: Design) -> bool:
-        """Whether a design is no candidate, because it is slower than the dense layer."""
-        return not self.budget.allow_slower and self.times is not None and self.times.is_slower(design)
+    def seconds_of(self, layer: LayerPlan, design: Design | None) -> float:
+        """Seconds that a design of a layer takes for those of the tokens that it sees; None is the dense layer."""
+        assert self.times is not None
+        times = self.times.of_share(layer.target.share)
+        return times.dense(layer.target.in_features, layer.target.out_features) if design is None else times.seconds(design)
+
+    def drops(self, layer: LayerPlan, design: Design) -> bool:
+        """Whether a design of a layer is no candidate, because it is slower than the dense one."""
+        if self.budget.allow_slower or self.times is None:
+            return False
+        return self.times.of_share(layer.target.share).is_slower(design)
 
 
 @dataclass(frozen=True)
@@ -145,28 +152,65 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
         OptionError: when the smallest candidates exceed the budget, or no layer would change.
     """
     budget, layers = limit.budget, curves.plan.layers
-    options: list[list[Candidate | None]] = []
-    designs: list[list[Design | None]] = []
+    units = _units(layers)
+    candidates = curves.candidates
+    options: list[list[Option]] = []
     known = 0
-    for layer, candidates in zip(layers, curves.candidates, strict=True):
-        sizes = (layer.target.in_features, layer.target.out_features)
-        kept = [(one, design) for one in candidates if not limit.drops(design := one.design(*sizes))]
-        known += len(candidates)
-        options.append([*(one for one, _ in kept), None])
-        designs.append([*(design for _, design in kept), None])
+    for unit in units:
+        first = layers[unit[0]]
+        sizes = (first.target.in_features, first.target.out_features)
+        shared = _shared([candidates[index] for index in unit])
+        options.append([*(one for one in shared if not limit.drops(first, one[0].design(*sizes))), None])
+        known += len(shared)
     dropped = known - sum(len(own) - 1 for own in options)
     if known and dropped == known:
         raise OptionError(_why_dense(budget, dropped, known))
-    costs = [[limit.cost(layer, design) for design in own] for layer, own in zip(layers, designs, strict=True)]
-    losses = [[0.0 if option is None else option.loss for option in own] for own in options]
+    costs = [
+        [sum(_cost(limit, layers[index], option, place) for place, index in enumerate(unit)) for option in own]
+        for unit, own in zip(units, options, strict=True)
+    ]
+    losses = [[0.0 if option is None else sum(one.loss for one in option) for option in own] for own in options]
     if budget.max_error is not None:
         choice = _within_error(options, costs, losses, budget.max_error)
     else:
         choice = choose(costs, losses, limit.total, budget.unit)
-    picked = tuple(own[index] for own, index in zip(options, choice.chosen, strict=True))
+    picked: list[Candidate | None] = [None] * len(layers)
+    chosen = [0] * len(layers)
+    for unit, own, number in zip(units, options, choice.chosen, strict=True):
+        for place, index in enumerate(unit):
+            option = own[number]
+            picked[index], chosen[index] = None if option is None else option[place], number
+    choice = replace(choice, chosen=tuple(chosen))
     if not any(picked):
         raise OptionError(_why_dense(budget, dropped, known))
-    return Allocation(_planned(curves.plan, picked), choice, picked, (dropped, known))
+    return Allocation(_planned(curves.plan, picked), choice, tuple(picked), (dropped, known))
+
+
+# a design of everything that has to have the same one, by layer; None where it stays dense
+Option = tuple[Candidate, ...] | None
+
+
+def _units(layers: Sequence[LayerPlan]) -> list[list[int]]:
+    """Positions of layers that have to have the same design: experts of a layer, all others each alone."""
+    units: dict[str, list[int]] = {}
+    for index, layer in enumerate(layers):
+        units.setdefault(layer.target.group or layer.target.name, []).append(index)
+    return list(units.values())
+
+
+def _shared(candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, ...]]:
+    """Candidates of the same design of several layers, of designs that all of them know."""
+    if len(candidates) == 1:
+        return [(one,) for one in candidates[0]]
+    by_design = [{json.dumps(one.terms, sort_keys=True): one for one in own} for own in candidates]
+    return [
+        tuple(own[design] for own in by_design) for design in by_design[0] if all(design in own for own in by_design[1:])
+    ]
+
+
+def _cost(limit: Limit, layer: LayerPlan, option: Option, place: int) -> int:
+    sizes = (layer.target.in_features, layer.target.out_features)
+    return limit.cost(layer, None if option is None else option[place].design(*sizes))
 
 
 def _why_dense(budget: Budget, dropped: int, known: int) -> str:
@@ -180,7 +224,7 @@ def _why_dense(budget: Budget, dropped: int, known: int) -> str:
 
 
 def _within_error(
-    options: Sequence[Sequence[Candidate | None]],
+    options: Sequence[Sequence[Option]],
     costs: Sequence[Sequence[int]],
     losses: Sequence[Sequence[float]],
     max_error: float,
@@ -188,7 +232,9 @@ def _within_error(
     """The smallest candidate of every layer whose error is allowed; the dense layer is one."""
     chosen = []
     for own, own_costs in zip(options, costs, strict=True):
-        allowed = [index for index, option in enumerate(own) if option is None or option.error <= max_error]
+        allowed = [
+            index for index, option in enumerate(own) if option is None or all(one.error <= max_error for one in option)
+        ]
         chosen.append(min(allowed, key=lambda index: own_costs[index]))
     cost = sum(own[index] for own, index in zip(costs, chosen, strict=True))
     return Choice(tuple(chosen), cost, sum(own[index] for own, index in zip(losses, chosen, strict=True)), bound=0.0)

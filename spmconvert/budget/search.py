@@ -113,7 +113,8 @@ class Search:
         return [term for kind in self._kinds for term in term_class(kind).standing_designs(*_sizes(curve))]
 
     def _standing(self, curve: LayerCurve) -> Forms:
-        return self._affordable((f"{kind} as it is", standing_designs_of(kind, *_sizes(curve))) for kind in self._kinds)
+        found = ((f"{kind} as it is", standing_designs_of(kind, *_sizes(curve))) for kind in self._kinds)
+        return self._affordable(curve, found)
 
     def _forms_at(self, parameters: Mapping[str, int]) -> FormsOf:
         """Forms of a layer at its number of parameters; none for layers that are not named."""
@@ -122,19 +123,19 @@ class Search:
             given = parameters.get(curve.layer.target.name)
             if given is None:
                 return {}
-            return self._affordable(
-                (kind, designs_of(kind, *_sizes(curve), given, beside_low_rank=self._beside)) for kind in self._kinds
-            )
+            sizes = _sizes(curve)
+            found = ((kind, designs_of(kind, *sizes, given, beside_low_rank=self._beside)) for kind in self._kinds)
+            return self._affordable(curve, found)
 
         return forms
 
-    def _affordable(self, found: Iterable[tuple[str, Sequence[Design]]]) -> Forms:
-        """Forms that are no slower than the dense layer, where that matters; nothing has been fitted for it."""
+    def _affordable(self, curve: LayerCurve, found: Iterable[tuple[str, Sequence[Design]]]) -> Forms:
+        """Forms of a layer that are no slower than the dense layer, where that matters; nothing has been fitted for it."""
         return {
             f"{name} {number}": design
             for name, designs in found
             for number, design in enumerate(designs)
-            if not self.limit.drops(design)
+            if not self.limit.drops(curve.layer, design)
         }
 
     def _winners(self, forms: FormsOf) -> dict[tuple[int, int], list[str]]:

@@ -110,8 +110,7 @@ class _NoProduct(nn.Module):
 
 def whole_model(dense: float, rest: float, limit: Limit) -> WholeModel:
     """The times of a dense model whose forward pass takes so many seconds, and so many without its targeted layers."""
-    assert limit.times is not None
-    layers = sum(limit.times.dense(layer.target.in_features, layer.target.out_features) for layer in limit.layers)
+    layers = sum(limit.seconds_of(layer, None) for layer in limit.layers)
     # layers that take no time that can be measured
     return WholeModel(dense, min(rest, (1 - 1e-3) * dense), layers)
 
@@ -125,13 +124,11 @@ def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], lis
     Raises:
         OptionError: when they do not; it names the largest value that they reach.
     """
-    times, wanted = limit.times, limit.budget.speedup
-    assert times is not None
+    wanted = limit.budget.speedup
     assert wanted is not None
     fastest = 0.0
     for layer in limit.layers:
-        dense = times.dense(layer.target.in_features, layer.target.out_features)
-        fastest += min([dense, *(times.seconds(design) for design in smallest(layer))])
+        fastest += min(limit.seconds_of(layer, design) for design in (None, *smallest(layer)))
     reachable = whole.speedup(fastest)
     if wanted > reachable:
         shape = f"{limit.budget.rows} x {limit.budget.tokens} tokens"

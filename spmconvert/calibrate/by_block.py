@@ -56,6 +56,8 @@ class BlockCalibration:
         self._batch_rows = len(next(value for value in self._first_batch.values() if isinstance(value, Tensor)))
         self._parts = {part: _Part(chain, given, team) for part, given in batches.items()}
         self._is_weighed, self._weighing = weighing > 0, self._parts["fitted"].first(weighing)
+        self._experts = [layer for own in layers.values() for layer in own if layer.target.group]
+        self._expert_inputs = {layer.target.name: layer.target.in_features for layer in self._experts}
         self._entering: dict[int, States] = {}
         self._first = min(layers)
         self._ticks = self._counted(report)
@@ -67,7 +69,8 @@ class BlockCalibration:
             self._up(index)
         if not self._is_weighed:
             return
-        curvatures = Curvatures(self._chain.model, self._names(), self._seed)
+        experts = {layer.target.name: layer.target.out_features for layer in self._experts}
+        curvatures = Curvatures(self._chain.model, self._names(), self._seed, experts)
         gradients = self._probe(curvatures)
         for index in reversed(range(self._first, len(self._chain))):
             self._down(index, curvatures, gradients)
@@ -112,7 +115,9 @@ class BlockCalibration:
             for inside, statistics in gathered.items():
                 sums.add(inner[inside], share, statistics.tensors)
         for layer, total in sums.take(list(inner.values())):
-            statistics = checked(layer, None if total is None else ActivationStatistics.from_tensors(total))
+            statistics = checked(
+                layer, None if total is None else ActivationStatistics.from_tensors(total), self._expert_inputs
+            )
             if name == "fitted" and self._is_weighed:
                 self._store.prepare(layer, statistics)
             else:

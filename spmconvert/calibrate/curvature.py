@@ -43,13 +43,14 @@ class Curvatures:
         model: the dense model, in float32; gradients of its parameters are left alone.
         names: layers, by module name.
         seed: seed of the probes.
+        experts: out_features by name of the layers that need have no influence.
 
     Attributes:
         positions: of the output that were probed.
     """
 
-    def __init__(self, model: Any, names: Sequence[str], seed: int) -> None:
-        self._model, self._names = model, names
+    def __init__(self, model: Any, names: Sequence[str], seed: int, experts: Mapping[str, int] | None = None) -> None:
+        self._model, self._names, self._experts = model, names, experts or {}
         self._objective = objective_for(model.config, type(model).__name__)
         self._seed, self._rows = seed, 0
         self._plain_head: bool | None = None
@@ -100,8 +101,10 @@ class Curvatures:
         Raises:
             CalibrationError: when a layer has no influence on what is compared, or gradients are not finite.
         """
+        if total is None and name in self._experts:
+            return torch.zeros(self._experts[name], self._experts[name], dtype=torch.float32)
         factor = 1.0 if self._objective == "hidden" else 0.5
-        return _checked(name, total).mul_(factor / self.positions)
+        return _checked(name, total, may_rest=name in self._experts).mul_(factor / self.positions)
 
     @torch.enable_grad()
     def probe(self, batch: dict[str, Any], first_row: int) -> None:
@@ -254,8 +257,8 @@ def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, 
         sums[name] = product
 
 
-def _checked(name: str, total: Tensor | None) -> Tensor:
-    if total is None or not total.any():
+def _checked(name: str, total: Tensor | None, *, may_rest: bool) -> Tensor:
+    if total is None or not (may_rest or total.any()):
         raise CalibrationError(
             f"layer {name} has no influence on what the model puts out; leave it out with --ignore {name}"
         )

@@ -52,6 +52,12 @@ class OutputMetric:
         """The same on another device."""
         return OutputMetric(self.vectors.to(device), self.values.to(device), self.level)
 
+    def matrix(self) -> Tensor:
+        """The curvature as it was kept, [out_features, out_features]."""
+        curvature = (self.vectors * (self.values - self.level)) @ self.vectors.t()
+        curvature.diagonal().add_(self.level)
+        return curvature
+
     def energy(self, outputs: Tensor) -> Tensor:
         """Sum over rows of yᵀ C y for outputs [rows, out_features]; differentiable."""
         along = (outputs @ self.vectors).square() @ (self.values - self.level)

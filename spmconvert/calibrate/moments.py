@@ -10,6 +10,7 @@ from typing import Any
 from spmconvert.calibrate.by_block import BlockCalibration
 from spmconvert.calibrate.curvature import Curvatures
 from spmconvert.calibrate.metric import OutputMetric
+from spmconvert.calibrate.pooling import pool_experts
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.calibrate.store import PARTS, MomentStore
 from spmconvert.data.calibration import CalibrationRows
@@ -57,11 +58,24 @@ def gather_moments(
     blocks = chain() if missing else None
     if blocks is not None:
         _gather_by_block(blocks, missing, rows, store, report, weighted=weighted, seed=seed, team=team)
-        return
-    if not team.leads:
-        return
+    elif team.leads:
+        _gather_whole(model, layers, rows, store, report, weighted=weighted, seed=seed)
+    if team.leads:
+        pool_experts(store, layers)
+
+
+def _gather_whole(
+    model: Callable[[], Any],
+    layers: Sequence[LayerPlan],
+    rows: CalibrationRows,
+    store: MomentStore,
+    report: Callable[[int, int], None],
+    *,
+    weighted: bool,
+    seed: int,
+) -> None:
     groups = [
-        [layer.target.name for layer in group]
+        group
         for group in statistics_groups(layers, weighted=weighted)
         if any(layer.target.name not in store for layer in group)
     ]
@@ -75,13 +89,14 @@ def gather_moments(
             done += len(part[first : first + size])
             report(done, total)
 
-    for names in groups:
+    for group in groups:
+        names, experts = [layer.target.name for layer in group], _experts(group, "in_features")
         for part in ("choosing", "held_out"):
             drawn = getattr(rows, part)
             if drawn:
-                for name, statistics in collect(model(), names, counted(drawn, rows.batch_size)).items():
+                for name, statistics in collect(model(), names, counted(drawn, rows.batch_size), experts=experts).items():
                     store.write(name, part, statistics)
-        for name, statistics, metric in _fitted(model(), names, rows, counted, weighted=weighted, seed=seed):
+        for name, statistics, metric in _fitted(model(), group, rows, counted, weighted=weighted, seed=seed):
             store.write(name, "fitted", statistics, metric)
 
 
@@ -118,9 +133,14 @@ def _weighing_rows(model: Any, rows: CalibrationRows) -> int:
     return min(len(rows.fitted), max(1, WEIGHING_POSITIONS // longest))
 
 
+def _experts(layers: Sequence[LayerPlan], size: str) -> dict[str, int]:
+    """A size of the layers of experts by name: no token need come to them."""
+    return {layer.target.name: getattr(layer.target, size) for layer in layers if layer.target.group}
+
+
 def _fitted(
     model: Any,
-    names: Sequence[str],
+    layers: Sequence[LayerPlan],
     rows: CalibrationRows,
     counted: Callable[[list[Row], int], Iterator[dict[str, Any]]],
     *,
@@ -128,8 +148,9 @@ def _fitted(
     seed: int,
 ) -> Iterator[tuple[str, ActivationStatistics, OutputMetric | None]]:
     """Moments on the fitted rows, with metrics from the same run."""
+    names, experts = [layer.target.name for layer in layers], _experts(layers, "in_features")
     if not weighted:
-        for name, statistics in collect(model, names, counted(rows.fitted, rows.batch_size)).items():
+        for name, statistics in collect(model, names, counted(rows.fitted, rows.batch_size), experts=experts).items():
             yield name, statistics, None
         return
     longest = max(len(row) for row in rows.fitted)
@@ -137,12 +158,12 @@ def _fitted(
     weighing = _weighing_rows(model, rows)
     # gradients of a model in half precision round to nothing where they are small
     with in_float32(model):
-        curvatures = Curvatures(model, names, seed)
+        curvatures = Curvatures(model, names, seed, _experts(layers, "out_features"))
         curvatures.look_at(next(rows.batches(rows.fitted[:1], model)))
-        gathered = collect(model, names, counted(rows.fitted[:weighing], size), curvatures.add)
+        gathered = collect(model, names, counted(rows.fitted[:weighing], size), curvatures.add, experts)
         found = curvatures.result()
     if others := rows.fitted[weighing:]:
-        for name, statistics in collect(model, names, counted(others, rows.batch_size)).items():
+        for name, statistics in collect(model, names, counted(others, rows.batch_size), experts=experts).items():
             gathered[name].merge_(statistics)
     for name in names:
         yield name, gathered.pop(name), OutputMetric.of(found.pop(name))

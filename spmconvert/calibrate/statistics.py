@@ -72,6 +72,10 @@ class ActivationStatistics:
         """The same as tensors by name, to be kept in a file."""
         return {"rows": torch.tensor(self.rows), "mean": self.mean, "scatter": self.scatter}
 
+    def of_rows(self, rows: int) -> "ActivationStatistics":
+        """Statistics of so many rows with the same moments."""
+        return ActivationStatistics(rows, self.mean.clone(), self.covariance * rows)
+
     def to(self, device: torch.device | str) -> "ActivationStatistics":
         """The same on another device."""
         return ActivationStatistics(self.rows, self.mean.to(device), self.scatter.to(device))
@@ -150,12 +154,18 @@ def collect(
     names: Sequence[str],
     batches: Iterable[dict[str, Any]],
     step: Callable[[dict[str, Any]], None] | None = None,
+    experts: Mapping[str, int] | None = None,
 ) -> dict[str, ActivationStatistics]:
     """Run the model over batches of keyword arguments and return the statistics of the named layers.
 
-    ``step`` runs the model on a batch where more is to come of it than statistics; otherwise it runs without gradients.
-
     Where all layers are in the base model only that is run: the logits of a large vocabulary would be the largest tensor.
+
+    Args:
+        model: that is run.
+        names: layers.
+        batches: keyword arguments.
+        step: runs the model on a batch where more is to come of it than statistics; None runs it without gradients.
+        experts: in_features by name of the layers that need not run.
 
     Raises:
         CalibrationError: when a layer never ran, or its inputs are not finite.
@@ -176,15 +186,24 @@ def collect(
                     step(batch)
     finally:
         model.train(was_training)
-    return {name: checked(name, gathered.get(name)) for name in names}
+    return {name: checked(name, gathered.get(name), experts) for name in names}
 
 
-def checked(name: str, gathered: ActivationStatistics | None) -> ActivationStatistics:
+def checked(
+    name: str, gathered: ActivationStatistics | None, experts: Mapping[str, int] | None = None
+) -> ActivationStatistics:
     """What was gathered of a layer.
+
+    Args:
+        name: of the layer.
+        gathered: None for nothing.
+        experts: in_features by name of the layers of which that may be nothing.
 
     Raises:
         CalibrationError: when that is nothing, or its inputs are not finite.
     """
+    if gathered is None and experts and name in experts:
+        return ActivationStatistics.empty(experts[name])
     if gathered is None:
         raise CalibrationError(f"layer {name} never ran on the calibration rows; leave it out with --ignore {name}")
     if not gathered.scatter.isfinite().all():

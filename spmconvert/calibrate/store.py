@@ -13,10 +13,14 @@ from safetensors.torch import load_file, save_file
 
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
+from spmconvert.model.opening import group_of
 from spmconvert.plan.plan import LayerPlan, statistics_bytes
 from spmconvert.system.files import save_whole
 
 PARTS = ("fitted", "choosing", "held_out")
+# tokens for each feature that moments of experts are drawn towards the others by, and how many times as many own ones make
+# that needless
+PRIOR, PLENTY = 0.25, 32
 # of the fitted rows, while its metric is not known
 _PREPARED = "prepared"
 
@@ -30,12 +34,14 @@ class Moments:
         held_out: the same on the rows that errors are measured on.
         choosing: the same on the rows that choose designs, None where the recipe names them.
         metric: what errors of its outputs cost, where that was asked for.
+        tokens: fitted ones that came to it, of an expert that was drawn towards the others; None for any other layer.
     """
 
     fitted: ActivationStatistics
     held_out: ActivationStatistics
     choosing: ActivationStatistics | None = None
     metric: OutputMetric | None = None
+    tokens: int | None = None
 
     @classmethod
     def isotropic(cls, in_features: int) -> "Moments":
@@ -51,7 +57,27 @@ class Moments:
         """The same on another device."""
         choosing = None if self.choosing is None else self.choosing.to(device)
         metric = None if self.metric is None else self.metric.to(device)
-        return Moments(self.fitted.to(device), self.held_out.to(device), choosing, metric)
+        return Moments(self.fitted.to(device), self.held_out.to(device), choosing, metric, self.tokens)
+
+    def drawn_towards(self, pooled: "Moments") -> "Moments":
+        """An expert's moments with ``PRIOR`` tokens for each feature more that are like those of all experts of its layer.
+
+        Of parts in which it saw nothing, and where it saw no token, all is theirs.
+        """
+        prior = max(1, round(PRIOR * len(self.fitted.mean)))
+        rows = self.fitted.rows
+        if rows > PLENTY * prior:
+            return self
+        fitted = pooled.fitted.of_rows(prior)
+        fitted.merge_(self.fitted)
+        metric = self.metric
+        if metric is not None and pooled.metric is not None:
+            mixed = metric.matrix() + pooled.metric.matrix() * (prior / pooled.fitted.rows)
+            # curvatures are sums over the tokens that came, and one that nobody came to is worth a token
+            metric = OutputMetric.of(mixed * (max(rows, 1) / (rows + prior)))
+        held_out = self.held_out if self.held_out.rows else pooled.held_out
+        choosing = self.choosing if self.choosing is None or self.choosing.rows else pooled.choosing
+        return Moments(fitted, held_out, choosing, metric, rows)
 
 
 def moment_bytes(layers: Sequence[LayerPlan]) -> int:
@@ -77,7 +103,12 @@ class MomentStore:
         return self._file(name, "fitted").exists()
 
     def read(self, name: str) -> Moments:
-        """The moments of a layer that was gathered."""
+        """The moments of a layer that was gathered, of an expert with those of the others of its layer."""
+        own, group = self.own(name), group_of(name)
+        return own if group is None or group not in self else own.drawn_towards(self.own(group))
+
+    def own(self, name: str) -> Moments:
+        """The moments of a layer, or of a group of experts, as they were gathered."""
         statistics = {part: self._part(name, part) for part in PARTS}
         fitted, held_out = statistics["fitted"], statistics["held_out"]
         assert fitted is not None

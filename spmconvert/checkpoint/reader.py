@@ -7,7 +7,7 @@ This module imports torch only where a tensor is read.
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -65,12 +65,19 @@ class Checkpoint:
             CorruptCheckpointError: when the library refuses it: a damaged header, or a dtype that torch does not have.
             CheckpointError: when its file cannot be read any more.
         """
+        return self._read(name, lambda file: file.get_tensor(name))
+
+    def read_part(self, name: str, index: int) -> "torch.Tensor":
+        """One entry of a tensor's first axis, without reading the others; raises as ``read``."""
+        return self._read(name, lambda file: file.get_slice(name)[index])
+
+    def _read(self, name: str, read: "Callable[[Any], torch.Tensor]") -> "torch.Tensor":
         from safetensors import SafetensorError, safe_open
 
         entry = self.tensors[name]
         try:
             with safe_open(entry.file, "pt") as file:
-                return file.get_tensor(name)
+                return read(file)
         except SafetensorError as error:
             raise CorruptCheckpointError(
                 f"tensor {name} ({entry.dtype}) of {entry.file} is refused ({first_line(error)}); download or save it again"

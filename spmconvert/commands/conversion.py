@@ -17,6 +17,7 @@ from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quan
 from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.stored import FitRun
+from spmconvert.model.opened import restricted
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.plan.plan import DTYPE_BYTES
 from spmconvert.version import __version__
@@ -74,7 +75,7 @@ class Conversion:
 def write_conversion(run: FitRun, conversion: Conversion) -> None:
     """Write weights, config, companions, provenance and model card, and make the output appear."""
     target, changed = run.target, refined(run)
-    target.write_weights(list(_output_tensors(run, changed)))
+    target.write_weights(list(output_tensors(run, changed)))
     quantization = quantization_config({layer.target.name: layer.spec for layer in run.plan.layers})
     target.add_text("config.json", _json({**run.source.config, "quantization_config": quantization}))
     target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion, changed)))
@@ -84,15 +85,16 @@ def write_conversion(run: FitRun, conversion: Conversion) -> None:
     target.commit()
 
 
-def _output_tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
+def output_tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
     """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
     replaced = {layer.weight: layer for layer in run.plan.layers}
     dropped = {layer.bias for layer in run.plan.layers}
-    for name, entry in run.source.tensors.items():
+    source = restricted(run.source, replaced)
+    for name, entry in source.tensors.items():
         if name in dropped:
             continue
         if name not in replaced:
-            yield name, entry.nbytes, _reader(run, changed, name) or partial(run.source.read, name)
+            yield name, entry.nbytes, _reader(run, changed, name) or partial(source.read, name)
             continue
         layer = replaced[name]
         item = DTYPE_BYTES[layer.stored_dtype]

@@ -28,10 +28,11 @@ from spmconvert.calibrate.store import MomentStore, moment_bytes
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
-from spmconvert.commands.conversion import Conversion, write_conversion
+from spmconvert.commands.conversion import Conversion, output_tensors, write_conversion
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_inputs
 from spmconvert.data.tokens import reads_tokens, row_length, tokenizer_hash
 from spmconvert.errors import OptionError
+from spmconvert.fit.blocks import refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
 from spmconvert.fit.refine import REFINEMENT_EPOCHS
@@ -40,6 +41,8 @@ from spmconvert.fit.stored import FitRun, chain_of, dense_tensors, stored_layer
 from spmconvert.fit.streams import layer_blocks, no_chain, on_one_path
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel
+from spmconvert.model.opened import as_stored, opened
+from spmconvert.model.opening import open_
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
 from spmconvert.plan.plan import ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
@@ -247,10 +250,12 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     # what cannot be carried over is refused before any work
     source.companion_files()
     config = load_config(source.directory)
-    model = skeleton(config)
-    plan = plan_conversion(source, model, recipe)
+    architecture = skeleton(config)
+    open_(architecture)
+    source = opened(source, architecture)
+    plan = plan_conversion(source, architecture, recipe)
     if recipe.fit.follows_blocks:
-        layer_blocks(model, [layer.target.name for layer in plan.layers])
+        layer_blocks(architecture, [layer.target.name for layer in plan.layers])
     return source, plan, config
 
 
@@ -267,6 +272,13 @@ def _settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, 
         "sequential": recipe.prefers_sequence if fit.sequential is None else fit.sequential,
         "refine": (REFINEMENT_EPOCHS if recipe.prefers_refinement else 0) if fit.refine is None else fit.refine,
     }
+    if all(layer.target.group for layer in plan.layers):
+        if fit.sequential:
+            raise OptionError(
+                "fits in sequence need layers that see the same tokens in both models, and all targets are experts; choose "
+                "--independent"
+            )
+        wanted["sequential"] = False
     if any(wanted.values()) and not _can_follow_blocks(recipe, plan, rows, dense):
         wanted = {"sequential": False, "refine": 0}
     settled = {"output_weighting": recipe.weights_fits, **wanted}
@@ -339,7 +351,7 @@ def _fingerprint(source: Checkpoint, recipe: Recipe, rows: CalibrationRows | Non
 
 
 def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], spent: Spent | None) -> Conversion:
-    entries = run.source.tensors.values()
+    entries = as_stored(run.source).tensors.values()
     before = sum(math.prod(entry.shape) for entry in entries)
     saved = sum(record.dense_parameters - record.parameters for record in records)
     max_error = run.recipe.budget.max_error or math.inf
@@ -350,7 +362,7 @@ def _summary(run: FitRun, output: Path, records: tuple[LayerRecord, ...], spent:
         parameters_before=before,
         parameters_after=before - saved,
         bytes_before=sum(entry.nbytes for entry in entries),
-        bytes_after=run.plan.output_bytes,
+        bytes_after=sum(size for _, size, _ in output_tensors(run, refined(run))),
         fitted_rows=0 if run.rows is None else len(run.rows.fitted),
         choosing_rows=0 if run.rows is None else len(run.rows.choosing),
         held_out_rows=0 if run.rows is None else len(run.rows.held_out),

@@ -12,7 +12,6 @@ model.
 import gc
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,9 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import FitError, OptionError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.fusing import Entry, fused_entries
 from spmconvert.model.loading import load
+from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.stored import stored_prefixes
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.outputs.probe import first_output, token_batch
@@ -143,10 +144,9 @@ def _dense_skeleton(converted: Converted, switches: tuple[str, ...]) -> Any:
     config = load_config(converted.directory)
     for switch in switches:
         setattr(config, switch, True)
-    return skeleton(config)
-
-
-Entry = tuple[str, int, Callable[[], Tensor]]
+    model = skeleton(config)
+    open_(model)
+    return model
 
 
 def _dense_tensors(converted: Converted, switches: tuple[str, ...]) -> list[Entry]:
@@ -161,7 +161,13 @@ def _dense_tensors(converted: Converted, switches: tuple[str, ...]) -> list[Entr
             tensors.append((name, entry.nbytes, partial(source.read, name)))
         elif prefix in layers and part == "weight":
             tensors += _dense_layer(converted, prefix, converted.layers[layers[prefix]])
-    return tensors + (_zero_biases(converted, switches, layers) if switches else [])
+    tensors += _zero_biases(converted, switches, layers) if switches else []
+    fused = {
+        module: prefix.removesuffix(name.removeprefix(module))
+        for prefix, name in layers.items()
+        for module in opened_names([name])
+    }
+    return fused_entries(tensors, _dense_skeleton(converted, switches), fused) if fused else tensors
 
 
 def _dense_layer(converted: Converted, prefix: str, spec: LayerSpec) -> list[Entry]:

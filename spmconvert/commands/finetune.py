@@ -36,9 +36,11 @@ from spmconvert.distill.parameters import choose_trained, converted_layers, stat
 from spmconvert.distill.runlog import RunLog, check_log
 from spmconvert.distill.state import State, restore, whole
 from spmconvert.distill.stored import StoredLogits, store_logits
-from spmconvert.errors import CheckpointError, FitError, OptionError, OutputError
+from spmconvert.errors import FitError, OptionError, OutputError
 from spmconvert.model.architecture import load_config
 from spmconvert.model.loading import is_unused, load_whole
+from spmconvert.model.opening import group_of
+from spmconvert.model.saved import SavedNames
 from spmconvert.model.stored import StoredNames
 from spmconvert.outputs.objective import objective_for
 from spmconvert.recipe.loading import training_from_keywords
@@ -185,11 +187,11 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
     """Measure the best parameters once more and, in the first process, write them."""
     converted = inputs.converted
     best = {name: whole(value) for name, value in run.state.best.items()}
-    names = StoredNames.of(run.distillation.student, converted.tensors)
-    stored_names = {name: _stored_name(name, converted, names) for name in best}
-    result = _result(run, destination, best, converted, stored_names)
+    student = run.distillation.student
+    saved = SavedNames(student, StoredNames.of(student, converted.tensors))
+    result = _result(run, destination, best, converted, {name: saved.first(name) for name in best})
     if target is not None:
-        written = {stored: value for name, value in best.items() for stored in _stored_alike(name, run, names)}
+        written = {stored: cut for name, value in best.items() for stored, cut in saved.tensors(name, value).items()}
         _write(converted, written, target, _provenance(inputs, run, result))
     return result
 
@@ -268,6 +270,7 @@ def _make_run(
 ) -> TrainingRun:
     """Both models, what is trained, and what the loss compares."""
     converted, training, config = inputs.converted, inputs.training, load_config(inputs.converted.directory)
+    _check_experts(converted, training)
     student = load_student(converted, training, accelerator.device)
     dense = None
     if inputs.stored is None:
@@ -278,7 +281,7 @@ def _make_run(
         if names.tensor(name) is None and is_unused(name, config):
             trained.pop(name).requires_grad_(False)
         else:
-            _stored_name(name, converted, names)
+            SavedNames(student, names).first(name)
     objective = objective_for(config)
     if training.learning_rate is None:
         training = training.model_copy(update={"learning_rate": settled_rate(converted.kept, objective)})
@@ -295,6 +298,17 @@ def _make_run(
         report=log.write,
         guide=_guide(distillation),
     )
+
+
+def _check_experts(converted: Converted, training: Training) -> None:
+    """Refuse losses that compare layers token by token where layers are experts: these see other tokens in each model."""
+    asked = [name for name in ("layerwise", "guided", "layer_outputs") if getattr(training, name)]
+    expert = next((name for name in converted.layers if group_of(name)), None)
+    if asked and expert is not None:
+        raise OptionError(
+            f"{asked[0]} compares layers on the same tokens, and {expert} is an expert, which sees others in each model; "
+            f"leave {asked[0]} out"
+        )
 
 
 def store_teacher_logits(
@@ -430,8 +444,7 @@ def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirector
     source = Checkpoint(directory, str(directory), None, converted.config, converted.tensors)
 
     def read(name: str) -> Tensor:
-        # a tensor of its own for each of two names
-        return best[name].clone() if name in best else source.read(name)
+        return best[name] if name in best else source.read(name)
 
     target.write_weights([(name, entry.nbytes, partial(read, name)) for name, entry in converted.tensors.items()])
     target.add_text("config.json", (directory / "config.json").read_text(encoding="utf-8"))
@@ -442,24 +455,6 @@ def _write(converted: Converted, best: dict[str, Tensor], target: OutputDirector
     for file in source.companion_files():
         target.add_file(str(file.relative_to(directory)), file)
     target.commit()
-
-
-def _stored_alike(name: str, run: TrainingRun, names: StoredNames) -> list[str]:
-    """All names in the checkpoint of a trained parameter: one that is tied may be stored beside what it is tied to."""
-    parameter = run.trained[name]
-    every = run.distillation.student.named_parameters(remove_duplicate=False)
-    found = [names.tensor(alike) for alike, other in every if other is parameter]
-    return [stored for stored in dict.fromkeys(found) if stored is not None]
-
-
-def _stored_name(name: str, converted: Converted, names: StoredNames) -> str:
-    tensor_name = names.tensor(name)
-    if tensor_name is None:
-        raise CheckpointError(
-            f"parameter {name} is not a tensor of {converted.directory} (merged or split when the model loads); "
-            "train fewer parameters"
-        )
-    return tensor_name
 
 
 def _provenance(inputs: _Inputs, run: TrainingRun, result: Finetuned) -> dict[str, Any]:

@@ -18,6 +18,9 @@ from spmconvert.data.calibration import calibration_rows
 from spmconvert.errors import OptionError
 from spmconvert.fit.layer import fit_layer
 from spmconvert.fit.progress import Silent
+from spmconvert.model.architecture import skeleton
+from spmconvert.model.opened import opened
+from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.swap import replace_module
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan, plan_conversion
@@ -42,8 +45,12 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
             "fits in sequence and refinement are not made while a model is loaded; use spmconvert.convert, or leave them"
             " out"
         )
-    source = open_loaded(model.config._name_or_path, files)
-    plan = plan_conversion(source, model, recipe)
+    architecture = skeleton(model.config)
+    open_(architecture)
+    source = opened(open_loaded(model.config._name_or_path, files), architecture)
+    plan = plan_conversion(source, architecture, recipe)
+    # those that are not converted are saved as they are
+    open_(model, opened_names(layer.target.name for layer in plan.layers))
     rows = calibration_rows(tokenizer_place(source), model.config, recipe)
     silent = Silent()
     with TemporaryDirectory(prefix="spmconvert-") as folder:

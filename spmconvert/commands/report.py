@@ -128,7 +128,7 @@ def report(
     training = _training(run)
     run.open_dense(chosen.teacher)
     texts = _texts(run, data, other_data, chosen.rows)
-    layers = replaced_layers(converted)
+    layers = replaced_layers(converted, config)
     amounts = [*quantities(converted, run.source, config, layers), *([] if chosen.brief else _memory(run))]
     quality = _quality(run, texts)
     methods: tuple[MethodResult, ...] = ()

@@ -15,7 +15,11 @@ from spmconvert.checkpoint.checksums import listed_files, read_checksums
 from spmconvert.checkpoint.converted import Converted, open_converted, open_source
 from spmconvert.checkpoint.headers import TensorEntry
 from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, REPORT_FILES
+from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import CheckpointError, ModelNotFoundError, SpmconvertError
+from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.opened import is_opened, opened, restricted
+from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.stored import stored_prefixes
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.reporting.schema import Report, read_report
@@ -121,7 +125,7 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
     if not converted.provenance:
         return Check(name, "skipped", f"there is no {PROVENANCE_FILE}, which says what the checkpoint was made of")
     try:
-        source = open_source(converted, teacher)
+        source = _as_converted(open_source(converted, teacher), converted)
     except (ModelNotFoundError, CheckpointError) as error:
         if teacher is not None:
             raise
@@ -132,7 +136,7 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
     if set(before) != set(after):
         odd = sorted(set(before) ^ set(after))
         return Check(name, "FAILED", f"{len(odd)} tensors are on one side only, for example {odd[0]}")
-    changed = [key for key in before if not _same_bytes(before[key], after[key])]
+    changed = [key for key in before if not _is_same(source, converted, key)]
     trained = {run["recipe"]["train"] for run in converted.provenance.get("finetune", [])}
     refined = set(converted.provenance.get("refined", {}).get("tensors", []))
     changed = [key for key in changed if key not in refined]
@@ -187,6 +191,24 @@ def _report(converted: Converted) -> Report | None:
         return None
     report = read_report(file)
     return report if report.model.weights_sha256 == converted.checkpoint().sha256() else None
+
+
+def _as_converted(source: Checkpoint, converted: Converted) -> Checkpoint:
+    """The source with those experts opened that the conversion opened."""
+    modules = opened_names(converted.layers)
+    if not modules:
+        return source
+    model = skeleton(load_config(converted.directory))
+    open_(model)
+    return restricted(opened(source, model), (f"{name}.weight" for name in stored_prefixes(converted).values()))
+
+
+def _is_same(source: Checkpoint, converted: Converted, name: str) -> bool:
+    entry, other = source.tensors[name], converted.tensors[name]
+    if is_opened(source, name):
+        read = converted.checkpoint().read(name)
+        return (entry.dtype, entry.shape) == (other.dtype, other.shape) and source.read(name).equal(read)
+    return _same_bytes(entry, other)
 
 
 def _same_bytes(entry: TensorEntry, other: TensorEntry) -> bool:

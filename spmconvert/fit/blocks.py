@@ -71,7 +71,8 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
         order = streams.calling_order()
         for layer in sorted(block.layers, key=lambda layer: order.index(layer.target.name)):
             if layer.target.name not in records:
-                regression = _regression(run, streams, layer) if run.recipe.fit.sequential else None
+                follows = run.recipe.fit.sequential and not layer.target.group
+                regression = _regression(run, streams, layer) if follows else None
                 records[layer.target.name] = fit_one(run, layer, regression)
                 run.progress.fitted(records[layer.target.name], len(records), len(run.plan.layers))
             streams.convert(layer.target.name, stored_layer(run, layer).to(run.dense.device).eval())
@@ -89,7 +90,9 @@ def _streams(run: FitRun) -> Streams:
     assert chain is not None
     batches = list(run.rows.batches(run.rows.fitted[:FOLLOWING_ROWS], chain.model, size=BATCH_ROWS))
     names = [layer.target.name for layer in run.plan.layers]
-    return Streams(chain, batches, names, pairs=bool(run.recipe.fit.sequential))
+    # experts see other tokens in each of the two models
+    paired = [layer.target.name for layer in run.plan.layers if run.recipe.fit.sequential and not layer.target.group]
+    return Streams(chain, batches, names, paired=paired)
 
 
 def _regression(run: FitRun, streams: Streams, layer: LayerPlan) -> Regression:

@@ -24,6 +24,8 @@ WORTHLESS = 1.0
 ROUNDING_LOSS, FAR_ABOVE = 1.5, 2.0
 # what begins the warning of a layer whose moments had to be damped
 SINGULAR = "second moments of its inputs are singular"
+# of an expert that was not chosen once
+IDLE = "no calibration token came to it, fitted to what the other experts of its layer see"
 # differences below it mean nothing
 TINY = 1e-3
 
@@ -119,7 +121,8 @@ def fit_layer(
             f"layer {plan.target.name} has an error of {unrounded_error.centred:.3g} and, rounded to {plan.stored_dtype}, "
             f"of {fitted_error.centred:.3g}; store it with --dtype float32, or leave it out with --ignore"
         )
-    warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype) or _damped(ridge)
+    warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype)
+    warning = warning or (IDLE if known.tokens == 0 else _damped(ridge))
     return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds, warning)
 
 
@@ -131,13 +134,13 @@ def measured_again(
     stored = (_matrix(layer), layer.held_bias)
     fitted, error = (measure_error((weight, bias), stored, rows) for rows in (known.fitted, known.held_out))
     baseline = LayerError(record.baseline_error, record.baseline_centred_error)
-    damped = record.warning if record.warning.startswith(SINGULAR) else ""
+    lasting = record.warning if record.warning.startswith((SINGULAR, IDLE)) else ""
     return replace(
         record,
         fitted_error=fitted.relative,
         error=error.relative,
         centred_error=error.centred,
-        warning=_warning(fitted, fitted, error, baseline, plan.stored_dtype) or damped,
+        warning=_warning(fitted, fitted, error, baseline, plan.stored_dtype) or lasting,
     )
 
 

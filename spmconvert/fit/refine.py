@@ -90,7 +90,7 @@ def refine_model_(
     chain = chain_through(dense, container, batches[0])
     if chain is None:
         raise no_chain(container)
-    streams = Streams(chain, batches, names, pairs=False)
+    streams = Streams(chain, batches, names, paired=())
     for index in sorted(set(places.values())):
         while streams.index < index:
             streams.advance()

@@ -5,10 +5,11 @@ the rows as they reach a block in both models. There is one model; the block at 
 the copy, and the copy is what the converted model runs. Only the hidden states between two blocks are kept, and what the
 layers of the block at work put out.
 
-What it gives up: targets outside of one chain of blocks, and experts, which see other tokens in each of the two models.
+What it gives up: targets outside of one chain of blocks; and experts see other tokens in each of the two models, so theirs
+are never paired.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,15 +27,8 @@ def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]
     """The module list that holds all layers, and the block of every layer.
 
     Raises:
-        OptionError: when they are not all inside of one list of blocks, or one is an expert, which sees other tokens in
-            each run.
+        OptionError: when they are not all inside of one list of blocks.
     """
-    experts = _experts(names)
-    if experts:
-        raise OptionError(
-            f"fits in sequence and refinement need layers that see every token, {experts[0]} is an expert; leave it out "
-            "with --ignore, or choose --independent and --refine 0"
-        )
     found = common_list(model, names)
     if found is None:
         raise OptionError(
@@ -44,13 +38,9 @@ def layer_blocks(model: Any, names: Sequence[str]) -> tuple[str, dict[str, int]]
     return found
 
 
-def _experts(names: Sequence[str]) -> list[str]:
-    return [name for name in names if ".experts." in name]
-
-
 def on_one_path(model: Any, names: Sequence[str]) -> bool:
-    """Whether all layers are in one list of blocks, and none is an expert."""
-    return not _experts(names) and common_list(model, names) is not None
+    """Whether all layers are in one list of blocks."""
+    return common_list(model, names) is not None
 
 
 def no_chain(container: str) -> OptionError:
@@ -71,17 +61,22 @@ class Streams:
         chain: the dense model, which stays as it is.
         batches: keyword arguments of the model.
         names: all layers that are converted.
-        pairs: whether ``pairs`` will be asked for; the outputs of a block's layers are kept for it.
+        paired: those for which ``pairs`` will be asked, whose outputs are kept for it; None for all.
 
     Attributes:
         masks: which tokens are no padding, by batch; None for all.
     """
 
     def __init__(
-        self, chain: Chain, batches: Sequence[dict[str, Any]], names: Sequence[str], *, pairs: bool = True
+        self,
+        chain: Chain,
+        batches: Sequence[dict[str, Any]],
+        names: Sequence[str],
+        *,
+        paired: Collection[str] | None = None,
     ) -> None:
         self._chain, self._batches, self._names = chain, batches, names
-        self._keeps_outputs = pairs
+        self._paired = names if paired is None else paired
         self._walk = Walk(chain, batches)
         self.masks = self._walk.masks
         # the same as in the dense model until a block is converted
@@ -106,7 +101,7 @@ class Streams:
         """The block at work of the converted model, a copy with its tensors in memory, float32."""
         if self._block is None:
             self._block = self._chain.block(self.index)
-            self._waiting = set(self._here())
+            self._waiting = set(self._here(self._paired))
         return self._block
 
     @property
@@ -119,9 +114,9 @@ class Streams:
         """The same of the converted model."""
         return self._walk.states if self._converted is None else self._converted
 
-    def _here(self) -> list[str]:
-        """Layers of the block at work, by their names inside of it."""
-        return [self.inner_name(name) for name in self._names if name.startswith(self.full_name(""))]
+    def _here(self, names: Collection[str]) -> list[str]:
+        """Those of some layers that are in the block at work, by their names inside of it."""
+        return [self.inner_name(name) for name in names if name.startswith(self.full_name(""))]
 
     def full_name(self, name: str) -> str:
         """The model's name for something inside of the block at work."""
@@ -153,7 +148,7 @@ class Streams:
             if len(inputs) != len(outputs):
                 raise CalibrationError(
                     f"{name} sees {len(inputs)} tokens in the converted model and {len(outputs)} in the dense one, as an "
-                    "expert does; choose --independent and --refine 0"
+                    "expert does; choose --independent"
                 )
             yield inputs, outputs
 
@@ -169,8 +164,8 @@ class Streams:
     def dense_after(self) -> States:
         """What the dense model's block puts out, by batch; its layers' outputs are kept until the next one."""
         if self._dense_after is None:
-            here = self._here()
-            block, names = self._chain.block(self.index), here if self._keeps_outputs else []
+            here, names = self._here(self._names), self._here(self._paired)
+            block = self._chain.block(self.index)
             outputs: dict[str, list[Tensor]] = {name: [] for name in names}
             after = []
             for batch, mask in enumerate(self.masks):

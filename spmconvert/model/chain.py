@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spmconvert.model.opening import open_
 from spmconvert.model.states import States
 from spmconvert.operator.offloaded import fetched
 
@@ -81,8 +82,10 @@ class Chain:
         return f"{self.container}.{index}"
 
     def block(self, index: int) -> nn.Module:
-        """A block with its tensors in memory, float32."""
-        return loaded_copy(self._blocks[index])
+        """A block with its tensors in memory, float32, and its experts opened."""
+        copied = loaded_copy(self._blocks[index])
+        open_(copied, config=self.model.config)
+        return copied
 
     def starts(self, batches: Sequence[dict[str, Any]]) -> list[tuple[Tensor, list[Call]]]:
         """For keyword arguments of the model the state in front of the first block, and how every block is called."""

@@ -14,6 +14,7 @@ from torch import nn
 from spmconvert.errors import CheckpointError
 from spmconvert.model.architecture import load_config, model_class, skeleton
 from spmconvert.model.chain import Chain, chain_through
+from spmconvert.model.opening import open_
 from spmconvert.outputs.objective import objective_for
 
 
@@ -58,8 +59,9 @@ def is_unused(name: str, config: Any) -> bool:
 
 
 def load_dense_model(directory: Path, config: Any, device: str) -> Any:
-    """The dense model as it is calibrated."""
+    """The dense model as it is calibrated, with its experts opened."""
     model = load_whole(directory, config, dtype="auto")
+    open_(model)
     # half precision products are slow on a CPU and round the statistics
     return model.float().eval() if device == "cpu" else model.to(device).eval()
 

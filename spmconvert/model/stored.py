@@ -15,6 +15,7 @@ from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.names import resolve_name, shared_prefix
 from spmconvert.errors import CorruptCheckpointError
 from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.opening import open_
 
 
 @dataclass(frozen=True)
@@ -24,11 +25,13 @@ class StoredNames:
     Attributes:
         prefix: ``base_model_prefix`` of the model, which either side may have and the other not.
         by_model: the checkpoint's name by the model's.
+        parts: what several tensors are merged into, by the model's name: pattern and name of each in the checkpoint.
         mapping: how transformers renames, as renamings and converters.
     """
 
     prefix: str
     by_model: Mapping[str, str]
+    parts: Mapping[str, list[tuple[str, str]]]
     mapping: tuple[list[Any], list[Any]]
 
     @classmethod
@@ -40,20 +43,50 @@ class StoredNames:
             tensors: of the checkpoint.
         """
         from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
         entries = get_model_conversion_mapping(model)
         renamings, converters = (
             [entry for entry in entries if isinstance(entry, kind)] for kind in (WeightRenaming, WeightConverter)
         )
         mapping = (renamings, converters)
-        found = {renamed: name for name in tensors if (renamed := _renamed(name, mapping)) is not None}
-        return cls(getattr(model, "base_model_prefix", ""), found, mapping)
+        found: dict[str, str] = {}
+        parts: dict[str, list[tuple[str, str]]] = {}
+        for name in tensors:
+            renamed, pattern = rename_source_key(name, *mapping)
+            if pattern is None:
+                found[renamed] = name
+            else:
+                parts.setdefault(renamed, []).append((pattern, name))
+        return cls(getattr(model, "base_model_prefix", ""), found, parts, mapping)
 
     def tensor(self, name: str) -> str | None:
         """The checkpoint's name of a parameter, or None where it has none of its own."""
         known = resolve_name(name, self.by_model, self.prefix)
         return None if known is None else self.by_model[known]
+
+    def parts_of(self, name: str) -> list[str]:
+        """The checkpoint's tensors that are merged into a parameter; none for any other."""
+        known = resolve_name(name, self.parts, self.prefix)
+        return [] if known is None else [source for _, source in self.parts[known]]
+
+    def merged(self, name: str) -> tuple[str, tuple[Any, dict[str, list[str]]] | None]:
+        """How transformers makes a parameter of several tensors of the checkpoint.
+
+        Returns:
+            What the parameter would be called there, and the converter with the names of the tensors by its patterns; None
+            in their place where nothing is merged into it.
+        """
+        known = resolve_name(name, self.parts, self.prefix)
+        if known is None:
+            return name, None
+        by_pattern: dict[str, list[str]] = {}
+        for pattern, source in self.parts[known]:
+            by_pattern.setdefault(pattern, []).append(source)
+        _, converters = self.mapping
+        converter = next(one for one in converters if set(by_pattern) <= set(one.source_patterns))
+        # in the order in which they are merged
+        return known, (converter, {pattern: by_pattern[pattern] for pattern in converter.source_patterns})
 
     def module(self, name: str, stored: str, parts: Collection[str]) -> str | None:
         """What to call a module's new tensors so that transformers finds them, or None where no name will do.
@@ -92,7 +125,9 @@ def stored_prefixes(converted: Converted) -> dict[str, str]:
 
 def _renamed_prefixes(converted: Converted) -> dict[str, str] | None:
     """The same where transformers renames them; None where a layer is not there either way."""
-    names = StoredNames.of(skeleton(load_config(converted.directory)), converted.tensors)
+    model = skeleton(load_config(converted.directory))
+    open_(model)
+    names = StoredNames.of(model, converted.tensors)
     # every layer stores a mark of that name
     marks = {layer: names.tensor(f"{layer}.weight") for layer in converted.layers}
     if None in marks.values():

@@ -14,6 +14,7 @@ from torch import nn
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError
+from spmconvert.model.opening import open_, opened_names
 from spmconvert.operator.linear import SPMLinear
 
 
@@ -60,7 +61,7 @@ def dense_layer(layer: SPMLinear, *, conv1d: bool, dtype: torch.dtype) -> nn.Mod
 
 
 def swap_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> list[str]:
-    """Replace every layer of the map that the model has, in place.
+    """Replace every layer of the map that the model has, in place; experts that are named are opened for it.
 
     Returns:
         The names of the replaced modules in this model. A base model that lacks part of a map (a decoder loaded alone,
@@ -70,9 +71,11 @@ def swap_layers(model: nn.Module, specs: Mapping[str, LayerSpec]) -> list[str]:
         CheckpointError: when the model has none of the layers, or one of another shape.
     """
     replaced = []
+    prefix = getattr(model, "base_model_prefix", "")
+    open_(model, opened_names(specs))
     modules = dict(model.named_modules())
     for name, spec in specs.items():
-        module_name = resolve_name(name, modules, getattr(model, "base_model_prefix", ""))
+        module_name = resolve_name(name, modules, prefix)
         if module_name is None:
             continue
         dense = model.get_submodule(module_name)

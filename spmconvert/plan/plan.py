@@ -73,8 +73,12 @@ class LayerPlan:
 
     @property
     def flops(self) -> tuple[int, int]:
-        """FLOPs per token of the dense and of the new layer."""
-        return 2 * self.target.in_features * self.target.out_features, self.spec.design.flops_per_token()
+        """FLOPs of the dense and of the new layer for a token of the text; experts see a share of these."""
+        return self.target.flops(2 * self.target.in_features * self.target.out_features), self.flops_of(self.spec.design)
+
+    def flops_of(self, design: Design) -> int:
+        """The same of another design."""
+        return self.target.flops(design.flops_per_token())
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
   both are square, it must be the block or hold nothing but linear layers and norms, which tells them from a recurrent
   mixer. A fused gate (hidden -> 2 inner) counts where its parent holds nothing but linear layers, which tells it from
   the projections of a state-space mixer.
+- Experts that were opened (``model.experts``) are feed-forward, and one group a projection.
 
 What it gives up: an architecture that hides its blocks in something other than a ModuleList has no presets; its layers
 can still be named one by one. The bottlenecks around MobileBERT's blocks have the shapes of a feed-forward and count as it.
@@ -22,6 +23,8 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import nn
+
+from spmconvert.model.opened_module import OpenedModule
 
 Kind = Literal["linear", "conv1d"]
 Role = Literal["attn", "mlp", "other"]
@@ -44,6 +47,8 @@ class Linear:
         stack: name of the outermost ModuleList around it, or None outside of any.
         index: block number in that stack, or None.
         role: what it is for.
+        group: of an expert's layer: the experts and the projection, which have one design; empty for any other.
+        share: of the tokens, that it sees.
     """
 
     name: str
@@ -54,6 +59,8 @@ class Linear:
     stack: str | None
     index: int | None
     role: Role
+    group: str = ""
+    share: float = 1.0
 
 
 def linear_kind(module: nn.Module) -> Kind | None:
@@ -76,8 +83,13 @@ def find_linears(model: nn.Module) -> list[Linear]:
         first, second = module.weight.shape
         fan_in, fan_out = (second, first) if kind == "linear" else (first, second)
         stack, index = stack_of(name, modules)
+        bias, opened = module.bias is not None, _opened(name, modules)
+        if opened is not None and modules[opened].alike:
+            group, share = f"{opened}.{name.rpartition('.')[2]}", modules[opened].share
+            placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, "mlp", group, share))
+            continue
         role: Role = "attn" if _in_attention(name, stack, modules) else "other"
-        placed.append(Linear(name, kind, fan_in, fan_out, module.bias is not None, stack, index, role))
+        placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role))
     peers: dict[tuple[str | None, int | None], list[Linear]] = {}
     for linear in placed:
         if linear.role == "other":
@@ -88,6 +100,12 @@ def find_linears(model: nn.Module) -> list[Linear]:
         else linear
         for linear in placed
     ]
+
+
+def _opened(name: str, modules: dict[str, nn.Module]) -> str | None:
+    """Name of the opened module that a layer belongs to."""
+    found = _parent_of(_parent_of(name))
+    return found if isinstance(modules.get(found), OpenedModule) else None
 
 
 def stack_of(name: str, modules: dict[str, nn.Module]) -> tuple[str | None, int | None]:
@@ -225,7 +243,7 @@ def is_router(model: nn.Module, linear: Linear) -> bool:
 
 
 def fused_experts(model: nn.Module) -> list[str]:
-    """Names of expert weights that are one three-dimensional parameter for all experts."""
+    """Names of expert weights that are one three-dimensional parameter for all experts, and were not opened."""
     return [
         name
         for name, parameter in model.named_parameters()

@@ -17,6 +17,7 @@ from torch import nn
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
 from spmconvert.plan.structure import (
     Kind,
+    Linear,
     find_linears,
     fused_experts,
     is_router,
@@ -34,13 +35,29 @@ _RANGE = re.compile(r"(-?\d+)(?:-(-?\d+))?")
 
 @dataclass(frozen=True)
 class Target:
-    """A dense layer that will be replaced."""
+    """A dense layer that will be replaced.
+
+    Attributes:
+        name: module name.
+        kind: how it stores its weight.
+        in_features: size of the input.
+        out_features: size of the output.
+        bias: whether it has a bias.
+        group: of an expert's layer: the experts and the projection, which have one design; empty for any other.
+        share: of the tokens, that it sees.
+    """
 
     name: str
     kind: Kind
     in_features: int
     out_features: int
     bias: bool
+    group: str = ""
+    share: float = 1.0
+
+    def flops(self, amount: int) -> int:
+        """What is left of an amount for every token that the layer sees."""
+        return round(self.share * amount)
 
 
 @dataclass(frozen=True)
@@ -115,10 +132,28 @@ def select_targets(
             text for text in (f"--ignore {','.join(ignore)}" * bool(ignore), f"--layers {layers}" * bool(layers)) if text
         )
         raise TargetError(f"--targets {','.join(targets)} {narrowed} leaves no layer to convert; widen the selection")
-    selected = tuple(Target(c.name, c.kind, c.in_features, c.out_features, c.bias) for c in chosen)
+    _check_experts(survey.linears, chosen)
+    selected = tuple(Target(c.name, c.kind, c.in_features, c.out_features, c.bias, c.group, c.share) for c in chosen)
     names = {target.name for target in selected}
     skipped = tuple(Skipped(name, reason) for name, reason in survey.reasons.items() if name not in names)
     return Selection(selected, skipped)
+
+
+def _check_experts(linears: Sequence[Linear], chosen: Sequence[Linear]) -> None:
+    """Refuse a part of the experts of a layer.
+
+    Raises:
+        TargetError: when some of a group are chosen and others are not.
+    """
+    names = {linear.name for linear in chosen}
+    groups = {linear.group for linear in chosen} - {""}
+    left = next((linear for linear in linears if linear.group in groups and linear.name not in names), None)
+    if left is not None:
+        experts, _, projection = left.group.rpartition(".")
+        raise TargetError(
+            f"{left.name} is left out, and other experts beside it are not; all have one design, so take or leave "
+            f"{experts}.*.{projection} as a whole"
+        )
 
 
 class _Survey:

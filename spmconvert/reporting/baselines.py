@@ -21,6 +21,7 @@ from spmconvert.data.calibration import CalibrationRows
 from spmconvert.fit.blocks import BATCH_ROWS, FOLLOWING_ROWS
 from spmconvert.fit.layer import whitened_svd
 from spmconvert.fit.refine import refine_model_
+from spmconvert.model.opening import group_of, open_
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
 from spmconvert.plan.plan import STATISTICS_BUDGET, statistics_bytes
 
@@ -88,6 +89,8 @@ def build_baselines(
     Returns:
         Model and number of parameters in the replaced layers, by method.
     """
+    dense = copy_sharing_tensors(dense)
+    open_(dense)
     models = {method: copy_sharing_tensors(dense) for method in METHODS}
     parameters = dict.fromkeys(METHODS, 0)
     for name, statistics in _statistics(dense, specs, rows):
@@ -132,7 +135,10 @@ def _statistics(
         while waiting and (not group or used <= STATISTICS_BUDGET):
             group.append(waiting.pop(0))
             used += statistics_bytes(specs[group[-1]].design.in_features)
-        gathered = {} if rows is None else collect(dense, group, rows.batches(rows.fitted, dense))
+        experts = {name: specs[name].design.in_features for name in group if group_of(name)}
+        gathered = {} if rows is None else collect(dense, group, rows.batches(rows.fitted, dense), experts=experts)
         for name in group:
-            statistics = gathered.get(name) or ActivationStatistics.isotropic(specs[name].design.in_features)
+            statistics = gathered.get(name)
+            if statistics is None or not statistics.rows:
+                statistics = ActivationStatistics.isotropic(specs[name].design.in_features)
             yield name, statistics.to(dense.device)

@@ -12,6 +12,7 @@ from spmconvert.data.tokens import padded_batch
 from spmconvert.model.architecture import load_config
 from spmconvert.model.chain import Chain, Walk, chain_through, common_list, loaded_copy
 from spmconvert.model.loading import load_with_blocks_on_disk
+from spmconvert.model.opening import open_
 from spmconvert.model.states import States
 
 CONTAINERS = {
@@ -52,6 +53,7 @@ def test_a_walk_ends_where_the_model_does(checkpoints, name):
             found = outputs(model, batch)
         torch.testing.assert_close(found, outputs(whole, batch), rtol=1e-5, atol=1e-5)
     assert all(parameter.is_meta for block in model.get_submodule(CONTAINERS[name]) for parameter in block.parameters())
+    open_(whole)
     for index in range(len(chain)):
         expected = whole.get_submodule(chain.name(index)).state_dict()
         for key, tensor in chain.block(index).state_dict().items():

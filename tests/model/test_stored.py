@@ -9,6 +9,7 @@ import spmconvert
 from spmconvert.checkpoint.converted import open_converted
 from spmconvert.errors import CorruptCheckpointError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.stored import StoredNames, stored_prefixes
 from tests.plan.architectures import ARCHITECTURES
 from tests.support import raw_tensors
@@ -88,12 +89,14 @@ def test_every_architecture_is_converted_loaded_and_exported(name, tmp_path):
     found = dict(converted.named_parameters())
     replaced = {name for name, module in converted.named_modules() if isinstance(module, spmconvert.SPMLinear)}
     assert len(replaced) == len(conversion.layers)
+    open_(dense, opened_names(replaced))
     for key, tensor in dense.named_parameters():
         if key.rpartition(".")[0] not in replaced:
             torch.testing.assert_close(found[key], tensor, rtol=0, atol=0)
     assert not [check for check in spmconvert.verify(tmp_path / "o") if check.outcome == "FAILED"]
     spmconvert.export(tmp_path / "o", tmp_path / "e")
     whole = getattr(transformers, architecture).from_pretrained(tmp_path / "e")
+    open_(whole, opened_names(replaced))
     for module in replaced:
         torch.testing.assert_close(whole.get_submodule(module).weight.shape, dense.get_submodule(module).weight.shape)
 

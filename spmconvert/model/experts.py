@@ -1,0 +1,176 @@
+"""Experts of a mixture opened up: one linear layer an expert and projection, in the place of parameters fused over all.
+
+transformers keeps the experts of a block in three-dimensional parameters, one a projection, whatever a checkpoint has.
+What a tool knows about layers (hooks, names, shapes) does not reach into them. Opened, expert 3 of the experts
+``model.layers.0.mlp.experts`` has the layers ``model.layers.0.mlp.experts.3.gate_up`` and ``.down``, which are calibrated,
+fitted, replaced and measured like any other; the gate and what it gates are one matrix, as in the fused parameter. The
+layers of an opened model are views of the fused parameters until they are replaced (``opened_module``).
+
+Which parameters there are, how they lie and how a gate is applied is asked of the module, by the flags that transformers
+sets on it, and not looked up by the name of a model.
+
+What it gives up: experts run in a loop, as in the eager implementation; the grouped products of a GPU are not used.
+Experts with a norm behind each stay fused.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from spmconvert.model.opened_module import OpenedModule, Part
+from spmconvert.operator.reference import is_recorded
+
+# experts that transformers does not decorate: they get all tokens for every expert, zeros where it was not chosen
+_BATCHED = ("Llama4TextExperts",)
+# how many experts a token is given to, as configs call it
+_CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One projection of fused experts.
+
+    Attributes:
+        name: of the layer of every opened expert.
+        parameter: fused over all experts, [experts, out_features, in_features] or transposed.
+        bias: the same for biases [experts, out_features], or None.
+        transposed: whether the parameter is [experts, in_features, out_features].
+    """
+
+    name: str
+    parameter: str
+    bias: str | None
+    transposed: bool
+
+    def parts(self, count: int) -> Iterator[Part]:
+        """The tensors of so many experts."""
+        for index in range(count):
+            yield Part(f"{index}.{self.name}.weight", self.parameter, index, self.transposed)
+            if self.bias is not None:
+                yield Part(f"{index}.{self.name}.bias", self.bias, index)
+
+
+def projections(module: nn.Module) -> tuple[Projection, ...]:
+    """The projections of fused experts, in the order in which they are called; none for any other module."""
+    batched = type(module).__name__ in _BATCHED
+    if not batched and (not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False)):
+        return ()
+    transposed = batched or bool(module.is_transposed)
+    first = ("gate_up", "gate_up_proj") if batched or module.has_gate else ("up", "up_proj")
+    found = []
+    for name, parameter in (first, ("down", "down_proj")):
+        fused = getattr(module, parameter, None)
+        if not isinstance(fused, nn.Parameter) or fused.dim() != 3:
+            return ()
+        bias = f"{parameter}_bias" if getattr(module, "has_bias", False) else None
+        found.append(Projection(name, parameter, bias, transposed))
+    return tuple(found)
+
+
+class OpenedExperts(OpenedModule):
+    """Fused experts as one module an expert, with the same call.
+
+    Args:
+        fused: whose parameters the new layers are views of.
+        chosen: how many experts a token is given to; None for all.
+    """
+
+    alike = True
+
+    def __init__(self, fused: nn.Module, chosen: int | None) -> None:
+        form = projections(fused)
+        count = len(getattr(fused, form[0].parameter))
+        super().__init__(fused, tuple(part for one in form for part in one.parts(count)))
+        self.share = min(1.0, (chosen or count) / count)
+        self._names = tuple(projection.name for projection in form)
+        self._batched = type(fused).__name__ in _BATCHED
+
+    @property
+    def experts(self) -> list[nn.Module]:
+        """One module an expert, in order."""
+        return list(self._modules.values())  # type: ignore[arg-type]
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """What the chosen experts make of tokens, added up by weight.
+
+        Args:
+            hidden_states: [tokens, in_features]; where no choice is given, [experts * tokens, in_features] with zeros for
+                tokens that an expert was not chosen for.
+            top_k_index: experts of every token, [tokens, chosen].
+            top_k_weights: their weights.
+
+        Returns:
+            [tokens, in_features], or as many rows as there were where no choice is given.
+        """
+        if self._batched:
+            return self._each_its_own(hidden_states)
+        assert top_k_index is not None
+        assert top_k_weights is not None
+        mixed = self._all if is_recorded() else self._chosen
+        return mixed(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+    def _chosen(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        tokens, chosen = index.shape
+        order = index.reshape(-1).argsort(stable=True)
+        counts = index.reshape(-1).bincount(minlength=len(self.experts)).tolist()
+        routed = hidden_states[order // chosen].split(counts)
+        outputs = [self._run(expert, rows) for expert, rows in zip(self.experts, routed, strict=True) if len(rows)]
+        weighted = torch.cat(outputs) * weights.reshape(-1)[order, None]
+        # back to the order of the tokens, and added up in it: the same on every run
+        return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, chosen, -1).sum(1)
+
+    def _all(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """The same with every token through every expert: what is written down must not depend on values."""
+        given = weights.new_zeros(len(index), len(self.experts)).scatter_add(1, index, weights)
+        outputs = [
+            self._run(expert, hidden_states) * share[:, None]
+            for expert, share in zip(self.experts, given.unbind(1), strict=True)
+        ]
+        return torch.stack(outputs).sum(0)
+
+    def _each_its_own(self, hidden_states: Tensor) -> Tensor:
+        outputs = []
+        for expert, rows in zip(self.experts, hidden_states.chunk(len(self.experts)), strict=True):
+            if is_recorded():
+                outputs.append(self._run(expert, rows))
+                continue
+            routed = rows.any(1)
+            found = self._run(expert, rows[routed])
+            outputs.append(found.new_zeros(len(rows), found.shape[1]).index_copy(0, routed.nonzero()[:, 0], found))
+        return torch.cat(outputs)
+
+    def _run(self, expert: nn.Module, rows: Tensor) -> Tensor:
+        first, down = (getattr(expert, name) for name in self._names)
+        output: Tensor = down(self._gated(first(rows)))
+        return output
+
+    def _gated(self, outputs: Tensor) -> Tensor:
+        """What goes into the last projection."""
+        (fused,) = self._fused
+        if self._names[0] == "up":
+            gated: Tensor = fused.act_fn(outputs)
+        elif hasattr(fused, "_apply_gate"):
+            gated = fused._apply_gate(outputs)
+        else:
+            gate, up = outputs.chunk(2, dim=-1)
+            gated = up * fused.act_fn(gate)
+        return gated
+
+
+def chosen_experts(around: nn.Module, config: Any) -> int | None:
+    """How many experts a token is given to: what the router beside them says, or the config; None where neither does."""
+    for module in (around, *around.children()):
+        chosen = getattr(module, "top_k", None)
+        if isinstance(chosen, int):
+            return chosen
+    for known in filter(None, (getattr(around, "config", None), config)):
+        text = known.get_text_config() if hasattr(known, "get_text_config") else known
+        for name in _CHOSEN:
+            if isinstance(chosen := getattr(text, name, None), int):
+                return chosen
+    return None

@@ -1,0 +1,68 @@
+"""Opening and closing the modules of a model whose matrices are fused into parameters: experts and recurrences."""
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from spmconvert.checkpoint.names import resolve_name
+from spmconvert.model.experts import OpenedExperts, chosen_experts, projections
+from spmconvert.model.opened_module import OpenedModule
+from spmconvert.model.recurrence import OpenedRecurrence
+
+_EXPERT = re.compile(r"(.+)\.\d+\.(gate_up|up|down)")
+_RECURRENCE = re.compile(r"(.+)\.l\d+(?:_reverse)?\.(?:input|recurrent|projection)")
+
+
+def can_be_opened(module: nn.Module) -> bool:
+    """Whether a module has fused parameters that can be opened."""
+    return type(module) in OpenedRecurrence.kinds or bool(projections(module))
+
+
+def group_of(name: str) -> str | None:
+    """Experts and projection that a layer would belong to by its name; None where it has no name of an expert's layer."""
+    found = _EXPERT.fullmatch(name)
+    return None if found is None else f"{found[1]}.{found[2]}"
+
+
+def opened_names(names: Iterable[str]) -> set[str]:
+    """The modules that must be opened for layers of these names to be there; names of other layers lead to none."""
+    found = (_EXPERT.fullmatch(name) or _RECURRENCE.fullmatch(name) for name in names)
+    return {match[1] for match in found if match is not None}
+
+
+def open_(model: nn.Module, names: Iterable[str] | None = None, *, config: Any = None) -> list[str]:
+    """Open modules, in place.
+
+    Args:
+        model: or a block of one, with or without memory.
+        names: of modules, with or without the base model's prefix; None for all that can be opened.
+        config: of the model; None for its own.
+
+    Returns:
+        Names of the modules that were opened.
+    """
+    found = [name for name, module in model.named_modules() if can_be_opened(module)]
+    if names is not None:
+        prefix = getattr(model, "base_model_prefix", "")
+        wanted = {resolve_name(name, found, prefix) for name in names}
+        found = [name for name in found if name in wanted]
+    for name in found:
+        parent, _, child = name.rpartition(".")
+        around, module = model.get_submodule(parent), model.get_submodule(name)
+        opened: OpenedModule
+        if type(module) in OpenedRecurrence.kinds:
+            opened = OpenedRecurrence(module)
+        else:
+            opened = OpenedExperts(module, chosen_experts(around, config or getattr(model, "config", None)))
+        setattr(around, child, opened)
+    return found
+
+
+def close_(model: nn.Module) -> None:
+    """Fuse all opened modules again, in place; their layers have to be dense."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, OpenedModule):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module.closed())

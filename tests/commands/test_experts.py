@@ -1,0 +1,327 @@
+"""Mixtures of experts, from the fused parameters of a family to a converted model and back."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import spmconvert
+from spmconvert.budget.times import TimeTable
+from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.commands.export import export
+from spmconvert.commands.finetune import finetune
+from spmconvert.commands.report import report
+from spmconvert.commands.verify import verify
+from spmconvert.model.opening import open_
+from tests.conftest import VOCABULARY, _save
+from tests.support import QUICK, SHORT, raw_tensors
+
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of mixtures: its classes, what its config has beside the sizes, and how its tensors are stored."""
+
+    config: str
+    model: str
+    own: dict = field(default_factory=dict)
+    experts: int = 4
+    chosen: int = 2
+
+
+FAMILIES = {
+    "mixtral": Family("MixtralConfig", "MixtralForCausalLM", {"num_local_experts": 4}),
+    "qwen3-moe": Family(
+        "Qwen3MoeConfig",
+        "Qwen3MoeForCausalLM",
+        {"moe_intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2, "head_dim": 16},
+        experts=6,
+    ),
+    "olmoe": Family("OlmoeConfig", "OlmoeForCausalLM", {"num_experts": 5, "num_experts_per_tok": 2}, experts=5),
+    "deepseek-v3": Family(
+        "DeepseekV3Config",
+        "DeepseekV3ForCausalLM",
+        {
+            **LATENT,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "n_group": 2,
+            "topk_group": 2,
+        },
+        experts=8,
+        chosen=3,
+    ),
+    "gpt-oss": Family(
+        "GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
+    ),
+    "llama4": Family(
+        "Llama4TextConfig",
+        "Llama4ForCausalLM",
+        {
+            "num_local_experts": 4,
+            "num_experts_per_tok": 1,
+            "head_dim": 16,
+            "intermediate_size_mlp": 64,
+            "interleave_moe_layer_step": 1,
+        },
+        chosen=1,
+    ),
+    "granite-moe": Family("GraniteMoeConfig", "GraniteMoeForCausalLM", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "nemotron-h": Family(
+        "NemotronHConfig",
+        "NemotronHForCausalLM",
+        {
+            "layers_block_type": ["moe", "attention", "moe"],
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "moe_shared_expert_intermediate_size": 24,
+            "head_dim": 16,
+            "n_group": 1,
+            "topk_group": 1,
+        },
+    ),
+}
+
+
+def built(family: Family):
+    own = {**SIZES, **family.own}
+    if family.config == "NemotronHConfig":
+        del own["num_hidden_layers"]
+    config = getattr(transformers, family.config)(**own)
+    torch.manual_seed(0)
+    return getattr(transformers, family.model)(config)
+
+
+@pytest.fixture(scope="module")
+def mixtures(tmp_path_factory):
+    """Directories of tiny mixtures by family, each made when it is first asked for."""
+    root = tmp_path_factory.mktemp("mixtures")
+
+    class Mixtures(dict):
+        def __missing__(self, name):
+            self[name] = _save(built(FAMILIES[name]).eval(), root / name)
+            return self[name]
+
+    return Mixtures()
+
+
+def logits(model, tokens=None):
+    tokens = torch.arange(3, 40)[None] if tokens is None else tokens
+    with torch.no_grad():
+        return model(input_ids=tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_opened_experts_compute_what_fused_ones_do(name):
+    fused, other = (built(FAMILIES[name]).eval() for _ in range(2))
+    names = open_(other)
+    assert names
+    assert other.get_submodule(names[0]).share == FAMILIES[name].chosen / FAMILIES[name].experts
+    torch.testing.assert_close(logits(other), logits(fused), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_converted_and_used(mixtures, text, tmp_path, name):
+    out = tmp_path / "o"
+    options = {**QUICK, "stages": 0, "rank": 6, "fit.refine": 1}
+    conversion = spmconvert.convert(mixtures[name], out, calib=text, targets="*.experts.*", **options)
+    assert conversion.bytes_after == sum(
+        t.numel() * t.element_size() for t in load_file(out / "model.safetensors").values()
+    )
+    model = spmconvert.load(out).eval()
+    layers = [module for module in model.modules() if isinstance(module, spmconvert.SPMLinear)]
+    assert len(layers) == len(conversion.layers)
+    assert len(layers) % (2 * FAMILIES[name].experts) == 0
+    assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
+    model.save_pretrained(tmp_path / "again")
+    again = spmconvert.load(tmp_path / "again").eval()
+    torch.testing.assert_close(logits(again), logits(model), rtol=0, atol=0)
+    assert {check.outcome for check in verify(out)} <= {"ok", "skipped"}
+    exported = export(out, tmp_path / "dense")
+    assert exported.difference is not None
+    dense = getattr(transformers, FAMILIES[name].model).from_pretrained(tmp_path / "dense").eval()
+    torch.testing.assert_close(logits(dense), logits(model), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_family_is_finetuned(mixtures, text, tmp_path, name):
+    spmconvert.convert(mixtures[name], tmp_path / "o", calib=text, targets="*.experts.*", stages=0, rank=6, **QUICK)
+    trained = finetune(tmp_path / "o", tmp_path / "t", data=text, **{**SHORT, "steps": 5})
+    assert trained.steps == 5
+    assert {check.outcome for check in verify(tmp_path / "t")} <= {"ok", "skipped"}
+
+
+def test_a_budget_gives_the_experts_of_a_layer_one_design(mixtures, text, tmp_path):
+    out = tmp_path / "o"
+    conversion = spmconvert.convert(
+        mixtures["qwen3-moe"], out, calib=text, targets="mlp", keep=0.5, allow_slower=True, **QUICK
+    )
+    layers = json.loads((out / "config.json").read_text())["quantization_config"]["layers"]
+    designs = {}
+    for layer, entry in layers.items():
+        module, _, projection = layer.rpartition(".")
+        designs.setdefault((module.rpartition(".")[0], projection), set()).add(json.dumps(entry))
+    assert all(len(found) == 1 for found in designs.values())
+    assert conversion.parameters_after < conversion.parameters_before
+    found = report(out, data=text, baselines=True, calibration=text, seconds=0.01, rows=8)
+    assert found.quality
+    share = FAMILIES["qwen3-moe"].chosen / FAMILIES["qwen3-moe"].experts
+    met = found.quantity("parameters that a token meets", "replaced layers")
+    assert met.dense == round(share * found.quantity("parameters", "replaced layers").dense)
+    assert found.candidates
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "granite-moe"])
+def test_either_layout_gives_the_same_layers(mixtures, text, tmp_path, name):
+    """A matrix an expert and projection, as checkpoints have them, and fused parameters, as transformers keeps them."""
+    model = getattr(transformers, FAMILIES[name].model).from_pretrained(mixtures[name])
+    model.save_pretrained(tmp_path / "fused", save_original_format=False)
+    shutil.copy(mixtures[name] / "tokenizer.json", tmp_path / "fused")
+    shutil.copy(mixtures[name] / "tokenizer_config.json", tmp_path / "fused")
+    assert set(load_file(tmp_path / "fused" / "model.safetensors")) != set(load_file(mixtures[name] / "model.safetensors"))
+    found = []
+    for source in (mixtures[name], tmp_path / "fused"):
+        out = tmp_path / f"{source.name}-spm"
+        spmconvert.convert(source, out, calib=text, targets="*.experts.*", stages=0, rank=6, **QUICK)
+        tensors = load_file(out / "model.safetensors")
+        found.append(
+            {
+                key.partition(".experts.")[2] + key.partition("layers.")[2][:1]: value
+                for key, value in tensors.items()
+                if ".experts." in key
+            }
+        )
+    assert len(found[0]) > 16
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=0)
+
+
+def test_what_is_left_dense_beside_replaced_projections_is_what_it_was(mixtures, text, tmp_path):
+    out = tmp_path / "o"
+    spmconvert.convert(mixtures["mixtral"], out, calib=text, targets="*.experts.*.down", stages=0, rank=12, **QUICK)
+    model = spmconvert.load(out)
+    fused = transformers.MixtralForCausalLM.from_pretrained(mixtures["mixtral"]).model.layers[1].mlp.experts
+    left = model.model.layers[1].mlp.experts.experts[2].gate_up.weight
+    torch.testing.assert_close(left, fused.gate_up_proj[2], rtol=0, atol=0)
+    assert {check.outcome for check in verify(out)} <= {"ok", "skipped"}
+    export(out, tmp_path / "dense")
+    dense = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "dense").model.layers[1].mlp.experts
+    torch.testing.assert_close(dense.gate_up_proj, fused.gate_up_proj, rtol=0, atol=0)
+
+
+def test_experts_that_are_no_targets_stay_as_the_file_has_them(mixtures, text, tmp_path):
+    spmconvert.convert(mixtures["mixtral"], tmp_path / "o", calib=text, targets="attn", stages=0, rank=6, **QUICK)
+    before, after = (raw_tensors(directory) for directory in (mixtures["mixtral"], tmp_path / "o"))
+    experts = {name for name in before if ".experts." in name}
+    assert experts
+    assert {name: before[name] for name in experts} == {name: after[name] for name in experts if name in after}
+
+
+@pytest.mark.parametrize(
+    ("targets", "options"), [("*.experts.1.down", {}), ("mlp", {"ignore": "*.experts.2.*"}), ("re:.*experts\\.[0-2].*", {})]
+)
+def test_a_part_of_the_experts_is_refused(mixtures, tmp_path, targets, options):
+    with pytest.raises(spmconvert.errors.TargetError, match="all have one design"):
+        spmconvert.convert(mixtures["mixtral"], tmp_path / "o", targets=targets, **options)
+
+
+def test_an_expert_that_nothing_comes_to_is_named_and_fitted(mixtures, text, tmp_path):
+    model = transformers.GptOssForCausalLM.from_pretrained(mixtures["gpt-oss"])
+    for layer in model.model.layers:
+        layer.mlp.router.bias.data[3] = -1e4
+    model.save_pretrained(tmp_path / "m")
+    shutil.copy(mixtures["gpt-oss"] / "tokenizer.json", tmp_path / "m")
+    shutil.copy(mixtures["gpt-oss"] / "tokenizer_config.json", tmp_path / "m")
+    for keep in ({"stages": 0, "rank": 6}, {"keep": 0.4, "allow_slower": True}):
+        out = tmp_path / f"o{len(keep)}{keep.get('rank', 0)}"
+        conversion = spmconvert.convert(tmp_path / "m", out, calib=text, targets="*.experts.*", **keep, **QUICK)
+        idle = {record.name for record in conversion.layers if "no calibration token came" in record.warning}
+        assert idle
+        assert all(".experts.3." in name for name in idle)
+        assert all(record.error < 1 for record in conversion.layers)
+
+
+def test_a_model_is_converted_while_it_is_loaded(mixtures, tmp_path):
+    request = spmconvert.SPMConfig(targets=["*.experts.*"], stages=0, rank=6)
+    model = transformers.AutoModelForCausalLM.from_pretrained(mixtures["olmoe"], quantization_config=request).eval()
+    model.save_pretrained(tmp_path / "o")
+    torch.testing.assert_close(logits(spmconvert.load(tmp_path / "o").eval()), logits(model), rtol=0, atol=0)
+    before = logits(model)
+    dense = model.dequantize()
+    assert not [module for module in dense.modules() if isinstance(module, spmconvert.SPMLinear)]
+    assert dense.model.layers[1].mlp.experts.gate_up_proj.shape == (5, 96, 32)
+    torch.testing.assert_close(logits(dense), before, rtol=1e-3, atol=1e-4)
+
+
+def test_an_expert_is_timed_on_the_tokens_that_it_sees():
+    table = TimeTable(64)
+    assert table.of_share(1.0) is table
+    assert table.of_share(0.25).tokens == 16
+    assert table.of_share(0.25) is table.of_share(0.25)
+    assert table.of_share(0.001).tokens == 1
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(mixtures, text, tmp_path, monkeypatch):
+    options = {"calib": text, "targets": "*.experts.*", "stages": 0, "rank": 6, **QUICK, "fit.refine": 1}
+    spmconvert.convert(mixtures["olmoe"], tmp_path / "whole", **options)
+    store, calls = OutputDirectory.store_layer, []
+
+    def stopping(self, *arguments):
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        calls.append(arguments[0])
+        store(self, *arguments)
+
+    monkeypatch.setattr(OutputDirectory, "store_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        spmconvert.convert(mixtures["olmoe"], tmp_path / "parts", **options)
+    monkeypatch.undo()
+    spmconvert.convert(mixtures["olmoe"], tmp_path / "parts", resume=True, **options)
+    assert raw_tensors(tmp_path / "parts") == raw_tensors(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("option", ["layerwise", "guided", "layer_outputs"])
+def test_losses_of_single_layers_are_refused_for_experts(mixtures, text, tmp_path, option):
+    spmconvert.convert(mixtures["olmoe"], tmp_path / "o", targets="*.experts.*", stages=0, rank=6, **QUICK)
+    value = {"layerwise": 2, "guided": 0.5, "layer_outputs": 1.0}[option]
+    with pytest.raises(spmconvert.errors.OptionError, match="sees others in each model"):
+        finetune(tmp_path / "o", tmp_path / "t", data=text, **SHORT, **{option: value})
+
+
+def test_everything_can_be_trained(mixtures, text, tmp_path):
+    spmconvert.convert(mixtures["mixtral"], tmp_path / "o", calib=text, targets="attn", stages=0, rank=6, **QUICK)
+    finetune(tmp_path / "o", tmp_path / "t", data=text, train="all", **SHORT)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in "ot")
+    assert set(before) == set(after)
+    expert = next(name for name in before if ".experts.0." in name)
+    assert not before[expert].equal(after[expert])
+
+
+def test_a_program_that_does_not_know_opened_experts_refuses_them(mixtures, text, tmp_path):
+    spmconvert.convert(mixtures["mixtral"], tmp_path / "o", targets="*.experts.*", stages=0, rank=6, **QUICK)
+    code = f"import transformers; transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / 'o')!r})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode
+    assert "down_proj" in run.stdout + run.stderr
