@@ -69,15 +69,22 @@ class Limit:
 
     def seconds_of(self, layer: LayerPlan, design: Design | None) -> float:
         """Seconds that a design of a layer takes for those of the tokens that it sees; None is the dense layer."""
-        assert self.times is not None
-        times = self.times.of_share(layer.target.share)
-        return times.dense(layer.target.in_features, layer.target.out_features) if design is None else times.seconds(design)
+        times, calls = self._calls(layer)
+        sizes = (layer.target.in_features, layer.target.out_features)
+        return calls * (times.dense(*sizes) if design is None else times.seconds(design))
 
     def drops(self, layer: LayerPlan, design: Design) -> bool:
         """Whether a design of a layer is no candidate, because it is slower than the dense one."""
         if self.budget.allow_slower or self.times is None:
             return False
-        return self.times.of_share(layer.target.share).is_slower(design)
+        return self._calls(layer)[0].is_slower(design)
+
+    def _calls(self, layer: LayerPlan) -> tuple[TimeTable, int]:
+        """Times for the tokens of one call of a layer, and how often it is called."""
+        assert self.times is not None
+        if layer.target.stepwise:
+            return self.times.at(self.budget.rows), self.budget.tokens
+        return self.times.at(max(1, round(layer.target.share * self.times.tokens))), 1
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from spmconvert.model.chain import Chain, Walk
 from spmconvert.model.states import STATES_LIMIT, States
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
 from spmconvert.outputs.losses import class_loss
-from spmconvert.outputs.objective import class_logits, objective_for, pooled, real_positions
+from spmconvert.outputs.objective import class_logits, first_states, objective_for, pooled, real_positions
 from spmconvert.outputs.words import compare_words, has_plain_head, word_head, word_states
 
 # shares of a layer's parameters that its low-rank candidates keep
@@ -95,7 +95,7 @@ class Comparison:
             return real_positions(word_states(model, model, batch, plain_head=self._plain_head)[0], batch)
         output = model(**batch)
         if self._objective == "hidden":
-            return normalize(pooled(output[0], batch).float(), dim=-1)
+            return normalize(pooled(first_states(output), batch).float(), dim=-1)
         return class_logits(output, batch)
 
     def distance(self, student: Any, found: Tensor, target: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class TimeTable:
     dtype: torch.dtype = torch.float32
     _known: dict[str, float] = field(default_factory=dict, init=False, repr=False)
     _file: Path = field(default=Path(), init=False, repr=False)
-    _shares: dict[int, "TimeTable"] = field(default_factory=dict, init=False, repr=False)
+    _others: dict[int, "TimeTable"] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Read what earlier runs measured."""
@@ -65,14 +65,13 @@ class TimeTable:
         except (OSError, ValueError):
             self._known = {}
 
-    def of_share(self, share: float) -> "TimeTable":
-        """Times for layers that see a share of the tokens."""
-        tokens = max(1, round(share * self.tokens))
+    def at(self, tokens: int) -> "TimeTable":
+        """Times for another number of tokens."""
         if tokens == self.tokens:
             return self
-        if tokens not in self._shares:
-            self._shares[tokens] = TimeTable(tokens, self.device, self.dtype)
-        return self._shares[tokens]
+        if tokens not in self._others:
+            self._others[tokens] = TimeTable(tokens, self.device, self.dtype)
+        return self._others[tokens]
 
     def dense(self, in_features: int, out_features: int) -> float:
         """Seconds of the dense layer."""

@@ -27,7 +27,15 @@ from torch.nn.functional import log_softmax, normalize
 
 from spmconvert.calibrate.statistics import attended
 from spmconvert.errors import CalibrationError
-from spmconvert.outputs.objective import Objective, class_logits, objective_for, pooled, real_mask, real_positions
+from spmconvert.outputs.objective import (
+    Objective,
+    class_logits,
+    first_states,
+    objective_for,
+    pooled,
+    real_mask,
+    real_positions,
+)
 from spmconvert.outputs.words import has_plain_head, word_head, word_states
 
 # positions whose words are drawn at a time: their logits, several times over, are all that there is of the vocabulary
@@ -209,7 +217,7 @@ def _differentiated(model: Any, names: Sequence[str], take: Callable[[str, Tenso
 def _probe(output: Any, objective: Objective, batch: dict[str, Any], numbers: RowNumbers) -> tuple[Tensor, int]:
     """A random scalar of the output, and the number of positions that it sums over."""
     if objective == "hidden":
-        means = normalize(pooled(output[0], batch).float(), dim=-1)
+        means = normalize(pooled(first_states(output), batch).float(), dim=-1)
         return (means * _directions(means, batch, numbers)).sum(), len(means)
     logits = real_positions(output.logits, batch) if objective == "logits" else class_logits(output, batch)
     if objective == "scores":
@@ -260,7 +268,8 @@ def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, 
 def _checked(name: str, total: Tensor | None, *, may_rest: bool) -> Tensor:
     if total is None or not (may_rest or total.any()):
         raise CalibrationError(
-            f"layer {name} has no influence on what the model puts out; leave it out with --ignore {name}"
+            f"layer {name} has no influence on what the model puts out, as far as a gradient tells; leave it out with "
+            f"--ignore {name}, or ask for no gradients with --sensitivity none --set fit.output_weighting=false"
         )
     if not total.isfinite().all():
         raise CalibrationError.not_finite(f"gradients at layer {name}", name)

@@ -19,7 +19,15 @@ from spmconvert.distill.stored import StoredLogits
 from spmconvert.errors import OptionError
 from spmconvert.model.recording import recorded
 from spmconvert.outputs.losses import class_loss, hidden_state_loss, relative_square
-from spmconvert.outputs.objective import Objective, all_states, class_logits, next_tokens, pooled, real_positions
+from spmconvert.outputs.objective import (
+    Objective,
+    all_states,
+    class_logits,
+    first_states,
+    next_tokens,
+    pooled,
+    real_positions,
+)
 from spmconvert.outputs.words import compare_words, has_plain_head, word_head, word_states
 from spmconvert.recipe.recipe import Training
 
@@ -122,7 +130,7 @@ class Distillation:
         if self.objective == "logits":
             return word_states(called, owner, batch, plain_head=bool(self.plain_head))
         output = called(**batch)
-        return output[0], output
+        return first_states(output), output
 
     @torch.no_grad()
     def _run_teacher(self, batch: dict[str, Any]) -> tuple[Tensor, Any]:

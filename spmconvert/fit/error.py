@@ -36,7 +36,8 @@ def measure_error(
     weight, output_mean = affine(dense)
     other, other_mean = affine(replacement)
     difference = weight - other
-    missed = (difference @ covariance * difference).sum() + (output_mean - other_mean).square().sum()
+    # rounding of moments may leave less than nothing
+    missed = (difference @ covariance * difference).sum().clamp_min(0) + (output_mean - other_mean).square().sum()
     varying = (weight @ covariance * weight).sum()
     total = varying + output_mean.square().sum()
     return LayerError((missed / total.clamp_min(1e-300)).item(), (missed / varying.clamp_min(1e-300)).item())

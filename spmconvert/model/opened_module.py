@@ -87,6 +87,10 @@ class OpenedModule(nn.Module):
             self.add_module(around, nn.Module())
         self.get_submodule(around).add_module(child, layer)
 
+    def is_stepwise(self, layer: str) -> bool:
+        """Whether layers of a name are called for every token by itself."""
+        return False
+
     def by_parameter(self) -> Iterator[tuple[str, list[Part]]]:
         """Fused parameters, and their parts in order."""
         for name in dict.fromkeys(part.parameter for part in self.parts):

@@ -51,6 +51,10 @@ class OpenedRecurrence(OpenedModule):
         self.dropout: float = recurrence.dropout
         self.bidirectional: bool = recurrence.bidirectional
 
+    def is_stepwise(self, layer: str) -> bool:
+        """Whether layers of a name are called for every token by itself: all that wait for the state before."""
+        return layer != "input"
+
     def closed(self) -> nn.Module:
         """The recurrence as torch has it."""
         (recurrence,) = self._fused

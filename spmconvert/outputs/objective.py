@@ -65,6 +65,13 @@ def class_logits(output: Any, batch: dict[str, Any]) -> Tensor:
     return real_positions(logits, batch) if logits.ndim > 2 else logits
 
 
+def first_states(output: Any) -> Tensor:
+    """The first of a model's outputs that is no number of something, such as the codes of a sound."""
+    values = output.values() if isinstance(output, dict) else output
+    found: Tensor = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
+    return found
+
+
 def all_states(output: Any) -> tuple[Tensor, ...]:
     """All hidden states of a model's output, those of a decoder after those of its encoder."""
     names = ("encoder_hidden_states", "decoder_hidden_states", "hidden_states")

@@ -49,6 +49,7 @@ class Linear:
         role: what it is for.
         group: of an expert's layer: the experts and the projection, which have one design; empty for any other.
         share: of the tokens, that it sees.
+        stepwise: whether it is called for every token by itself, as what multiplies the states of a recurrence is.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Linear:
     role: Role
     group: str = ""
     share: float = 1.0
+    stepwise: bool = False
 
 
 def linear_kind(module: nn.Module) -> Kind | None:
@@ -89,7 +91,8 @@ def find_linears(model: nn.Module) -> list[Linear]:
             placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, "mlp", group, share))
             continue
         role: Role = "attn" if _in_attention(name, stack, modules) else "other"
-        placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role))
+        stepwise = opened is not None and modules[opened].is_stepwise(name.rpartition(".")[2])
+        placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role, stepwise=stepwise))
     peers: dict[tuple[str | None, int | None], list[Linear]] = {}
     for linear in placed:
         if linear.role == "other":

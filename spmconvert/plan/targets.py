@@ -45,6 +45,7 @@ class Target:
         bias: whether it has a bias.
         group: of an expert's layer: the experts and the projection, which have one design; empty for any other.
         share: of the tokens, that it sees.
+        stepwise: whether it is called for every token by itself.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Target:
     bias: bool
     group: str = ""
     share: float = 1.0
+    stepwise: bool = False
 
     def flops(self, amount: int) -> int:
         """What is left of an amount for every token that the layer sees."""
@@ -133,7 +135,9 @@ def select_targets(
         )
         raise TargetError(f"--targets {','.join(targets)} {narrowed} leaves no layer to convert; widen the selection")
     _check_experts(survey.linears, chosen)
-    selected = tuple(Target(c.name, c.kind, c.in_features, c.out_features, c.bias, c.group, c.share) for c in chosen)
+    selected = tuple(
+        Target(c.name, c.kind, c.in_features, c.out_features, c.bias, c.group, c.share, c.stepwise) for c in chosen
+    )
     names = {target.name for target in selected}
     skipped = tuple(Skipped(name, reason) for name, reason in survey.reasons.items() if name not in names)
     return Selection(selected, skipped)

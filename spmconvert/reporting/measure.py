@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_so
 from spmconvert.data.media import MediaRow
 from spmconvert.data.rows import row_batch
 from spmconvert.data.tokens import reads_packed
-from spmconvert.outputs.objective import class_logits, objective_for, real_mask
+from spmconvert.outputs.objective import class_logits, first_states, objective_for, real_mask
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Metric
 
@@ -148,7 +148,7 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
     states, embeddings = _Means(), _Means()
     pooled: list[tuple[Tensor, Tensor]] = []
     for batch, target, other_outputs in _outputs(dense, other, rows):
-        target_states, other_states = (_by_position(outputs[0].float()) for outputs in (target, other_outputs))
+        target_states, other_states = (_by_position(first_states(outputs).float()) for outputs in (target, other_outputs))
         mask = _mask(batch, target_states)
         states.add(cosine_similarity(other_states, target_states, dim=-1), mask)
         pair = _mean_pooled(target_states, mask), _mean_pooled(other_states, mask)

@@ -275,12 +275,11 @@ def test_a_model_is_converted_while_it_is_loaded(mixtures, tmp_path):
     torch.testing.assert_close(logits(dense), before, rtol=1e-3, atol=1e-4)
 
 
-def test_an_expert_is_timed_on_the_tokens_that_it_sees():
+def test_times_for_other_numbers_of_tokens():
     table = TimeTable(64)
-    assert table.of_share(1.0) is table
-    assert table.of_share(0.25).tokens == 16
-    assert table.of_share(0.25) is table.of_share(0.25)
-    assert table.of_share(0.001).tokens == 1
+    assert table.at(64) is table
+    assert table.at(16).tokens == 16
+    assert table.at(16) is table.at(16)
 
 
 def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(mixtures, text, tmp_path, monkeypatch):
