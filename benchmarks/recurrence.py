@@ -5,8 +5,8 @@
 The net is trained here, on all but the last tenth of the text. Its input and recurrent matrices are then fitted as low
 rank, as one pass of stages, and as stages beside low rank, on the states that it runs through, and nothing is trained
 afterwards. The loss is in nats a character on the last tenth. Times are those of torch's own LSTM divided by those of the
-opened one (above 1 is faster), in turn in one run, for one row and for sixteen; ``dense`` is the opened net as it was, which
-shows what the loop over the steps costs by itself.
+opened one (above 1 is faster), in turn in one run, for one row and for sixteen; ``dense`` is the opened net as it was,
+which shows what the loop over the steps costs by itself.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
             "fits in sequence and refinement are not made while a model is loaded; use spmconvert.convert, or leave them"
             " out"
         )
-    architecture = skeleton(model.config)
+    architecture = skeleton(model.config, type(model))
     open_(architecture)
     source = opened(open_loaded(model.config._name_or_path, files), architecture)
     plan = plan_conversion(source, architecture, recipe)

@@ -42,9 +42,9 @@ def load_config(directory: Any) -> Any:
         ) from None
 
 
-def skeleton(config: Any) -> Any:
-    """The model on the meta device: module tree and shapes, no memory."""
+def skeleton(config: Any, architecture: Any = None) -> Any:
+    """The model on the meta device: module tree and shapes, no memory; of another class than the config names, if asked."""
     with torch.device("meta"):
-        model = model_class(config)._from_config(config)
+        model = (architecture or model_class(config))._from_config(config)
     model.eval()
     return model

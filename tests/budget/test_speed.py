@@ -24,6 +24,7 @@ from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import staged_design
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.plan.targets import Target
 from spmconvert.recipe.recipe import Budget
 
 
@@ -42,6 +43,10 @@ class Clock:
     """Made-up times: dense layers take a second, designs as long as they are said to."""
 
     designs: float = 0.25
+    tokens: int = 512
+
+    def at(self, tokens):
+        return self
 
     def dense(self, *_):
         return 1.0
@@ -51,8 +56,9 @@ class Clock:
 
 
 def limit(speedup, **clock):
-    layers = [SimpleNamespace(target=SimpleNamespace(in_features=8, out_features=8)) for _ in range(4)]
-    return SimpleNamespace(budget=Budget(speedup=speedup), layers=layers, times=Clock(**clock))
+    target = Target("layer", "linear", 8, 8, bias=False)
+    layers = tuple(SimpleNamespace(target=target) for _ in range(4))
+    return Limit(Budget(speedup=speedup), layers, Clock(**clock))
 
 
 def test_a_speedup_out_of_reach_is_refused_and_the_largest_one_named():

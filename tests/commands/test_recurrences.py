@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spmconvert
 from spmconvert.commands.export import export
@@ -34,15 +34,25 @@ def codec(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory):
+    """Short sounds as tensors."""
+    file = tmp_path_factory.mktemp("sounds") / "sounds.safetensors"
+    torch.manual_seed(2)
+    waves = torch.randn(40, 1, 1280).cumsum(-1)
+    save_file({"input_values": waves / waves.std()}, file)
+    return file
+
+
 def encoded(model):
     torch.manual_seed(1)
     with torch.no_grad():
         return model.encoder(torch.randn(1, 1, 1600))
 
 
-def test_its_lstms_are_converted_and_used(codec, tmp_path):
+def test_its_lstms_are_converted_and_used(codec, sounds, tmp_path):
     out = tmp_path / "o"
-    options = {**QUICK, "stages": 0, "rank": 6, "calib": "auto"}
+    options = {**QUICK, "stages": 0, "rank": 6, "calib": sounds}
     conversion = spmconvert.convert(codec, out, targets="*lstm*", **options)
     assert len(conversion.layers) == 8
     assert all(record.error < 0.5 for record in conversion.layers)
@@ -59,18 +69,20 @@ def test_its_lstms_are_converted_and_used(codec, tmp_path):
     torch.testing.assert_close(encoded(exported), encoded(model), rtol=1e-4, atol=1e-5)
 
 
-def test_its_decoder_is_given_a_budget_trained_and_reported(codec, tmp_path):
-    options = {**QUICK, "calib": "auto", "keep": 0.5, "allow_slower": True}
+def test_its_decoder_is_given_a_budget_trained_and_reported(codec, sounds, tmp_path):
+    options = {**QUICK, "calib": sounds, "keep": 0.5, "allow_slower": True}
     spmconvert.convert(codec, tmp_path / "o", targets="decoder*lstm*", **options)
-    trained = finetune(tmp_path / "o", tmp_path / "t", data="auto", **{**SHORT, "steps": 2})
+    trained = finetune(tmp_path / "o", tmp_path / "t", data=sounds, **{**SHORT, "steps": 2})
     assert trained.steps == 2
-    found = report(tmp_path / "t", data="auto", seconds=0.01, rows=4)
+    save_file({"input_values": torch.randn(8, 1, 1280).cumsum(-1) / 20}, tmp_path / "other.safetensors")
+    found = report(tmp_path / "t", data=tmp_path / "other.safetensors", seconds=0.01, rows=4)
+    assert found.quality, found.not_measured
     (cosine,) = (metric for metric in found.quality[0].metrics if metric.key == "embedding")
     assert cosine.converted > 0.5
 
 
-def test_gradients_that_do_not_pass_the_codes_are_said_to_be_missing(codec, tmp_path):
-    options = {**QUICK, "calib": "auto", "keep": 0.5, "allow_slower": True}
+def test_gradients_that_do_not_pass_the_codes_are_said_to_be_missing(codec, sounds, tmp_path):
+    options = {**QUICK, "calib": sounds, "keep": 0.5, "allow_slower": True}
     with pytest.raises(CalibrationError, match=r"encoder.*lstm.* --sensitivity none --set fit.output_weighting=false"):
         spmconvert.convert(codec, tmp_path / "o", targets="*lstm*", **options)
     free = {"sensitivity": "none", "output_weighting": False}
