@@ -94,7 +94,14 @@ class Curvatures:
             yield
 
     def result(self) -> dict[str, Tensor]:
-        """The curvatures of all layers by name, as ``result_of`` gives them."""
+        """The curvatures of all layers by name, as ``result_of`` gives them; what has no influence is named together."""
+        without = [
+            name
+            for name in self._names
+            if name not in self._experts and (name not in self._sums or not self._sums[name].any())
+        ]
+        if without:
+            raise _no_influence(without)
         return {name: self.result_of(name, self.take(name)) for name in self._names}
 
     def take(self, name: str) -> Tensor | None:
@@ -265,12 +272,17 @@ def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, 
         sums[name] = product
 
 
+def _no_influence(names: Sequence[str]) -> CalibrationError:
+    have = f"layer {names[0]} has" if len(names) == 1 else f"{len(names)} layers, {names[0]} for example, have"
+    return CalibrationError(
+        f"{have} no influence on what the model puts out, as far as a gradient tells; leave out what has none with "
+        f"--ignore {','.join(names)}, or ask for no gradients with --sensitivity none --set fit.output_weighting=false"
+    )
+
+
 def _checked(name: str, total: Tensor | None, *, may_rest: bool) -> Tensor:
     if total is None or not (may_rest or total.any()):
-        raise CalibrationError(
-            f"layer {name} has no influence on what the model puts out, as far as a gradient tells; leave it out with "
-            f"--ignore {name}, or ask for no gradients with --sensitivity none --set fit.output_weighting=false"
-        )
+        raise _no_influence([name])
     if not total.isfinite().all():
         raise CalibrationError.not_finite(f"gradients at layer {name}", name)
     return total

@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ValidationError
 
 from spmconvert.checkpoint.converted import Converted, open_converted
+from spmconvert.data.rows import Row, row_batch
 from spmconvert.data.standin import stand_in
 from spmconvert.data.tokens import inputs_of, load_tokenizer
 from spmconvert.errors import CheckpointError, OptionError
@@ -291,12 +292,26 @@ def _generations(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Generatio
     new = min(CONTINUATION_TOKENS, positions - prompt_tokens)
     samples = []
     for row in texts[0].rows[:GENERATIONS]:
-        assert isinstance(row, torch.Tensor), "a model that only generates reads token ids"
-        ids = row[None, :prompt_tokens].to(run.device)
-        answers = [timing.generate(model, ids, new)[0, ids.shape[1] :] for model in (run.dense, run.student)]
+        given = _beginning(row, prompt_tokens, run.dense)
+        if given is None:
+            return ()
+        ids = given.pop("input_ids")
+        answers = [timing.generate(model, ids, new, **given)[0, ids.shape[1] :] for model in (run.dense, run.student)]
         prompt, dense, converted = (tokenizer.decode(part) for part in (ids[0], *answers))
         samples.append(Generation(prompt=prompt, dense=dense, converted=converted, new_tokens=new))
     return tuple(samples)
+
+
+def _beginning(row: Row, tokens: int, model: Any) -> dict[str, Any] | None:
+    """The beginning of a row as keyword arguments of a model; None where it has no words to begin with."""
+    if isinstance(row, torch.Tensor):
+        return {"input_ids": row[None, :tokens].to(model.device)}
+    if "input_ids" not in row.tensors:
+        return None
+    # with all of its words: a picture among them has to stay whole
+    batch = row_batch([row], 0, model)
+    batch.pop("use_cache", None)
+    return batch
 
 
 def _timing(run: ReportRun, texts: list[EvaluationRows], *, brief: bool) -> tuple[TimingRow, ...]:

@@ -20,18 +20,17 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.library import Part, library_text
-from spmconvert.data.tokens import has_tokenizer, load_tokenizer
+from spmconvert.data.pictured import joined, pictured, pictured_processor, reads_pictures_beside_text
+from spmconvert.data.tokens import has_tokenizer, keeps_cache, load_tokenizer
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.model.architecture import model_class
 from spmconvert.system.caches import cache_directory, check_cache
 from spmconvert.system.files import file_hash, save_whole
 
-Kind = Literal["pictures", "sounds"]
+Kind = Literal["pictures", "sounds", "pictures with text"]
 KINDS: dict[str, Kind] = {"pixel_values": "pictures", "input_features": "sounds", "input_values": "sounds"}
-SUFFIXES: dict[Kind, tuple[str, ...]] = {
-    "pictures": (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"),
-    "sounds": (".wav",),
-}
+_PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
+SUFFIXES: dict[Kind, tuple[str, ...]] = {"pictures": _PICTURES, "sounds": (".wav",), "pictures with text": _PICTURES}
 TENSOR_SUFFIX = ".safetensors"
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # items that are made up for each part
@@ -110,7 +109,7 @@ def folder_inputs(folder: Path, directory: Path, config: Any) -> Path:
         CalibrationError: when the model reads neither, the folder has no such files, or one cannot be read.
         NotWritableError: when the cache cannot be written.
     """
-    kind = media_of(directory, config)
+    kind = "pictures with text" if reads_pictures_beside_text(directory, config) else media_of(directory, config)
     if kind is None:
         raise CalibrationError(
             f"{folder} is a folder, and {directory} has a model of neither pictures nor sounds; give a file"
@@ -121,7 +120,7 @@ def folder_inputs(folder: Path, directory: Path, config: Any) -> Path:
         raise CalibrationError(f"{folder} has {len(files)} {kind} ({endings}); give a folder of at least a few dozen")
     files = [files[len(files) * index // MOST_FILES] for index in range(MOST_FILES)] if len(files) > MOST_FILES else files
     processor = _processor(kind, directory)
-    read: Callable[[Path], Array] = read_picture if kind == "pictures" else partial(read_sound, rate=_rate(processor))
+    read: Callable[[Path], Array] = partial(read_sound, rate=_rate(processor)) if kind == "sounds" else read_picture
     digest = hashlib.sha256("".join(f"{file.name} {file_hash(file)}\n" for file in files).encode()).hexdigest()
 
     def items(start: int, stop: int) -> list[Array]:
@@ -163,8 +162,13 @@ def media_rows(file: Path, config: Any) -> list[MediaRow]:
 
 def media_batch(rows: Sequence[MediaRow], model: Any) -> dict[str, Any]:
     """Rows as keyword arguments of a model, on its device and pictures in its dtype."""
-    batch = {name: torch.stack([row.tensors[name] for row in rows]).to(model.device) for name in rows[0].tensors}
-    return {name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()}
+    batch = joined({name: torch.stack([row.tensors[name] for row in rows]).to(model.device) for name in rows[0].tensors})
+    given: dict[str, Any] = {
+        name: tensor.to(model.dtype) if tensor.is_floating_point() else tensor for name, tensor in batch.items()
+    }
+    if "input_ids" in given and keeps_cache(model.config):
+        given["use_cache"] = False
+    return given
 
 
 def smooth_noise(generator: np.random.Generator) -> Array:
@@ -277,10 +281,13 @@ def _kept(source: _Source, kind: Kind, processor: Any, directory: Path, config: 
     if file.exists():
         return file
     check_cache("inputs")
-    pieces = [
-        _processed(source.items(start, min(start + TOGETHER, count)), kind, processor, directory, config)
-        for start in range(0, count, TOGETHER)
-    ]
+    pieces = []
+    for start in range(0, count, TOGETHER):
+        items = source.items(start, min(start + TOGETHER, count))
+        if kind == "pictures with text":
+            pieces.append(pictured(items, start, source.part, processor, directory, config))
+        else:
+            pieces.append(_processed(items, kind, processor, directory, config))
     names = set.intersection(*(set(piece) for piece in pieces))
     tensors = {name: torch.cat(_alike([piece[name] for piece in pieces])) for name in sorted(names)}
     if config.is_encoder_decoder:
@@ -339,6 +346,8 @@ def _processor(kind: Kind, directory: Path) -> Any:
     """
     from transformers import AutoFeatureExtractor, AutoImageProcessor
 
+    if kind == "pictures with text":
+        return pictured_processor(directory)
     loader = AutoImageProcessor if kind == "pictures" else AutoFeatureExtractor
     try:
         return loader.from_pretrained(directory, trust_remote_code=False)

@@ -146,14 +146,19 @@ def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, w
     return [torch.tensor(stream[start : start + length]) for start in range(0, len(stream) - length + 1, length)]
 
 
+def keeps_cache(config: Any) -> bool:
+    """Whether a model would keep what it computed of every token for the next ones."""
+    # of models of several towers the one for text says so
+    return any(hasattr(own, "use_cache") for own in (config, text_config(config)))
+
+
 def padded_batch(rows: list[Tensor], padding: int, model: Any) -> dict[str, Any]:
     """Rows as keyword arguments of the model, padded on the right, on its device."""
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
     lengths = torch.tensor([len(row) for row in rows])
     mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
     batch: dict[str, Any] = {"input_ids": ids.to(model.device), "attention_mask": mask.long().to(model.device)}
-    # of models of several towers the one for text says so
-    if any(hasattr(config, "use_cache") for config in (model.config, text_config(model.config))):
+    if keeps_cache(model.config):
         batch["use_cache"] = False
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = batch["input_ids"]

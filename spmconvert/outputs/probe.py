@@ -10,8 +10,10 @@ def first_output(model: Any, ids: torch.Tensor) -> torch.Tensor:
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids
+    # a cache of models without attention cannot say how long it is
+    keeps = {"use_cache": False} if hasattr(text_config(model.config), "use_cache") else {}
     with torch.no_grad():
-        return model(**batch)[0].float()
+        return model(**batch, **keeps)[0].float()
 
 
 def text_config(config: Any) -> Any:

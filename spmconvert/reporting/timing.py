@@ -93,13 +93,16 @@ def forward_call(model: Any, batch: dict[str, Any]) -> Callable[[], Any]:
     return call
 
 
-def generate(model: Any, ids: torch.Tensor, new_tokens: int) -> torch.Tensor:
-    """Greedy continuation of ids [rows, tokens] by exactly so many tokens; [rows, tokens]."""
+def generate(model: Any, ids: torch.Tensor, new_tokens: int, **beside: torch.Tensor) -> torch.Tensor:
+    """Greedy continuation of ids [rows, tokens] by exactly so many tokens; [rows, tokens].
+
+    ``beside`` is what the model is given with them, such as pictures; its mask of attention, too.
+    """
     padding = model.generation_config.pad_token_id
     with torch.no_grad():
         return model.generate(
             input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            **{"attention_mask": torch.ones_like(ids), **beside},
             max_new_tokens=new_tokens,
             min_new_tokens=new_tokens,
             do_sample=False,

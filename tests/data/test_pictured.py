@@ -1,0 +1,130 @@
+"""Pictures with a text beside each, for models that read both."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+import spmconvert
+from spmconvert.commands.finetune import finetune
+from spmconvert.commands.report import report
+from spmconvert.data import pictured
+from spmconvert.data.media import folder_inputs, media_batch, media_rows
+from spmconvert.model.architecture import load_config
+from tests.conftest import _tokenizer, llama_config
+from tests.support import QUICK, SHORT
+
+EYES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}
+
+
+def tokenizer_of_both():
+    tokenizer = _tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    """A tiny LLaVA with its processor."""
+    directory = tmp_path_factory.mktemp("pictured") / "llava"
+    torch.manual_seed(0)
+    tokenizer = tokenizer_of_both()
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    config = transformers.LlavaConfig(
+        text_config=llama_config(vocab_size=image + 1, max_position_embeddings=512),
+        vision_config={"model_type": "clip_vision_model", **EYES, "patch_size": 8},
+        image_token_index=image,
+        pad_token_id=1,
+    )
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(3)
+    model.save_pretrained(directory)
+    looks = transformers.CLIPImageProcessor(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})
+    transformers.LlavaProcessor(
+        looks, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    ).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def albums(tmp_path_factory):
+    """Three folders of pictures: to fit, to train and to measure on."""
+    generator, folders = np.random.default_rng(0), {}
+    for name, count in (("fit", 40), ("train", 40), ("measure", 12)):
+        folders[name] = tmp_path_factory.mktemp("albums") / name
+        folders[name].mkdir()
+        for number in range(count):
+            pixels = generator.integers(0, 255, (12, 18, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((60, 40)).save(folders[name] / f"{number}.png")
+    return folders
+
+
+def test_pictures_and_words_go_into_a_model_together(llava, albums):
+    config = load_config(llava)
+    rows = media_rows(folder_inputs(albums["measure"], llava, config), config)
+    assert len(rows) == 12
+    assert rows[0].tensors["pixel_values"].shape == (3, 16, 16)
+    assert not rows[0].tensors["input_ids"].equal(rows[1].tensors["input_ids"])
+    assert (rows[0].tensors["input_ids"] == config.image_token_id).sum() == 4
+    model = spmconvert.load(llava).eval()
+    batch = media_batch(rows[:3], model)
+    with torch.no_grad():
+        together = model(**batch).logits
+        changed = model(**{**batch, "pixel_values": batch["pixel_values"].flip(0)}).logits
+    assert not torch.allclose(together, changed)
+
+
+def test_a_model_that_reads_both_is_converted_trained_and_reported_on_pictures(llava, albums, tmp_path):
+    # the features of its last block but one are what LLaVA takes of CLIP
+    options = {**QUICK, "calib": albums["fit"], "keep": 0.5, "allow_slower": True}
+    conversion = spmconvert.convert(llava, tmp_path / "o", targets="mlp", ignore="*.encoder.layers.1.*", **options)
+    places = {record.name.split(".layers")[0] for record in conversion.layers}
+    assert places == {"model.language_model", "model.vision_tower.encoder"}
+    trained = finetune(tmp_path / "o", tmp_path / "t", data=albums["train"], **{**SHORT, "steps": 4})
+    assert trained.best_loss <= trained.start_loss
+    found = report(tmp_path / "t", data=albums["measure"], seconds=0.01, rows=8)
+    assert {metric.key for metric in found.quality[0].metrics} >= {"kl"}
+    assert found.generations
+    assert found.timing
+
+
+def test_layers_without_influence_are_named_together(llava, albums, tmp_path):
+    options = {**QUICK, "calib": albums["fit"], "keep": 0.5, "allow_slower": True}
+    with pytest.raises(spmconvert.errors.CalibrationError, match=r"2 layers, .* --ignore .*layers\.1\.mlp\.fc1,.*fc2,"):
+        spmconvert.convert(llava, tmp_path / "o", targets="mlp", **options)
+
+
+def test_patches_without_an_axis_of_items_are_joined():
+    patches = torch.arange(24.0).view(2, 6, 2)
+    grid = torch.tensor([[1, 2, 3], [1, 2, 3]])
+    batch = pictured.joined({"pixel_values": patches, pictured.GRID: grid})
+    assert batch["pixel_values"].shape == (12, 2)
+    assert batch[pictured.GRID].equal(grid)
+    alone = {"pixel_values": torch.zeros(2, 3, 4, 4)}
+    assert pictured.joined(alone) is alone
+
+
+def test_a_chat_model_is_asked_in_its_own_form(llava, albums, tmp_path):
+    processor = pictured.pictured_processor(llava)
+    processor.chat_template = (
+        "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
+        "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    picture = np.zeros((20, 20, 3), dtype=np.uint8)
+    found = pictured.pictured([picture], 0, "calibration", processor, llava, load_config(llava))
+    words = processor.tokenizer.decode(found["input_ids"][0])
+    assert words.replace(" ", "").startswith("[user]<image>")
+    assert "[assistant]" in words.replace(" ", "")
+
+
+def test_a_processor_that_fails_is_named(llava, albums, tmp_path):
+    for name in ("config.json", "processor_config.json"):
+        shutil.copy(llava / name, tmp_path / name)
+    with pytest.raises(spmconvert.errors.CalibrationError, match="no processor for pictures and text that can be used"):
+        folder_inputs(albums["measure"], tmp_path, load_config(tmp_path))
