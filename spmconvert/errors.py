@@ -44,6 +44,10 @@ class OptionError(SpmconvertError, ValueError):
     exit_code = 2
 
 
+class OutOfReachError(OptionError):
+    """No designs make the model as much faster as it is to be."""
+
+
 class RecipeError(SpmconvertError, ValueError):
     """A recipe does not parse, has an unknown key, or a value outside its range."""
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from spmconvert.budget.allocation import Allocation, Limit
 from spmconvert.data.tokens import inputs_of, reads_tokens
-from spmconvert.errors import OptionError
+from spmconvert.errors import OptionError, OutOfReachError
 from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
 from spmconvert.operator.design import Design
 from spmconvert.outputs.probe import token_rows_batch
@@ -122,7 +122,7 @@ def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], lis
         The one that they reach.
 
     Raises:
-        OptionError: when they do not; it names the largest value that they reach.
+        OutOfReachError: when they do not; it names the largest value that they reach.
     """
     wanted = limit.budget.speedup
     assert wanted is not None
@@ -132,7 +132,7 @@ def check_speedup(whole: WholeModel, limit: Limit, smallest: Callable[[Any], lis
     reachable = whole.speedup(fastest)
     if wanted > reachable:
         shape = f"{limit.budget.rows} x {limit.budget.tokens} tokens"
-        raise OptionError(
+        raise OutOfReachError(
             f"speedup {wanted:g} is out of reach: with the smallest designs the model is {reachable:.2f} times faster at "
             f"{shape} on this device; ask for less, or target more layers"
         )

@@ -208,23 +208,27 @@ class Spent:
         allocation: the designs.
         predicted_speedup: of the whole model, by the times of its layers; None for a budget of another kind.
         measured_speedup: of the whole model with fresh layers of these designs.
+        instead: whether it is another budget than the one that was taken first.
     """
 
     allocation: Allocation
     predicted_speedup: float | None = None
     measured_speedup: float | None = None
+    instead: bool = False
 
     def to_json(self) -> bytes:
         """The choice alone, for a run that goes on from finished layers."""
         speeds = {"predicted": self.predicted_speedup, "measured": self.measured_speedup}
-        return json.dumps({"allocation": self.allocation.to_json(), "speedup": speeds}).encode()
+        record = {"allocation": self.allocation.to_json(), "speedup": speeds, "instead": self.instead}
+        return json.dumps(record).encode()
 
     @classmethod
     def from_json(cls, plan: ConversionPlan, content: bytes) -> "Spent":
         """What was written for the same targeted layers."""
         record = json.loads(content)
         speeds = record["speedup"]
-        return cls(Allocation.from_json(plan, record["allocation"]), speeds["predicted"], speeds["measured"])
+        allocation = Allocation.from_json(plan, record["allocation"])
+        return cls(allocation, speeds["predicted"], speeds["measured"], record["instead"])
 
 
 def limit_of(budget: Budget, plan: ConversionPlan, device: str, identity: CacheIdentity) -> Limit:

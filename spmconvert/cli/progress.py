@@ -75,7 +75,7 @@ class ConversionProgress:
     def taking(self, budget: "Budget") -> None:
         """Say which."""
         taken = f"--keep {budget.keep:g}" if budget.speedup is None else f"--speedup {budget.speedup:g}"
-        note(f"no design and no budget is named: {taken}")
+        note(f"no design and no budget is named: {taken}{' --allow-slower, for its size alone' * budget.allow_slower}")
 
     def measured(self, name: str, done: int, total: int) -> None:
         """Move the layer bar while curves are measured."""

@@ -31,7 +31,7 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.commands.conversion import Conversion, output_tensors, write_conversion
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_inputs
 from spmconvert.data.tokens import reads_tokens, row_length, tokenizer_hash
-from spmconvert.errors import OptionError
+from spmconvert.errors import OptionError, OutOfReachError
 from spmconvert.fit.blocks import refined
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.fit.progress import Progress, Silent
@@ -56,6 +56,8 @@ from spmconvert.version import __version__
 FIRST_SPEEDUP = 1.2
 # the share of the layers that is kept where a model reads none
 FIRST_KEPT = 0.5
+# of a model that is too small to become so much faster
+SECOND_BUDGET = Budget(keep=FIRST_KEPT, allow_slower=True)
 # of a model that would have been refined
 UNREFINED = "no block was refined, since the targets are on no path through one list of blocks"
 # of a model that could not be walked block by block
@@ -129,6 +131,7 @@ def _convert(
     if team.leads:
         team.wait()
     listener.reading(resolved, standing_in)
+    bare = bare and not resolved.names_designs
     if bare and (budget := first_budget(resolved, config)) is not None:
         listener.taking(budget)
         resolved = resolved.model_copy(update={"budget": budget})
@@ -160,7 +163,7 @@ def _convert(
         with team.led(work) as together:
             if not _is_fitted(run):
                 together("moments", None)
-            spent = None if spending is None else _choose(run, replace(spending, together=together))
+            spent = None if spending is None else _choose(run, replace(spending, together=together), bare=bare)
             # fits that follow no block let it go
             whole = dense.is_whole
             listener.planned(run.plan)
@@ -224,15 +227,27 @@ def _spending(run: FitRun) -> Spending:
     )
 
 
-def _choose(run: FitRun, spending: Spending) -> Spent:
-    """Choose the designs of a run, or take what it chose before it was interrupted; its plan has them afterwards."""
+def _choose(run: FitRun, spending: Spending, *, bare: bool) -> Spent:
+    """Choose the designs of a run, or take what it chose before it was interrupted; its plan has them afterwards.
+
+    Where nobody named a budget and the first one is out of reach, the second one is spent; the run's recipe has it then.
+    """
     chosen_before = run.target.load_file(CHOICE_FILE)
     if chosen_before is None:
-        spent = spending.choose()
+        try:
+            spent = spending.choose()
+        except OutOfReachError:
+            if not bare:
+                raise
+            run.progress.taking(SECOND_BUDGET)
+            second = run.recipe.model_copy(update={"budget": SECOND_BUDGET})
+            spent = replace(replace(spending, recipe=second).choose(), instead=True)
         # finished layers have these designs, whatever a cache says when the run is resumed
         run.target.store_file(CHOICE_FILE, spent.to_json())
     else:
         spent = Spent.from_json(run.plan, chosen_before)
+    if spent.instead:
+        run.recipe = run.recipe.model_copy(update={"budget": SECOND_BUDGET})
     run.plan = spent.allocation.plan
     return spent
 

@@ -8,17 +8,17 @@ import pytest
 from transformers.pytorch_utils import Conv1D
 
 import spmconvert
-from spmconvert.budget import speed
+from spmconvert.budget import speed, spend
 from spmconvert.budget.times import TimeTable
 from spmconvert.commands import convert as converting
 from spmconvert.commands.convert import open_plan
-from spmconvert.errors import OptionError, RecipeError
+from spmconvert.errors import OptionError, OutOfReachError, RecipeError
 from spmconvert.operator.design import Design
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.sparse24 import Sparse24
 from spmconvert.recipe.recipe import Recipe
 from tests.commands.test_convert import StopAfter
-from tests.support import QUICK, assert_refused, raw_tensors
+from tests.support import QUICK, assert_refused, files_of, raw_tensors
 
 BUDGET = {"budget.iterations": 2, **QUICK}
 
@@ -251,3 +251,27 @@ def test_an_unneeded_design_has_no_time(monkeypatch):
     set_clock(monkeypatch)
     table = TimeTable(24)
     assert table.seconds(Design(32, 96, (Sparse24(32, 96),))) == table.dense(32, 96) == UNIT * 32 * 96
+
+
+def test_where_the_first_budget_is_out_of_reach_size_alone_is_saved(monkeypatch, checkpoints, text, tmp_path):
+    """A model too small to become faster; a run that was stopped after the choice goes on with the same."""
+
+    def refuse(*_):
+        raise OutOfReachError("speedup 1.2 is out of reach")
+
+    monkeypatch.setattr(spend, "check_speedup", refuse)
+    options = {"bare": True, "calib": text, "targets": "mlp", **QUICK}
+    spmconvert.convert(checkpoints["llama"], tmp_path / "whole", **options)
+    recorded = json.loads((tmp_path / "whole" / "spm.json").read_text())
+    assert recorded["recipe"]["budget"]["keep"] == 0.5
+    assert recorded["recipe"]["budget"]["allow_slower"]
+    assert recorded["recipe"]["budget"]["speedup"] is None
+    assert recorded["parameters"]["after"] < recorded["parameters"]["before"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("spmconvert.commands.convert.fit_all", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            spmconvert.convert(checkpoints["llama"], tmp_path / "parts", **options)
+    spmconvert.convert(checkpoints["llama"], tmp_path / "parts", resume=True, **options)
+    assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
+    with pytest.raises(OutOfReachError):
+        spmconvert.convert(checkpoints["llama"], tmp_path / "o", speedup=1.2, **{**options, "bare": False})
