@@ -29,7 +29,11 @@ NEEDS_CODE = "it needs code of its own, which is never run"
 def first_line(error: BaseException) -> str:
     """What a library's error says, for a message of one line; a demand for ``trust_remote_code`` is named as what it is."""
     text = str(error).strip() or type(error).__name__
-    return NEEDS_CODE if "trust_remote_code" in text else text.splitlines()[0]
+    if "trust_remote_code" in text:
+        return NEEDS_CODE
+    first, *others = [line.strip() for line in text.splitlines()]
+    # what a colon announces is in the next line
+    return f"{first} {others[0]}" if first.endswith(":") and others else first
 
 
 class SpmconvertError(Exception):

@@ -8,9 +8,10 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter, model_validator
 
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.tokens import tokenizer_hash
@@ -19,11 +20,38 @@ from spmconvert.plan.plan import LayerPlan
 from spmconvert.recipe.recipe import Recipe
 from spmconvert.system.caches import cache_directory
 from spmconvert.system.files import write_whole
+from spmconvert.system.parsing import parse_json
 
 # changes with anything that changes what a curve holds
 CURVE_VERSION = 8
 # low rank at every rank, designs that were fitted, and the model's response to errors
 LOW_RANK, TERMS, RESPONSE = "lowrank", "terms", "response"
+
+
+class _Curve(BaseModel):
+    ranks: list[int]
+    errors: list[float]
+    losses: list[float]
+
+    @model_validator(mode="after")
+    def _has_a_loss_a_rank(self) -> "_Curve":
+        if not len(self.ranks) == len(self.errors) == len(self.losses) > 0:
+            raise ValueError("as many ranks as errors and losses are needed")
+        return self
+
+
+class _Fitted(BaseModel):
+    terms: list[dict[str, Any]]
+    error: float
+    loss: float
+
+
+# what a file of each part has to be
+_FORMS: dict[str, TypeAdapter[Any]] = {
+    LOW_RANK: TypeAdapter(_Curve),
+    TERMS: TypeAdapter(Annotated[list[_Fitted], Field(min_length=1)]),
+    RESPONSE: TypeAdapter(Annotated[list[tuple[float, float]], Field(min_length=1)]),
+}
 
 
 @dataclass(frozen=True)
@@ -102,11 +130,12 @@ def measures_response(identity: CacheIdentity, recipe: Recipe) -> bool:
     return objective_of(identity.architecture) != "hidden"
 
 
-def read_part(file: Path) -> Any:
-    """What was kept, or None where it has to be measured: there is no file, or it is damaged."""
+def read_part(file: Path, part: str) -> Any:
+    """What was kept of a part, or None where it has to be measured: there is no file, or it is damaged."""
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return _FORMS[part].dump_python(_FORMS[part].validate_python(parse_json(file.read_text(encoding="utf-8"))))
     except (OSError, ValueError):
+        # pydantic's refusals are ValueErrors
         return None
 
 

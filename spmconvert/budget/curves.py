@@ -147,9 +147,9 @@ def measure_terms(cache: CurveCache, layer: LayerPlan, designs: Sequence[Design]
 
 def _known(cache: CurveCache, layer: LayerPlan) -> LayerCurve:
     files = cache.files(layer)
-    low_rank = read_part(files[LOW_RANK])
-    terms = read_part(files[TERMS]) or []
-    response = read_part(files[RESPONSE]) if RESPONSE in files else None
+    low_rank = read_part(files[LOW_RANK], LOW_RANK)
+    terms = read_part(files[TERMS], TERMS) or []
+    response = read_part(files[RESPONSE], RESPONSE) if RESPONSE in files else None
     wanted = set(cache.structures)
     fitted = [Candidate(tuple(entry["terms"]), entry["error"], entry["loss"]) for entry in terms]
     return LayerCurve(

@@ -43,6 +43,7 @@ from spmconvert.operator.terms.lowrank import LowRank
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.system.caches import check_cache
+from spmconvert.system.parsing import parse_json
 from spmconvert.system.team import ALONE, Team
 
 
@@ -225,7 +226,7 @@ class Spent:
     @classmethod
     def from_json(cls, plan: ConversionPlan, content: bytes) -> "Spent":
         """What was written for the same targeted layers."""
-        record = json.loads(content)
+        record = parse_json(content)
         speeds = record["speedup"]
         allocation = Allocation.from_json(plan, record["allocation"])
         return cls(allocation, speeds["predicted"], speeds["measured"], record["instead"])

@@ -8,6 +8,7 @@ rank is timed at a few ranks and interpolated between them. Times are kept by de
 
 import itertools
 import json
+import math
 import statistics
 from bisect import bisect_left
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import ALIGNED, LowRank
 from spmconvert.system.caches import cache_directory
 from spmconvert.system.files import write_whole
+from spmconvert.system.parsing import parse_json
 from spmconvert.system.timing import device_name, interleaved_seconds
 
 # changes with anything that changes how long a design takes
@@ -61,9 +63,12 @@ class TimeTable:
         decides = f"{TIMES_VERSION}:{torch.__version__}:{device_name(self.device)}:{self.dtype}:{self.tokens}"
         self._file = cache_directory("times") / f"{sha256(decides.encode()).hexdigest()[:32]}.json"
         try:
-            self._known = json.loads(self._file.read_text(encoding="utf-8"))
+            found = parse_json(self._file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            self._known = {}
+            found = {}
+        # a file that was damaged has to be measured again
+        whole = isinstance(found, dict) and all(isinstance(time, float) and 0 < time < math.inf for time in found.values())
+        self._known = found if whole else {}
 
     def at(self, tokens: int) -> "TimeTable":
         """Times for another number of tokens."""

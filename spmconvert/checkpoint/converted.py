@@ -1,6 +1,5 @@
 """Opening a converted checkpoint: its config, headers and provenance, for the commands that come after the conversion."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
 from spmconvert.checkpoint.provenance import check_provenance
-from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
+from spmconvert.checkpoint.reader import Checkpoint, check_counts, open_checkpoint
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
+from spmconvert.system.parsing import parse_json
 
 # what a finetune adds to the name of what it trains
 FINETUNED_SUFFIX = "-ft"
@@ -88,17 +88,19 @@ def open_converted(directory: Path, *, recorded: bool = True) -> Converted:
     entries = quantization.get("layers")
     if not isinstance(entries, dict) or not entries:
         raise CorruptCheckpointError(f"config.json in {directory} has no layer map; download it or convert again")
+    tensors = read_headers(directory)
+    check_counts(directory / "config.json", {key: config[key] for key in config if key != "quantization_config"}, tensors)
     layers = {name: LayerSpec.from_json(name, entry) for name, entry in entries.items()}
     if not (directory / PROVENANCE_FILE).is_file():
         if not recorded:
-            return Converted(directory, config, layers, read_headers(directory), {})
+            return Converted(directory, config, layers, tensors, {})
         raise CheckpointError(
             f"{directory} has no {PROVENANCE_FILE}, which save_pretrained does not write and this command needs; put that "
             "of the conversion there, or convert the source by spmconvert convert"
         )
     provenance = _read_json(directory / PROVENANCE_FILE)
     check_provenance(directory, provenance, set(layers))
-    return Converted(directory, config, layers, read_headers(directory), provenance)
+    return Converted(directory, config, layers, tensors, provenance)
 
 
 def only_converted(directory: Path, *, finetuned: bool = True) -> Path:
@@ -127,10 +129,10 @@ def only_converted(directory: Path, *, finetuned: bool = True) -> Path:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{file.parent} has no {file.name}; give the output of spmconvert convert") from None
-    except (ValueError, RecursionError):
+    except ValueError:
         raise CheckpointError(f"{file} is not JSON; convert again") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} is not a JSON object; convert again")

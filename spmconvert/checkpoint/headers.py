@@ -5,11 +5,11 @@ shapes that do not fit; then its header says where the bytes of a tensor lie, wh
 may only name files beside it, and has to agree with them. This module does not import torch.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, first_line
+from spmconvert.system.parsing import parse_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -80,7 +80,7 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         try:
             with safe_open(file, "numpy"):
                 length = int.from_bytes(stream.read(8), "little")
-                header = json.loads(stream.read(length))
+                header = parse_json(stream.read(length))
         except SafetensorError as error:
             raise _corrupt(file, f"is refused ({first_line(error)})") from None
     header.pop("__metadata__", None)
@@ -94,8 +94,8 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
 def _read_sharded(directory: Path) -> dict[str, TensorEntry]:
     index = directory / INDEX_FILE
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        weight_map = parse_json(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError):
         raise _corrupt(index, "has no weight_map") from None
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
         raise _corrupt(index, "has a weight_map that is not a table of file names")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from spmconvert.errors import CorruptCheckpointError, OutputError
 from spmconvert.system.files import write_whole
+from spmconvert.system.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +52,7 @@ class Parts:
         if not self._file(name).exists():
             return None
         with self._opened(name) as part:
-            found: dict[str, Any] = json.loads(part.metadata()["record"])
+            found: dict[str, Any] = parse_json(part.metadata()["record"])
             return found
 
     def keys(self, name: str) -> list[str]:

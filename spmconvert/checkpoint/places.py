@@ -5,7 +5,6 @@ hidden sibling ``.<name>.partial`` with the ``run.json`` of an earlier run; an o
 aside. Anything else is somebody else's, and an error, with ``--force``, too. This module does not import torch.
 """
 
-import json
 import os
 import re
 import shutil
@@ -16,6 +15,7 @@ from pathlib import Path
 from spmconvert.checkpoint.checksums import UNLISTED_FILES, read_checksums
 from spmconvert.errors import CheckpointError, OptionError, OutputError
 from spmconvert.system.files import sync
+from spmconvert.system.parsing import parse_json
 
 # what runs keep beside finished layers: a finetune its training state, a conversion to a budget what it chose
 STATE_FILE = "state.bin"
@@ -130,7 +130,7 @@ def _put_aside(note: Path, output: Path) -> str | None:
         OutputError: when the note is not one of this tool.
     """
     try:
-        aside = json.loads(note.read_text(encoding="utf-8"))["aside"]
+        aside = parse_json(note.read_text(encoding="utf-8"))["aside"]
     except (ValueError, KeyError, TypeError):
         aside = ""
     # the name is removed with all that is below it

@@ -5,9 +5,9 @@ here, so that none of them meets a missing key in the middle of its work. What m
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
 from spmconvert.errors import CorruptCheckpointError
@@ -40,14 +40,14 @@ class _Calibration(_Part):
 
 
 class _Amounts(_Part):
-    before: int
-    after: int
+    before: Annotated[int, Field(ge=1)]
+    after: Annotated[int, Field(ge=1)]
 
 
 class _Layer(_Part):
     name: str
-    dense_parameters: int
-    parameters: int
+    dense_parameters: Annotated[int, Field(ge=1)]
+    parameters: Annotated[int, Field(ge=0)]
     error: float
     baseline_error: float
     baseline_rank: int

@@ -5,9 +5,9 @@ This module imports torch only where a tensor is read.
 """
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,6 +17,7 @@ from spmconvert.checkpoint.headers import INDEX_FILE, PICKLE_SUFFIXES, TensorEnt
 from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, QUANT_METHOD, REPORT_FILES
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, first_line
 from spmconvert.system.files import file_hash
+from spmconvert.system.parsing import parse_json
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +36,10 @@ HUB_PATTERNS = (
 )
 # of PEFT
 ADAPTER_FILE = "adapter_config.json"
+# keys of a config that say how many there are of something that has tensors
+COUNTED = re.compile(r"n_layers?|n_blocks|depth|\w*num_(\w+_)?(layers|blocks|experts)|\w*(encoder|decoder)_layers")
+# of classes, which a base model has no tensor for
+MOST_LABELS = 1_000_000
 CHAT_TEMPLATES = "additional_chat_templates"
 WEIGHT_SUFFIXES = (*PICKLE_SUFFIXES, ".safetensors", ".h5", ".msgpack", ".onnx", ".gguf", ".ot", ".tflite")
 WRITTEN_ANEW = ("config.json", "README.md", PROVENANCE_FILE, INDEX_FILE, CHECKSUM_FILE, *REPORT_FILES)
@@ -135,7 +140,7 @@ class Checkpoint:
         modules = self.directory / "modules.json"
         if modules.is_file():
             try:
-                names |= {entry["path"] for entry in json.loads(modules.read_text(encoding="utf-8"))}
+                names |= {entry["path"] for entry in parse_json(modules.read_text(encoding="utf-8"))}
             except (ValueError, KeyError, TypeError):
                 raise CheckpointError(f"{modules} is not a list of modules with paths; download it again") from None
         # a module without a folder is the transformer itself
@@ -189,9 +194,40 @@ def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:
     try:
         # a relative path would mean another place to the commands that come later
         name = model if commit else str(path.resolve())
-        return Checkpoint(path, name, commit, _read_config(path), read_headers(path))
+        config, tensors = _read_config(path), read_headers(path)
+        check_counts(path / "config.json", config, tensors)
+        return Checkpoint(path, name, commit, config, tensors)
     except OSError as error:
         raise _unreadable(path, error) from error
+
+
+def check_counts(file: Path, config: Any, tensors: Mapping[str, TensorEntry]) -> None:
+    """Refuse a config that speaks of more blocks, experts or labels than the tensors can be of, before any are built.
+
+    Args:
+        file: the config, for the error.
+        config: its content, or a part of it.
+        tensors: of the checkpoint.
+
+    Raises:
+        CorruptCheckpointError: when it does.
+    """
+    # blocks and experts have tensors of their own, or a row of one
+    most = len(tensors) + max((size for entry in tensors.values() for size in entry.shape), default=0)
+    parts = [config]
+    while parts:
+        part = parts.pop()
+        for key, value in part.items():
+            if isinstance(value, dict):
+                parts.append(value)
+            elif isinstance(value, int) and COUNTED.fullmatch(key) and value > most:
+                raise CorruptCheckpointError(
+                    f"{file} has {key} {value:,}, and no tensor is so large nor are there so many; download it again"
+                )
+            elif key == "num_labels" and isinstance(value, int) and value > MOST_LABELS:
+                raise CorruptCheckpointError(
+                    f"{file} has {key} {value:,}; at most {MOST_LABELS:,} are read; download it again"
+                )
 
 
 def open_loaded(name: str, files: Sequence[Path]) -> Checkpoint:
@@ -252,8 +288,8 @@ def _read_config(directory: Path) -> dict[str, Any]:
             "it with merge_and_unload and save the model elsewhere, or remove the adapter's files"
         )
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        config = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError:
         raise CheckpointError(f"{file} is not JSON; download or save the checkpoint again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{file} is not a JSON object; download or save the checkpoint again")

@@ -1,12 +1,12 @@
 """What an interrupted conversion or finetune has left so far, from its working directory ``.NAME.partial``."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from spmconvert.checkpoint.places import RUN_FILE, STATE_FILE, partial_directory
 from spmconvert.errors import CorruptCheckpointError
+from spmconvert.system.parsing import parse_json
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,6 @@ def _record(file: Path) -> dict[str, Any]:
 
     try:
         with safe_open(file, "pt") as opened:
-            return json.loads(opened.metadata()["record"])
+            return parse_json(opened.metadata()["record"])
     except (SafetensorError, TypeError, KeyError, ValueError):
         raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None

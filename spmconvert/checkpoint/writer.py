@@ -50,6 +50,7 @@ from spmconvert.errors import (
 if TYPE_CHECKING:
     import torch
 from spmconvert.system.files import save_whole, sync, write_whole
+from spmconvert.system.parsing import parse_json
 
 LARGEST_SHARD = 2 << 30
 # room for headers, config, tokenizer and the layers stored beside the final files
@@ -301,7 +302,7 @@ def _save_shard(contents: "dict[str, torch.Tensor]", file: Path) -> None:
 
 def _read_fingerprint(run: Path) -> object:
     try:
-        return json.loads(run.read_text(encoding="utf-8"))["fingerprint"]
+        return parse_json(run.read_text(encoding="utf-8"))["fingerprint"]
     except (ValueError, KeyError, TypeError):
         raise OutputError(f"{run} of the unfinished run is damaged; start over without --resume") from None
 

@@ -4,13 +4,13 @@ Documents shorter than a few words (headings, captions) are left out where there
 """
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
 from spmconvert.errors import CalibrationError, OptionError, first_line
 from spmconvert.recipe.recipe import DATASET_PREFIX
 from spmconvert.system.files import file_hash
+from spmconvert.system.parsing import parse_json
 
 SHORTEST_DOCUMENT = 64
 PLAIN_SUFFIXES = ("", ".txt", ".md", ".raw", ".tokens")
@@ -75,14 +75,21 @@ def _lines(file: Path) -> list[str]:
 
 def _text_of(line: str, number: int, file: Path, column: str) -> str:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
+        record = parse_json(line)
+    except ValueError:
         raise CalibrationError(f"line {number} of {file} is not JSON; give one object a line") from None
     if not isinstance(record, dict) or not isinstance(record.get(column), str):
         raise CalibrationError(
             f"line {number} of {file} has no text under {column!r}; name the column of the documents {column}"
         )
-    return str(record[column])
+    text = str(record[column])
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise CalibrationError(
+            f"line {number} of {file} has half of a character (a surrogate) under {column!r}; write the text again as UTF-8"
+        ) from None
+    return text
 
 
 def _from_parquet(file: Path, column: str) -> list[str]:

@@ -27,7 +27,7 @@ from spmconvert.data.tokens import (
     token_rows,
     tokenizer_hash,
 )
-from spmconvert.errors import CalibrationError
+from spmconvert.errors import CalibrationError, NotWritableError
 from spmconvert.recipe.recipe import AUTO_TEXT, Training
 from spmconvert.system.caches import cache_directory, check_cache
 from spmconvert.system.files import save_whole
@@ -193,12 +193,17 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
     check_cache("tokens")
     parts = []
     for part, chosen in splits.items():
-        if not (token_directory / part / "ends.npy").exists():
+        kept = _kept(token_directory / part)
+        if kept is None:
             what = f"the {part.replace('_', '-')} part of {source}, {len(chosen)} of {len(documents)} documents,"
             rows = token_rows([documents[i] for i in chosen], tokenizer, config, length, what)
             _store(rows, token_directory / part)
-        ids, ends = (np.load(token_directory / part / f"{name}.npy", mmap_mode="r") for name in ("ids", "ends"))
-        parts.append(TokenRows(ids, ends, padding, masking))
+            kept = _kept(token_directory / part)
+        if kept is None:
+            raise NotWritableError(
+                f"{token_directory} does not keep what is written to it; set SPMCONVERT_CACHE to a folder"
+            )
+        parts.append(TokenRows(*kept, padding, masking))
     return TrainingData(parts[0], parts[1], digest)
 
 
@@ -250,6 +255,16 @@ def _masking(config: Any, tokenizer: Any, seed: int) -> Masking | None:
     if tokenizer.mask_token_id is None:
         raise CalibrationError(f"the tokenizer has no mask token, which {config.architectures[0]} needs; repair its files")
     return Masking(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), seed)
+
+
+def _kept(directory: Path) -> tuple[Any, Any] | None:
+    """Ids of all rows one after the other and where each ends, from the disk; None where they are not whole there."""
+    try:
+        ids, ends = (np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("ids", "ends"))
+    except (OSError, ValueError, EOFError):
+        return None
+    whole = ids.ndim == ends.ndim == 1 and len(ends) and ids.dtype == np.int32 and ends.dtype == np.int64
+    return (ids, ends) if whole and ends[-1] == len(ids) and (np.diff(ends) > 0).all() and ends[0] > 0 else None
 
 
 def _store(rows: list[Tensor], directory: Path) -> None:

@@ -13,6 +13,7 @@ from typing import IO, Any, Self
 
 from spmconvert.errors import OutputError
 from spmconvert.recipe.recipe import Training
+from spmconvert.system.parsing import parse_json
 
 MARK = {"log": "spmconvert finetune"}
 
@@ -42,7 +43,7 @@ def _is_log(file: Path) -> bool:
     with file.open("rb") as stream:
         first = stream.readline(1000)
     try:
-        return bool(json.loads(first) == MARK)
+        return bool(parse_json(first) == MARK)
     except ValueError:
         return False
 
@@ -77,7 +78,7 @@ class RunLog:
         if self._accelerator.log_with:
             self._accelerator.init_trackers("spmconvert", config=self._training.model_dump(mode="json"))
         if self._accelerator.is_main_process:
-            before = [line for line in self._lines() if json.loads(line).get("step", 0) <= self._last_step]
+            before = [line for line in self._lines() if parse_json(line).get("step", 0) <= self._last_step]
             self._stream = self._file.open("w", encoding="utf-8")
             self._stream.writelines(f"{line}\n" for line in (json.dumps(MARK), *before))
         return self

@@ -22,6 +22,7 @@ from torch import Tensor
 from spmconvert.data.training import Rows, TokenRows, TrainingData
 from spmconvert.errors import CheckpointError, OptionError, OutputError
 from spmconvert.outputs.probe import vocabulary_size
+from spmconvert.system.parsing import parse_json
 
 ABOUT_FILE = "about.json"
 FORMAT_VERSION = 1
@@ -45,7 +46,7 @@ class StoredLogits:
     def __init__(self, directory: Path, teacher_sha256: str) -> None:
         try:
             content = (directory / ABOUT_FILE).read_text(encoding="utf-8")
-            about = json.loads(content)
+            about = parse_json(content)
             self._words, self._values, ends, keys = (
                 np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("words", "log_probabilities", "ends", "keys")
             )

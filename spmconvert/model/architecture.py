@@ -1,10 +1,12 @@
 """Which model class a checkpoint asks for, and its skeleton without memory."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from spmconvert.errors import NEEDS_CODE, CheckpointError, first_line
+from spmconvert.errors import NEEDS_CODE, CheckpointError, SpmconvertError, first_line
 
 
 def model_class(config: Any) -> Any:
@@ -16,14 +18,34 @@ def model_class(config: Any) -> Any:
     import transformers
 
     names = getattr(config, "architectures", None) or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"architectures of config.json is {names!r}; it needs a list such as ['GPT2LMHeadModel']")
     if not names:
         raise CheckpointError("config.json names no architecture; add architectures, for example ['GPT2LMHeadModel']")
-    architecture = getattr(transformers, str(names[0]), None)
+    architecture = getattr(transformers, names[0], None)
     # classes that would look for another, in the checkpoint's own code too, are no architectures
     if not (isinstance(architecture, type) and issubclass(architecture, transformers.PreTrainedModel)):
         hint = NEEDS_CODE if hasattr(config, "auto_map") else "upgrade transformers"
         raise CheckpointError(f"transformers {transformers.__version__} has no architecture {names[0]}; {hint}")
     return architecture
+
+
+@contextmanager
+def understood(otherwise: str) -> Iterator[None]:
+    """Name what transformers makes of a checkpoint that it fails on: it raises whatever the code of a model raises.
+
+    Args:
+        otherwise: what to say before its reason.
+
+    Raises:
+        CheckpointError: in the place of any error but those of this package and of memory that is missing.
+    """
+    try:
+        yield
+    except (SpmconvertError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CheckpointError(f"{otherwise}: {first_line(error)}") from error
 
 
 def load_config(directory: Any) -> Any:
@@ -34,17 +56,13 @@ def load_config(directory: Any) -> Any:
     """
     from transformers import AutoConfig
 
-    try:
+    with understood(f"config.json in {directory} is not understood by transformers"):
         return AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(
-            f"config.json in {directory} is not understood by transformers: {first_line(error)}"
-        ) from None
 
 
 def skeleton(config: Any, architecture: Any = None) -> Any:
     """The model on the meta device: module tree and shapes, no memory; of another class than the config names, if asked."""
-    with torch.device("meta"):
+    with understood("config.json describes no model that transformers can build"), torch.device("meta"):
         model = (architecture or model_class(config))._from_config(config)
     model.eval()
     return model

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spmconvert.errors import CheckpointError
-from spmconvert.model.architecture import load_config, model_class, skeleton
+from spmconvert.model.architecture import load_config, model_class, skeleton, understood
 from spmconvert.model.chain import Chain, chain_through
 from spmconvert.model.opening import open_
 from spmconvert.outputs.objective import objective_for
@@ -42,7 +42,8 @@ def load_whole(directory: str | Path, config: Any, *, changed: bool = False, **o
     """
     architecture = model_class(config)
     options |= {"config": config} if changed else {}
-    model, found = architecture.from_pretrained(directory, output_loading_info=True, **options)
+    with understood(f"{directory} cannot be loaded as {architecture.__name__}"):
+        model, found = architecture.from_pretrained(directory, output_loading_info=True, **options)
     missing = sorted(name for name in found["missing_keys"] if not is_unused(name, config))
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""

@@ -49,6 +49,10 @@ class MergeGroup:
     inner: int
 
 
+# stages, and width in what it has to hold: beyond what anybody builds, so that a damaged file is refused in no time
+MOST_STAGES, WIDEST = 4096, 4
+
+
 @dataclass(frozen=True)
 class Geometry:
     """The shape of one SPM layer, as it stands in a checkpoint's config.
@@ -74,7 +78,7 @@ class Geometry:
 
     def __post_init__(self) -> None:
         """Refuse a geometry that no layer can have."""
-        for name, lowest in (("in_features", 1), ("out_features", 1), ("stages", 0), ("block", 1)):
+        for name, lowest in (("in_features", 1), ("out_features", 1), ("width", 1), ("stages", 0), ("block", 1)):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
                 raise OptionError(f"{name} is {value!r}; it must be an integer of at least {lowest}")
@@ -82,7 +86,14 @@ class Geometry:
             raise OptionError(f"variant is {self.variant!r}; choose one of {', '.join(VARIANTS)}")
         if self.variant == "rotation" and self.block != 1:
             raise OptionError(f"variant rotation mixes single coordinates, block is {self.block}; use variant general")
+        if self.stages > MOST_STAGES:
+            raise OptionError(f"stages is {self.stages}; a layer can have {MOST_STAGES} at most")
         largest = max(self.in_features, self.out_features)
+        if self.width > WIDEST * max(largest, self.block):
+            raise OptionError(
+                f"width is {self.width}; it can be {WIDEST} times the larger of features and block at most, that is "
+                f"{WIDEST * max(largest, self.block)}"
+            )
         if self.width < largest or self.width % self.block:
             raise OptionError(f"width is {self.width}; it must be a multiple of block {self.block} and at least {largest}")
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from spmconvert.errors import RecipeError
+from spmconvert.errors import RecipeError, first_line
 from spmconvert.recipe.recipe import (
     AUTO_TEXT,
     DATASET_PREFIX,
@@ -115,6 +115,11 @@ def parse_assignment(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
+    except (ValueError, RecursionError):
+        raise RecipeError(
+            f"--set {key.strip()} has a value that is no number, text or list that can be read ({len(value)} characters); "
+            "write for example --set fit.iterations=300"
+        ) from None
 
 
 def _read_toml(path: Path) -> dict[str, Any]:
@@ -122,8 +127,11 @@ def _read_toml(path: Path) -> dict[str, Any]:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise RecipeError(f"recipe {path} does not exist; give the path of a TOML file") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(f"recipe {path} cannot be read: {error}; fix the file") from None
+    except RecursionError:
+        raise RecipeError(f"recipe {path} cannot be read: it is nested too deeply; fix the file") from None
+    except (ValueError, OSError) as error:
+        # TOML, text and numbers that are none are ValueErrors
+        raise RecipeError(f"recipe {path} cannot be read: {first_line(error)}; fix the file") from None
     calibration = table.get("calibration")
     if isinstance(calibration, dict) and isinstance(text := calibration.get("file"), str):
         is_file = text != AUTO_TEXT and not text.startswith(DATASET_PREFIX)

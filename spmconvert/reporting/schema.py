@@ -5,13 +5,13 @@ report, because a report is one run. What could not be measured is in ``not_meas
 absent number is never a zero. This module does not import torch.
 """
 
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spmconvert.errors import CheckpointError
+from spmconvert.system.parsing import parse_json
 
 SCHEMA_VERSION = 1
 
@@ -347,7 +347,7 @@ def read_report(file: Path) -> Report:
         CheckpointError: when it is not one, or of a version this package does not read.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_text(encoding="utf-8"))
         version = content.get("schema_version") if isinstance(content, dict) else None
         if version != SCHEMA_VERSION:
             raise CheckpointError(

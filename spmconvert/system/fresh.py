@@ -17,6 +17,7 @@ from typing import Any
 
 import spmconvert
 from spmconvert.errors import SpmconvertError
+from spmconvert.system.parsing import parse_json
 
 
 def run_fresh(function: str, *arguments: Any) -> Any:
@@ -41,7 +42,7 @@ def run_fresh(function: str, *arguments: Any) -> Any:
         if not answer.exists():
             last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode}"])[-1]
             raise SpmconvertError(f"a fresh process could not run {function}: {last}")
-        return json.loads(answer.read_text(encoding="utf-8"))
+        return parse_json(answer.read_text(encoding="utf-8"))
 
 
 def child_environment() -> dict[str, str]:
@@ -56,7 +57,7 @@ def child_environment() -> dict[str, str]:
 def main(function: str, arguments: str, answer: str) -> None:
     """The other side: call the function and leave its result in a file."""
     module, _, name = function.partition(":")
-    result = getattr(importlib.import_module(module), name)(*json.loads(arguments))
+    result = getattr(importlib.import_module(module), name)(*parse_json(arguments))
     Path(answer).write_text(json.dumps(result), encoding="utf-8")
 
 

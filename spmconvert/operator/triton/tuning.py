@@ -32,6 +32,7 @@ from spmconvert.operator.triton import tiles
 from spmconvert.operator.triton.tiles import Pass, Tiles
 from spmconvert.system.caches import cache_directory
 from spmconvert.system.files import write_whole
+from spmconvert.system.parsing import parse_json
 
 # milliseconds for which a candidate runs before and while it is timed
 WARMUP, REPETITION = 5, 20
@@ -139,7 +140,7 @@ def _source_hash() -> str:
 def _read(file: Path) -> list[float] | None:
     """Milliseconds of the candidates, or None where they have to be timed: there is no file, or none that can be read."""
     try:
-        times: list[float] = json.loads(file.read_text(encoding="utf-8"))["milliseconds"]
+        times: list[float] = parse_json(file.read_text(encoding="utf-8"))["milliseconds"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
     return times
