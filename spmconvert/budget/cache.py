@@ -18,8 +18,7 @@ from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.outputs.objective import objective_of
 from spmconvert.plan.plan import LayerPlan
 from spmconvert.recipe.recipe import Recipe
-from spmconvert.system.caches import cache_directory
-from spmconvert.system.files import write_whole
+from spmconvert.system.caches import cache_directory, keep
 from spmconvert.system.parsing import parse_json
 
 # changes with anything that changes what a curve holds
@@ -141,4 +140,4 @@ def read_part(file: Path, part: str) -> Any:
 
 def write_part(file: Path, content: Any) -> None:
     """Keep what was measured; appears by one rename."""
-    write_whole(file, json.dumps(content))
+    keep(file, json.dumps(content))

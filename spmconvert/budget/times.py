@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from spmconvert.operator.design import Design
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.lowrank import ALIGNED, LowRank
-from spmconvert.system.caches import cache_directory
-from spmconvert.system.files import write_whole
+from spmconvert.system.caches import cache_directory, keep
 from spmconvert.system.parsing import parse_json
 from spmconvert.system.timing import device_name, interleaved_seconds
 
@@ -179,8 +178,7 @@ class TimeTable:
 
     def _keep(self, key: str, seconds: float) -> None:
         self._known[key] = seconds
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(self._file, json.dumps(self._known))
+        keep(self._file, json.dumps(self._known))
 
 
 def timed_ranks(in_features: int, out_features: int) -> list[int]:

@@ -18,8 +18,9 @@ UNTUNED = "The model has not been finetuned after the conversion."
 def inherited_metadata(card: Path) -> dict[str, Any]:
     """Licence, languages, datasets, task and tags from the card of the source; none where it has no readable metadata."""
     try:
-        metadata = metadata_load(card) or {}
-    except (OSError, ValueError, YAMLError):
+        # a pipe would be waited for
+        metadata = (metadata_load(card) if card.is_file() else None) or {}
+    except (OSError, ValueError, YAMLError, RecursionError):
         return {}
     tags = metadata.get("tags") or []
     inherited = {key: metadata[key] for key in INHERITED if metadata.get(key)}

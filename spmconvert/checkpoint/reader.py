@@ -133,6 +133,7 @@ class Checkpoint:
             companions += [path for path in files if path not in pickles]
         for path in companions:
             self._check_inside(path)
+            _check_name(path)
         return companions
 
     def _companion_folders(self) -> list[Path]:
@@ -169,6 +170,14 @@ class Checkpoint:
         for file in sorted({entry.file for entry in self.tensors.values()}):
             total.update(f"{file.name}\n{file_hash(file)}\n".encode())
         return total.hexdigest()
+
+
+def _check_name(path: Path) -> None:
+    """Refuse a file whose name is no text of one line, which lists of files and terminals cannot hold."""
+    if not path.name.isprintable():
+        raise CheckpointError(
+            f"{path.parent} has a file with the name {path.name!r}, which is no text of one line; rename it or remove it"
+        )
 
 
 def open_checkpoint(model: str, *, revision: str | None = None) -> Checkpoint:

@@ -10,14 +10,13 @@ What a run may replace or remove is in ``places``. What it gives up: the output 
 file system.
 """
 
-import errno
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -49,8 +48,9 @@ from spmconvert.errors import (
 
 if TYPE_CHECKING:
     import torch
-from spmconvert.system.files import save_whole, sync, write_whole
+from spmconvert.system.files import save_whole, sync, write_errors, write_whole
 from spmconvert.system.parsing import parse_json
+from spmconvert.units import size
 
 LARGEST_SHARD = 2 << 30
 # room for headers, config, tokenizer and the layers stored beside the final files
@@ -67,6 +67,7 @@ class OutputDirectory:
         resume: continue the unfinished run that is there.
         needed_bytes: space that the run needs.
         replaces: files of an output that the run replaces in place and has in the new one, too; None where it does not.
+        resumable: whether the command can go on from an unfinished run.
 
     Attributes:
         layers: finished layers.
@@ -89,17 +90,23 @@ class OutputDirectory:
         resume: bool,
         needed_bytes: int,
         replaces: Collection[str] | None = None,
+        resumable: bool = True,
     ) -> None:
         self.output = Path(os.path.realpath(output))
         self.fingerprint, self.force, self.resume, self.needed_bytes = fingerprint, force, resume, needed_bytes
-        self._replaces = replaces
+        self._replaces, self._resumable = replaces, resumable
         self.partial = partial_directory(self.output)
         self.layers, self.blocks = Parts(self.partial / "layers"), Parts(self.partial / "blocks")
         self._lock = FileLock(self.output.parent / f".{self.output.name}.lock")
 
+    def _writing(self) -> AbstractContextManager[None]:
+        """Names what the system refuses to write."""
+        again = "continue with --resume" if self._resumable else "run the command again"
+        return write_errors(self.output, "choose another output with -o", again)
+
     def __enter__(self) -> Self:
         """Take the lock, check the place, and set up the working directory."""
-        with _write_errors(self.output):
+        with self._writing():
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._acquire()
             try:
@@ -121,6 +128,11 @@ class OutputDirectory:
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
+            if not file.exists():
+                # where no file can be made it waits as if somebody held it
+                raise NotWritableError(
+                    f"{file} cannot be made, which locks the output; choose another output with -o"
+                ) from None
             raise LockedError(
                 f"another run is writing {self.output}; wait for it, or choose another output with -o"
             ) from None
@@ -141,7 +153,7 @@ class OutputDirectory:
         needed = int(self.needed_bytes * SPACE_MARGIN)
         if free < needed:
             raise SpaceError(
-                f"{self.output.parent} has {free / 1e9:.2f} GB free, the output needs {needed / 1e9:.2f} GB; "
+                f"{self.output.parent} has {size(free)} free, the output needs {size(needed)}; "
                 "free some space or choose another output with -o"
             )
         self._open_partial()
@@ -188,12 +200,12 @@ class OutputDirectory:
 
     def store_layer(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
         """Keep a finished layer: tensors by parameter name, and a record of JSON values."""
-        with _write_errors(self.output):
+        with self._writing():
             self.layers.store(name, tensors, record)
 
     def store_block(self, name: str, tensors: "dict[str, torch.Tensor]", record: dict[str, Any]) -> None:
         """Keep what is final of a block: tensors by their names in the output, and a record of JSON values."""
-        with _write_errors(self.output):
+        with self._writing():
             self.blocks.store(name, tensors, record)
 
     def store_file(self, name: str, content: bytes) -> None:
@@ -202,7 +214,7 @@ class OutputDirectory:
 
     def save_file(self, name: str, save: Callable[[Path], object]) -> None:
         """The same for a library that writes to the path it is given, so that the content need not be in memory twice."""
-        with _write_errors(self.output):
+        with self._writing():
             save_whole(self.partial / name, save, durable=True)
 
     def load_file(self, name: str) -> bytes | None:
@@ -236,9 +248,9 @@ class OutputDirectory:
             max_shard_size=shard_bytes,
         )
         for file, names in split.filename_to_tensors.items():
-            # outside of _write_errors: an error of the source is not one of the output
+            # outside of _writing: an error of the source is not one of the output
             contents = {name: readers[name]().contiguous() for name in names}
-            with _write_errors(self.output):
+            with self._writing():
                 _save_shard(contents, self.final / file)
             # before the next shard is read
             del contents
@@ -256,19 +268,19 @@ class OutputDirectory:
             stream = source.open("rb")
         except OSError as error:
             raise CheckpointError(f"{source} cannot be read ({error.strerror}); check that it is there") from error
-        with stream, _write_errors(self.output):
+        with stream, self._writing():
             (self.final / relative).parent.mkdir(parents=True, exist_ok=True)
             with (self.final / relative).open("wb") as copy:
                 shutil.copyfileobj(stream, copy)
 
     def add_text(self, relative: str, text: str) -> None:
         """Write a text file into the output."""
-        with _write_errors(self.output):
+        with self._writing():
             (self.final / relative).write_text(text, encoding="utf-8")
 
     def commit(self) -> None:
         """Make the output appear by one rename, and remove the working directory."""
-        with _write_errors(self.output):
+        with self._writing():
             write_checksums(self.final)
             for path in [*self.final.rglob("*"), self.final]:
                 sync(path)
@@ -311,18 +323,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-@contextmanager
-def _write_errors(output: Path) -> Iterator[None]:
-    """Turn the system's refusals to write into errors with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SpaceError(f"no space left while writing {output}; free some, then continue with --resume") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENOENT, errno.EEXIST):
-            raise NotWritableError(
-                f"{output} cannot be written ({error.strerror}); choose another output with -o"
-            ) from error
-        raise

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from spmconvert.checkpoint.places import RUN_FILE, partial_directory
 from spmconvert.cli import console, progress, views
 from spmconvert.cli.outcome import show_outcome
 from spmconvert.cli.preview import dry_run_of
@@ -164,6 +165,14 @@ def _speedups(text: str | None, *, dry_run: bool) -> list[float]:
     return speedups
 
 
+def _say_interrupted(output: Path, kept: str) -> None:
+    """Say what an interrupted run has left, and what that is good for."""
+    if (partial_directory(Path(os.path.realpath(output))) / RUN_FILE).is_file():
+        console.note(f"interrupted; {kept}. Continue with the same command and --resume")
+    else:
+        console.note("interrupted before anything was kept; start again")
+
+
 def _given(**options: Any) -> dict[str, Any]:
     return {key: value for key, value in options.items() if value is not None}
 
@@ -180,6 +189,7 @@ def _convert(
     measure: bool,
 ) -> None:
     from spmconvert.commands.convert import convert as run
+    from spmconvert.commands.convert import default_output
 
     began = time.monotonic()
     console.silence_libraries()
@@ -189,7 +199,7 @@ def _convert(
                 model, output, recipe=recipe, device=device, resume=resume, force=force, bare=True, progress=watch
             )
     except KeyboardInterrupt:
-        console.note("interrupted; finished layers are kept. Continue with the same command and --resume")
+        _say_interrupted(output or default_output(model), "finished layers are kept")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     if not is_first():
         return
@@ -266,6 +276,7 @@ def finetune(
     _start_processes(num_processes)
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.commands.finetune import finetune as run
+    from spmconvert.commands.finetune import finetuned_output
 
     chosen = directory or only_converted(Path.cwd(), finetuned=False)
     console.silence_libraries()
@@ -281,7 +292,7 @@ def finetune(
         with progress.TrainingProgress(training.most_steps) as watch:
             result = run(chosen, output, data=data, recipe=training, report=watch.show, **where, **how)
     except KeyboardInterrupt:
-        console.note("interrupted; the last checkpoint is kept. Continue with the same command and --resume")
+        _say_interrupted(finetuned_output(chosen, output, in_place=in_place), "the last checkpoint is kept")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     if result is None:
         return None

@@ -9,6 +9,7 @@ refinement are made by the first one. The output is the same, byte for byte, whe
 
 import hashlib
 import math
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
@@ -123,7 +124,7 @@ def _convert(
         destination,
         {"source": source.directory, "calibration text": resolved.calibration.file, "recipe": named_recipe},
     )
-    check_output(destination.resolve(), force=force)
+    check_output(Path(os.path.realpath(destination)), force=force)
     # a text that the model writes itself is written once
     if not team.leads:
         team.wait()

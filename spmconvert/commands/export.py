@@ -12,6 +12,7 @@ model.
 import gc
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -86,12 +87,14 @@ def export(directory: str | Path, output: str | Path | None = None, *, form: str
     destination = Path(output) if output else Path(f"{converted.directory.resolve().name}-dense")
     # the source is not read, and yet it may be the only dense model there is
     check_apart(destination, {"input": converted.directory, "source": source})
-    check_output(destination.resolve(), force=force)
+    check_output(Path(os.path.realpath(destination)), force=force)
     config, switches = _dense_config(converted)
     tensors = _dense_tensors(converted, switches)
     size = sum(nbytes for _, nbytes, _ in tensors)
     hashed = hashlib.sha256(f"{converted.checkpoint().sha256()} {form} {__version__}".encode()).hexdigest()
-    with OutputDirectory(destination, fingerprint=hashed, force=force, resume=False, needed_bytes=size) as target:
+    with OutputDirectory(
+        destination, fingerprint=hashed, force=force, resume=False, needed_bytes=size, resumable=False
+    ) as target:
         target.write_weights(tensors)
         target.add_text("config.json", json.dumps(config, indent=2) + "\n")
         target.add_text("README.md", _card(converted))

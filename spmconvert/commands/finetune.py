@@ -7,6 +7,7 @@ where it can be resumed. With several processes all of them train and the first 
 """
 
 import json
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
@@ -158,7 +159,9 @@ def finetune(
     """
     options, training = _resolve(recipe, changes)
     check_device(options.device)
-    destination = _destination(Path(directory), output, in_place=options.in_place)
+    if options.teacher_device is not None:
+        check_device(options.teacher_device)
+    destination = finetuned_output(Path(directory), output, in_place=options.in_place)
     if options.in_place:
         # a run that was killed between its last renames has left the checkpoint beside its place
         finish_commit(destination)
@@ -365,14 +368,19 @@ def _resolve_training(recipe: Training | str | Path | None, changes: dict[str, A
     return training_from_keywords(changes, None if recipe is None else Path(recipe))
 
 
-def _destination(directory: Path, output: str | Path | None, *, in_place: bool) -> Path:
+def finetuned_output(directory: Path, output: str | Path | None, *, in_place: bool) -> Path:
+    """Where a finetune writes.
+
+    Raises:
+        OptionError: when that is the input, and it was not asked to be replaced.
+    """
     if in_place and output is not None:
         raise OptionError(f"an output {output} and replacing the input in place are both asked for; choose one")
     if in_place:
         return directory
     resolved = directory.resolve()
     destination = Path(output) if output is not None else resolved.with_name(f"{resolved.name}{FINETUNED_SUFFIX}")
-    if destination.resolve() == resolved:
+    if Path(os.path.realpath(destination)) == resolved:
         raise OptionError(f"the output {destination} is the input; choose another with -o, or ask for --in-place")
     return destination
 

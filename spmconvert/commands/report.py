@@ -5,6 +5,7 @@ time and memory are measured anew, dense and converted in the same run. A part w
 remedy and never estimated.
 """
 
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -20,11 +21,11 @@ from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.data.rows import Row, row_batch
 from spmconvert.data.standin import stand_in
 from spmconvert.data.tokens import inputs_of, load_tokenizer
-from spmconvert.errors import CheckpointError, OptionError
+from spmconvert.errors import CalibrationError, CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
 from spmconvert.outputs.probe import text_config
 from spmconvert.recipe.loading import recorded_recipe
-from spmconvert.recipe.recipe import AUTO_TEXT
+from spmconvert.recipe.recipe import AUTO_TEXT, DATASET_PREFIX
 from spmconvert.reporting import timing
 from spmconvert.reporting.harness import check_harness, run_tasks
 from spmconvert.reporting.measure import compare
@@ -88,10 +89,13 @@ class ReportOptions:
 
     def __post_init__(self) -> None:
         """Refuse numbers that mean nothing."""
-        if self.rows < 1 or self.seconds < 0:
-            raise OptionError(
-                f"rows is {self.rows}, seconds {self.seconds}; rows must be at least 1 and seconds at least 0"
-            )
+        if self.rows < 1:
+            raise OptionError(f"rows is {self.rows}; give a number from 1 on")
+        if not 0 <= self.seconds < math.inf:
+            raise OptionError(f"seconds is {self.seconds}; give a number from 0 on")
+        named = self.calibration is not None and not str(self.calibration).startswith(DATASET_PREFIX)
+        if named and not Path(str(self.calibration)).exists():
+            raise CalibrationError(f"there is no calibration text {self.calibration}; check the path")
         if self.quick and not self.baselines:
             raise OptionError("quick leaves the refinement of baselines out, and none are measured; add --baselines")
 

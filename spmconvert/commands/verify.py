@@ -57,11 +57,15 @@ def verify(directory: str | Path, *, teacher: str | None = None) -> list[Check]:
 
     Raises:
         ModelNotFoundError: when there is no such directory.
+        CheckpointError: when ``teacher`` is not the source.
     """
     try:
         converted = open_converted(Path(directory), recorded=False)
     except CheckpointError as error:
         return [Check("files", "FAILED", str(error))]
+    if teacher is not None and converted.provenance:
+        # asked for by name, so that another one is no fault of the checkpoint
+        open_source(converted, teacher)
     count = len(converted.tensors)
     agreeing = "config, layer map, provenance" if converted.provenance else f"config, layer map (without {PROVENANCE_FILE})"
     checks = [Check("files", "ok", f"{agreeing} and headers of {count} tensors agree")]

@@ -13,7 +13,7 @@ from typing import Any
 
 from spmconvert.data.library import Part, library_text
 from spmconvert.data.tokens import load_tokenizer, reads_packed, tokenizer_hash
-from spmconvert.system.files import write_whole
+from spmconvert.system.caches import keep
 
 # how vocabularies of bytes and of pieces mark the start of a word; those that mark continuations have neither
 WORD_STARTS = ("Ġ", "▁")
@@ -55,7 +55,7 @@ def stand_in_text(part: Part, directory: Path, config: Any) -> Path:
     generator = random.Random(part)
     rows += drawn_rows(words, len(rows), generator)
     generator.shuffle(rows)
-    write_whole(file, "\n".join(rows) + "\n")
+    keep(file, "\n".join(rows) + "\n")
     return file
 
 

@@ -17,8 +17,7 @@ from typing import Literal
 from spmconvert.data.documents import SHORTEST_DOCUMENT
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import AUTO_TEXT
-from spmconvert.system.caches import cache_directory, check_cache
-from spmconvert.system.files import write_whole
+from spmconvert.system.caches import cache_directory, check_cache, keep
 
 Part = Literal["calibration", "training", "evaluation", "code"]
 # of eight paragraphs three are fitted, one measures, the others are trained on
@@ -47,7 +46,7 @@ def library_text(part: Part) -> Path:
     if not file.exists():
         check_cache("texts")
         for name, lines in _texts().items():
-            write_whole(file.with_name(f"{name}-{version}.txt"), "\n".join(lines) + "\n")
+            keep(file.with_name(f"{name}-{version}.txt"), "\n".join(lines) + "\n")
     return file
 
 

@@ -24,8 +24,8 @@ from spmconvert.data.pictured import joined, pictured, pictured_processor, reads
 from spmconvert.data.tokens import has_tokenizer, keeps_cache, load_tokenizer
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.model.architecture import model_class
-from spmconvert.system.caches import cache_directory, check_cache
-from spmconvert.system.files import file_hash, save_whole
+from spmconvert.system.caches import cache_directory, check_cache, keep
+from spmconvert.system.files import file_hash
 
 Kind = Literal["pictures", "sounds", "pictures with text"]
 KINDS: dict[str, Kind] = {"pixel_values": "pictures", "input_features": "sounds", "input_values": "sounds"}
@@ -294,7 +294,7 @@ def _kept(source: _Source, kind: Kind, processor: Any, directory: Path, config: 
         tensors["decoder_input_ids"] = _decoder_ids(source.part, directory, config).expand(count, -1)
     from safetensors.torch import save_file
 
-    save_whole(file, lambda path: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path))
+    keep(file, lambda path: save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path))
     return file
 
 

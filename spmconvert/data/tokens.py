@@ -131,19 +131,36 @@ def token_rows(documents: list[str], tokenizer: Any, config: Any, length: int, w
         what: the text in words, for the error.
 
     Raises:
-        CalibrationError: when packed documents do not fill one row.
+        CalibrationError: when packed documents do not fill one row, or a token has no embedding.
     """
     if not reads_packed(config):
-        return [torch.tensor(ids) for ids in tokenizer(documents, truncation=True, max_length=length)["input_ids"]]
+        rows = tokenizer(documents, truncation=True, max_length=length)["input_ids"]
+        _check_ids(max((max(ids) for ids in rows if ids), default=0), config)
+        return [torch.tensor(ids) for ids in rows]
     separator = tokenizer.eos_token_id
     stream: list[int] = []
     for ids in tokenizer(documents, add_special_tokens=False)["input_ids"]:
         stream += ids if separator is None else [*ids, separator]
+    _check_ids(max(stream, default=0), config)
     if len(stream) < length:
         raise CalibrationError(
             f"{what} has {len(stream)} tokens, one row has {length}; use a longer text or fewer tokens a row"
         )
     return [torch.tensor(stream[start : start + length]) for start in range(0, len(stream) - length + 1, length)]
+
+
+def _check_ids(largest: int, config: Any) -> None:
+    """Refuse a tokenizer that is of another model.
+
+    Raises:
+        CalibrationError: when a token has no embedding.
+    """
+    size = getattr(text_config(config), "vocab_size", None)
+    if size is not None and largest >= size:
+        raise CalibrationError(
+            f"the tokenizer gives a token the id {largest}, and the model has embeddings for {size}; put the tokenizer of "
+            "this model there"
+        )
 
 
 def keeps_cache(config: Any) -> bool:

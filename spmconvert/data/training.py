@@ -29,8 +29,7 @@ from spmconvert.data.tokens import (
 )
 from spmconvert.errors import CalibrationError, NotWritableError
 from spmconvert.recipe.recipe import AUTO_TEXT, Training
-from spmconvert.system.caches import cache_directory, check_cache
-from spmconvert.system.files import save_whole
+from spmconvert.system.caches import cache_directory, check_cache, keep
 
 # share of the tokens that masked models are asked about, as in their own training
 MASKED_SHARE = 0.15
@@ -268,10 +267,9 @@ def _kept(directory: Path) -> tuple[Any, Any] | None:
 
 
 def _store(rows: list[Tensor], directory: Path) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
     arrays = {
         "ids": torch.cat(rows).to(torch.int32).numpy(),
         "ends": torch.tensor([len(row) for row in rows]).cumsum(0).numpy(),
     }
     for name, array in arrays.items():
-        save_whole(directory / f"{name}.npy", partial(np.save, arr=array))
+        keep(directory / f"{name}.npy", partial(np.save, arr=array))

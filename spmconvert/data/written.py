@@ -19,8 +19,7 @@ import torch
 from spmconvert.data.library import library_text
 from spmconvert.data.tokens import load_tokenizer, reads_packed, row_length
 from spmconvert.model.loading import load_dense_model
-from spmconvert.system.caches import cache_directory, check_cache
-from spmconvert.system.files import write_whole
+from spmconvert.system.caches import cache_directory, check_cache, keep
 
 ROWS, TOKENS, BATCH_ROWS = 320, 160, 64
 COMMON_WORDS = 1000
@@ -75,7 +74,7 @@ def write_text(directory: Path, sha256: str, config: Any, device: str, report: C
             texts = writer.talk(ids) if number % 2 and writer.opening is not None else writer.write(ids)
             lines += [json.dumps({"text": text}) for text in texts]
             report(len(lines), ROWS)
-    write_whole(file, "\n".join(lines) + "\n")
+    keep(file, "\n".join(lines) + "\n")
     return file
 
 

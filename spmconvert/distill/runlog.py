@@ -7,12 +7,14 @@ it is: a file of that name without it is somebody else's, and no run begins.
 import json
 import os
 from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from spmconvert.errors import OutputError
 from spmconvert.recipe.recipe import Training
+from spmconvert.system.files import write_errors
 from spmconvert.system.parsing import parse_json
 
 MARK = {"log": "spmconvert finetune"}
@@ -20,7 +22,7 @@ MARK = {"log": "spmconvert finetune"}
 
 def log_file(output: Path) -> Path:
     """Where the log of a run is that writes ``output``."""
-    resolved = output.resolve()
+    resolved = Path(os.path.realpath(output))
     return resolved.with_name(f"{resolved.name}.jsonl")
 
 
@@ -79,8 +81,10 @@ class RunLog:
             self._accelerator.init_trackers("spmconvert", config=self._training.model_dump(mode="json"))
         if self._accelerator.is_main_process:
             before = [line for line in self._lines() if parse_json(line).get("step", 0) <= self._last_step]
-            self._stream = self._file.open("w", encoding="utf-8")
-            self._stream.writelines(f"{line}\n" for line in (json.dumps(MARK), *before))
+            with self._writing():
+                self._stream = self._file.open("w", encoding="utf-8")
+                self._stream.writelines(f"{line}\n" for line in (json.dumps(MARK), *before))
+                self._stream.flush()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -88,18 +92,24 @@ class RunLog:
         if self._accelerator.log_with:
             self._accelerator.end_training()
         if self._stream is not None:
-            self._stream.close()
+            # what is left in its buffer could not be written before, which has been said
+            with suppress(OSError):
+                self._stream.close()
 
     def write(self, record: dict[str, Any]) -> None:
         """Pass a record on."""
         if self._stream is None:
             return
-        self._stream.write(json.dumps(record) + "\n")
-        self._stream.flush()
+        with self._writing():
+            self._stream.write(json.dumps(record) + "\n")
+            self._stream.flush()
         if self._accelerator.log_with and "layer" not in record:
             numbers = {key: value for key, value in record.items() if isinstance(value, int | float) and key != "step"}
             self._accelerator.log(numbers, step=record["step"])
         self._report(record)
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return write_errors(self._file, "choose another output with -o", "continue with --resume")
 
     def _lines(self) -> list[str]:
         if self._last_step < 0 or not self._file.exists():

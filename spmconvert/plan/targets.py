@@ -320,6 +320,9 @@ def _block_numbers(text: str, depth: dict[str, int]) -> set[tuple[str | None, in
         bounds = _RANGE.fullmatch(part.strip())
         if bounds is None:
             raise OptionError(f"--layers {text!r} is not understood at {part!r}; write for example 4-10,-1")
+        same_end = bounds[2] is not None and bounds[1].startswith("-") == bounds[2].startswith("-")
+        if same_end and int(bounds[1]) > int(bounds[2]):
+            raise OptionError(f"--layers {part.strip()} runs backwards; write {bounds[2]}-{bounds[1]}")
         hit = False
         for stack, size in depth.items():
             first, last = (int(n) + (size if n.startswith("-") else 0) for n in (bounds[1], bounds[2] or bounds[1]))

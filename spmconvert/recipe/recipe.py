@@ -303,7 +303,7 @@ class Training(_Table):
     evaluation_rows: Annotated[int, Field(ge=1)] = 256
     evaluate_every: Annotated[int, Field(ge=1)] = 50
     save_every: Annotated[int, Field(ge=1)] = 100
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     column: str = "text"
 
     @property
@@ -343,7 +343,7 @@ class Recipe(_Table):
     targets: tuple[str, ...] = ("mlp",)
     ignore: tuple[str, ...] = ()
     layers: str | None = None
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     dtype: Dtype = "auto"
     allow_growth: bool = False
     design: LayerDesign = LayerDesign()

@@ -6,9 +6,11 @@ any time, and nothing in it grows stale.
 
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from spmconvert.errors import NotWritableError
+from spmconvert.system.files import save_whole, write_errors
 
 
 def cache_directory(kind: str) -> Path:
@@ -33,3 +35,24 @@ def check_cache(kind: str) -> None:
         raise NotWritableError(
             f"the cache {directory} cannot be written ({error.strerror}); set SPMCONVERT_CACHE to a directory that can"
         ) from None
+
+
+def keep(file: Path, content: str | Callable[[Path], object]) -> None:
+    """Write a file of a cache by one rename; its folder is made where it is not there.
+
+    Args:
+        file: the place.
+        content: text, or what writes to the path that it is given.
+
+    Raises:
+        NotWritableError: when it cannot be written.
+        SpaceError: when there is no room.
+    """
+
+    def save(path: Path) -> object:
+        return path.write_text(content, encoding="utf-8") if isinstance(content, str) else content(path)
+
+    remedy = "set SPMCONVERT_CACHE to a directory with room"
+    with write_errors(file.parent, remedy, f"run the command again, or {remedy}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_whole(file, save)

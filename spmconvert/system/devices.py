@@ -12,6 +12,7 @@ def check_device(device: str) -> None:
         BackendError: when it cannot be used.
     """
     try:
-        torch.empty(1, device=device)
+        if torch.empty(1, device=device).is_meta:
+            raise BackendError(f"device {device!r} has no memory, so nothing is computed there; use --device cpu")
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f"device {device!r} cannot be used here ({first_line(error)}); use --device cpu") from None

@@ -4,10 +4,36 @@ Every file that a later run may read is written here: finished layers, caches, r
 failure (``durable``) is also flushed to the disk, with the directory that holds its name.
 """
 
+import errno
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from spmconvert.errors import NotWritableError, SpaceError
+
+
+@contextmanager
+def write_errors(place: Path, elsewhere: str, again: str) -> Iterator[None]:
+    """Turn the system's refusals to write into errors with a remedy.
+
+    Args:
+        place: that is written, for the error.
+        elsewhere: how to have another place.
+        again: what to do once there is room.
+
+    Raises:
+        SpaceError: when there is none.
+        NotWritableError: for any other reason.
+    """
+    try:
+        yield
+    except OSError as error:
+        # numpy notes what it could not write in words alone
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) or (error.errno is None and "written" in str(error)):
+            raise SpaceError(f"no space left while writing {place}; free some, then {again}") from error
+        raise NotWritableError(f"{place} cannot be written ({error.strerror or error}); {elsewhere}") from error
 
 
 def write_whole(file: Path, content: bytes | str, *, durable: bool = False) -> None:
