@@ -17,7 +17,7 @@ from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.media import TENSOR_SUFFIX
 from spmconvert.data.tokens import reads_tokens
-from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
+from spmconvert.errors import CheckpointError, OptionError, TargetError, UnsupportedLayerError
 from spmconvert.model.stored import StoredNames
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.plan.targets import Selection, Target, matches, select_targets
@@ -164,12 +164,28 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
                 f"for example {selection.targets[0].name}"
             )
     names = StoredNames.of(model, checkpoint.tensors)
+    _check_shapes(checkpoint, model, names)
     layers = tuple(_plan_layer(checkpoint, target, names, recipe) for target in selection.targets)
     if not recipe.budget.limits:
         _refuse_growth(layers, recipe)
     replaced = {name for layer in layers for name in (layer.weight, layer.bias)}
     other = sum(entry.nbytes for name, entry in checkpoint.tensors.items() if name not in replaced)
     return ConversionPlan(layers, selection, other)
+
+
+def _check_shapes(checkpoint: Checkpoint, model: Any, names: StoredNames) -> None:
+    """Refuse a config that describes another model than the tensors are of, before any of them is loaded.
+
+    Raises:
+        CheckpointError: when a parameter has another shape.
+    """
+    for name, parameter in model.named_parameters():
+        stored = names.tensor(name)
+        if stored is not None and checkpoint.tensors[stored].shape != tuple(parameter.shape):
+            raise CheckpointError(
+                f"{stored} is {checkpoint.tensors[stored].shape} in the checkpoint, and {tuple(parameter.shape)} in the model"
+                " that config.json describes; download them again"
+            )
 
 
 def _runs_text(recipe: Recipe, config: Any) -> bool:
