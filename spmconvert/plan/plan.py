@@ -181,10 +181,11 @@ def _check_shapes(checkpoint: Checkpoint, model: Any, names: StoredNames) -> Non
     """
     for name, parameter in model.named_parameters():
         stored = names.tensor(name)
-        if stored is not None and checkpoint.tensors[stored].shape != tuple(parameter.shape):
+        found = None if stored is None else checkpoint.tensors[stored].shape
+        if found is not None and found != tuple(parameter.shape):
             raise CheckpointError(
-                f"{stored} is {checkpoint.tensors[stored].shape} in the checkpoint, and {tuple(parameter.shape)} in the model"
-                " that config.json describes; download them again"
+                f"{stored} is {found} in the checkpoint, and {tuple(parameter.shape)} in the model that config.json "
+                "describes; download them again"
             )
 
 
