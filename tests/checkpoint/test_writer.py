@@ -297,7 +297,7 @@ def test_no_space(tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 5 * 10**6))
     with (
-        pytest.raises(SpaceError, match=r"0\.01 GB free, the output needs 1\.10 GB"),
+        pytest.raises(SpaceError, match=r"5\.0 MB free, the output needs 1\.1 GB"),
         directory(tmp_path / "o", needed_bytes=10**9),
     ):
         pass
