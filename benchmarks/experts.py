@@ -102,12 +102,14 @@ def converted(options: argparse.Namespace, score: Any, changes: dict[str, Any], 
         rows = {"calib": options.calibration, "calibration.rows": options.calibration_rows, "refine": epochs}
         conversion = spmconvert.convert(options.model, out, targets=EXPERTS, **rows, **changes)
         model = load(out, dtype=torch.float32).eval()
-        replaced = sum(record.dense_parameters for record in conversion.layers)
-        return {
-            "kept": sum(record.parameters for record in conversion.layers) / replaced,
-            "left_dense": conversion.left_dense,
-            **score(model),
-        }
+        saved = sum(record.dense_parameters - record.parameters for record in conversion.layers)
+        return {"kept": 1 - saved / expert_parameters(model), "left_dense": conversion.left_dense, **score(model)}
+
+
+def expert_parameters(model: Any) -> int:
+    """Parameters of all experts' matrices before any was replaced."""
+    experts = (expert for module in model.modules() if isinstance(module, OpenedExperts) for expert in module.experts)
+    return sum(layer.in_features * layer.out_features for expert in experts for layer in expert.children())
 
 
 def routing(options: argparse.Namespace) -> dict[str, float]:

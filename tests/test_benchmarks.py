@@ -227,6 +227,31 @@ def test_a_teacher_that_remembers_answers_as_the_teacher():
     assert len(calls) == 2
 
 
+def test_experts(run, text, tmp_path):
+    sizes = ["--architecture", "mixture", "--width", 64, "--layers", 2, "--steps", 2, "--batch-size", 2]
+    run("teacher", "--text", text, "--output", tmp_path / "t", *sizes)
+    run(
+        "experts", "--model", tmp_path / "t", "--calibration", text, "--evaluate", text, "--keep", 0.5,
+        "--calibration-rows", 16, "--evaluation-rows", 4, "--json", tmp_path / "r.json",
+    )  # fmt: skip
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert 0 <= result["routing"]["fewest"] <= 1 <= result["routing"]["most"]
+    assert len(result["rows"]) == 6
+    for row in result["rows"]:
+        assert 0 < row["kept"] <= 0.5
+        assert row["score"] > 0
+
+
+def test_recurrence(run, text, tmp_path, monkeypatch):
+    import benchmarks.recurrence
+
+    monkeypatch.setattr(benchmarks.recurrence, "TIMED_SECONDS", 0.0)
+    run("recurrence", "--text", text, "--widths", 128, "--steps", 2, "--json", tmp_path / "r.json")
+    rows = {row["structure"]: row for row in json.loads((tmp_path / "r.json").read_text())["rows"]}
+    assert rows["dense"]["loss"] == pytest.approx(rows["torch's LSTM"]["loss"], abs=1e-3)
+    assert rows["one pass"]["kept"] < rows["low rank, 25%"]["kept"] < rows["low rank, 50%"]["kept"] < 1
+
+
 def test_step_time(run, tmp_path):
     arguments = ["--widths", 64, "--layers", 1, "--rows", 1, "--tokens", 8, "--repetitions", 2]
     assert "dense/converted" in run("step_time", *arguments, "--json", tmp_path / "r.json")

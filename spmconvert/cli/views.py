@@ -20,12 +20,16 @@ from spmconvert.cli.console import out
 
 def show_conversion(conversion: "Conversion", began: float) -> None:
     """The table at the end of a conversion, totals, and the next command."""
+    # only for this: torch takes a second
+    from spmconvert.fit.layer import shown
+
     table = Table(title=None, box=None, pad_edge=False)
     for column in ("layer", "in x out", "design", "kept", "error", "SVD same size", "time"):
         table.add_column(column, justify="left" if column in ("layer", "design") else "right", overflow="fold")
-    if any(record.warning for record in conversion.layers):
+    records = shown(conversion.layers)
+    if any(record.warning for record in records):
         table.add_column("", justify="left", overflow="fold")
-    for record in conversion.layers:
+    for record in records:
         table.add_row(
             record.name,
             f"{record.in_features} x {record.out_features}",

@@ -15,7 +15,7 @@ from spmconvert.budget.knapsack import Choice
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
 from spmconvert.fit.blocks import Refined, refined
-from spmconvert.fit.layer import LayerRecord
+from spmconvert.fit.layer import LayerRecord, shown
 from spmconvert.fit.stored import FitRun
 from spmconvert.model.opened import restricted
 from spmconvert.model.swap import layer_from_spec
@@ -147,7 +147,7 @@ def _card(run: FitRun, conversion: Conversion) -> str:
         source=run.source.name if run.source.revision else run.source.directory.resolve().name,
         source_sha256=run.source.sha256(),
         inherited=inherited_metadata(run.source.directory / "README.md"),
-        rows=conversion.layers,
+        rows=shown(conversion.layers),
         measured_on=conversion.measured_on,
         sizes=sizes,
         version=__version__,

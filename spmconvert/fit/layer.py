@@ -1,7 +1,10 @@
 """One planned layer: fit it, store it in its dtype, and measure it beside the baseline of equal size."""
 
 import hashlib
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +16,7 @@ from spmconvert.errors import FitError
 from spmconvert.fit.error import LayerError, measure_error
 from spmconvert.fit.sequential import Regression
 from spmconvert.fit.solver import fit_
+from spmconvert.model.opening import shown_together
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.factors import RIDGE, covariance_root, damped_root, rank_at, truncated_svd
 from spmconvert.operator.linear import SPMLinear
@@ -67,6 +71,26 @@ class LayerRecord:
     baseline_centred_error: float
     seconds: float
     warning: str = ""
+
+
+def shown(records: Sequence[LayerRecord]) -> list[LayerRecord]:
+    """Records as they are shown: experts of a projection are one line, with mean errors and all of their parameters."""
+    lines = []
+    for name, positions in shown_together([record.name for record in records]).items():
+        own = [records[position] for position in positions]
+        if len(own) == 1:
+            lines.append(own[0])
+            continue
+        means: dict[str, Any] = {
+            key: statistics.fmean(getattr(record, key) for record in own)
+            for key in ("fitted_error", "error", "centred_error", "baseline_error", "baseline_centred_error")
+        }
+        summed = ("dense_parameters", "parameters", "seconds")
+        sums: dict[str, Any] = {key: sum(getattr(record, key) for record in own) for key in summed}
+        warned = [record for record in own if record.warning]
+        warning = f"{len(warned)} of {len(own)}: {warned[0].warning}" if warned else ""
+        lines.append(replace(own[0], name=f"{name} ({len(own)})", warning=warning, **means, **sums))
+    return lines
 
 
 def fit_layer(

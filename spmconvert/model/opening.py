@@ -1,7 +1,7 @@
 """Opening and closing the modules of a model whose matrices are fused into parameters: experts and recurrences."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -24,6 +24,15 @@ def group_of(name: str) -> str | None:
     """Experts and projection that a layer would belong to by its name; None where it has no name of an expert's layer."""
     found = _EXPERT.fullmatch(name)
     return None if found is None else f"{found[1]}.{found[2]}"
+
+
+def shown_together(names: Sequence[str]) -> dict[str, list[int]]:
+    """Positions of layers by what to call them where they are shown: the experts of a projection are one line."""
+    found: dict[str, list[int]] = {}
+    for position, name in enumerate(names):
+        match = _EXPERT.fullmatch(name)
+        found.setdefault(name if match is None else f"{match[1]}.*.{match[2]}", []).append(position)
+    return found
 
 
 def opened_names(names: Iterable[str]) -> set[str]:

@@ -124,10 +124,11 @@ def select_targets(
     wanted = {name for pattern in targets for name in survey.resolve(pattern)}
     unwanted = {name for pattern in ignore for name in survey.resolve_ignored(pattern)}
     numbers = None if layers is None else _block_numbers(layers, survey.depths)
+    left = wanted - unwanted
     chosen = [
         linear
         for linear in survey.linears
-        if linear.name in wanted - unwanted and (numbers is None or (linear.stack, linear.index) in numbers)
+        if linear.name in left and (numbers is None or (linear.stack, linear.index) in numbers)
     ]
     if not chosen:
         narrowed = " ".join(

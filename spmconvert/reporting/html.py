@@ -16,7 +16,7 @@ from markupsafe import Markup
 from spmconvert import units
 from spmconvert.reporting import comparison, summary
 from spmconvert.reporting.plots import plots
-from spmconvert.reporting.schema import Quantity, Report
+from spmconvert.reporting.schema import Quantity, Report, shown
 from spmconvert.reporting.verdict import verdict
 
 TEMPLATE = "report.html.j2"
@@ -36,6 +36,7 @@ def render(reports: Sequence[Report]) -> str:
         title=f"{names[0]}: what the conversion gained and lost" if len(names) == 1 else f"{', '.join(names)} side by side",
         comparison=comparison.rows(reports) if len(reports) > 1 else [],
         names=names,
+        shown=shown,
         describe_call=summary.describe_call,
         describe_error=summary.describe_error,
     )

@@ -14,7 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
-from spmconvert.reporting.schema import Layer, MethodResult, Report, TimingRow
+from spmconvert.reporting.schema import Layer, MethodResult, Report, TimingRow, shown
 
 # stand-in colours and the CSS they become
 _CSS = {
@@ -62,7 +62,7 @@ def plots(report: Report, prefix: str) -> dict[str, str]:
         prefix: makes the ids of the drawings unique on a page.
     """
     with mpl.rc_context(_STYLE):
-        drawn = {"layers": layer_map(report.layers)}
+        drawn = {"layers": layer_map(shown(report.layers))}
         if report.timing:
             drawn["timing"] = timing_plot(report.timing)
         if report.training:

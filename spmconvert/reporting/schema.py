@@ -5,12 +5,15 @@ report, because a report is one run. What could not be measured is in ``not_meas
 absent number is never a zero. This module does not import torch.
 """
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from spmconvert.errors import CheckpointError
+from spmconvert.model.opening import shown_together
 from spmconvert.system.parsing import parse_json
 
 SCHEMA_VERSION = 1
@@ -110,6 +113,20 @@ class Layer(_Part):
     error: float
     baseline_error: float
     baseline_rank: int
+
+
+def shown(layers: Sequence[Layer]) -> list[Layer]:
+    """Layers as they are shown: experts of a projection are one line, with mean errors and all of their parameters."""
+    lines = []
+    for name, positions in shown_together([layer.name for layer in layers]).items():
+        own = [layers[position] for position in positions]
+        changes: dict[str, Any] = {"name": name if len(own) == 1 else f"{name} ({len(own)})"}
+        for key in ("dense_parameters", "parameters", "dense_flops", "flops"):
+            changes[key] = sum(getattr(layer, key) for layer in own)
+        for key in ("error", "baseline_error"):
+            changes[key] = statistics.fmean(getattr(layer, key) for layer in own)
+        lines.append(own[0].model_copy(update=changes))
+    return lines
 
 
 class Quantity(_Part):

@@ -8,7 +8,7 @@ from rich.text import Text
 
 from spmconvert.checkpoint.unfinished import Unfinished
 from spmconvert.reporting import comparison
-from spmconvert.reporting.schema import MethodResult, Report
+from spmconvert.reporting.schema import MethodResult, Report, shown
 from spmconvert.reporting.summary import KeyFigure, describe_call, describe_error, findings, key_figures, outcome
 from spmconvert.reporting.verdict import verdict
 from spmconvert.units import count, measured, milliseconds, size
@@ -93,7 +93,8 @@ def _figures(figures: Sequence[KeyFigure]) -> Table:
 
 def _layers(report: Report) -> Table:
     table = _table("layer", "in x out", "design", "kept", "error", "SVD same size")
-    for layer in report.layers[:MOST_LAYERS]:
+    lines = shown(report.layers)
+    for layer in lines[:MOST_LAYERS]:
         table.add_row(
             layer.name,
             f"{layer.in_features} x {layer.out_features}",
@@ -102,8 +103,8 @@ def _layers(report: Report) -> Table:
             f"{layer.error:.4f}",
             f"{layer.baseline_error:.4f}",
         )
-    if len(report.layers) > MOST_LAYERS:
-        table.add_row(f"... {len(report.layers) - MOST_LAYERS} more in report.html")
+    if len(lines) > MOST_LAYERS:
+        table.add_row(f"... {len(lines) - MOST_LAYERS} more in report.html")
     return table
 
 

@@ -174,6 +174,21 @@ def test_a_family_is_finetuned(mixtures, text, tmp_path, name):
     assert {check.outcome for check in verify(tmp_path / "t")} <= {"ok", "skipped"}
 
 
+def test_experts_of_a_projection_are_shown_as_one(run, mixtures, text, tmp_path):
+    options = [f"--set={key}={value}" for key, value in QUICK.items()]
+    command = ("convert", mixtures["mixtral"], "-o", tmp_path / "o", "--calib", text, "--targets", "*.experts.*")
+    code, out, _ = run(*command, "--stages", "0", "--rank", "6", *options)
+    assert code == 0
+    lines = [line for line in out.splitlines() if ".experts." in line]
+    assert len(lines) == 4
+    assert "model.layers.0.mlp.experts.*.gate_up (4)" in out.replace("\n", "")
+    assert (tmp_path / "o" / "README.md").read_text().count(".experts.") == 4
+    code, out, _ = run("report", tmp_path / "o", "--data", text, "--seconds", "0")
+    assert out.count(".experts.*.") == 4
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert page.count('<th scope="row">model.layers.0.mlp.experts.') == 2
+
+
 def test_a_budget_gives_the_experts_of_a_layer_one_design(mixtures, text, tmp_path):
     out = tmp_path / "o"
     conversion = spmconvert.convert(
