@@ -22,8 +22,11 @@ def has_plain_head(model: Any, batch: dict[str, Any]) -> bool:
     if model.base_model is model:
         return False
     with torch.no_grad():
-        states, output = states_before_head(model, model, _beginning(batch))
-        logits = head(states)
+        caught, output = _watched(model, model, _beginning(batch))
+        if not caught:
+            # OPT calls what is inside of its base model
+            return False
+        logits = head(caught[0])
     return bool(logits.shape == output.logits.shape) and torch.allclose(logits, output.logits, rtol=1e-2, atol=1e-3)
 
 
@@ -38,13 +41,19 @@ def _beginning(batch: dict[str, Any]) -> dict[str, Any]:
 
 def states_before_head(called: Any, owner: Any, batch: dict[str, Any]) -> tuple[Tensor, Any]:
     """Hidden states that go into the output head. The model is called as a whole, so that wrappers see every parameter."""
+    caught, output = _watched(called, owner, batch)
+    return caught[0], output
+
+
+def _watched(called: Any, owner: Any, batch: dict[str, Any]) -> tuple[list[Tensor], Any]:
+    """The states that the base model gave, for every time that it was called, and the whole output."""
     caught: list[Tensor] = []
     handle = owner.base_model.register_forward_hook(lambda *arguments: caught.append(arguments[-1][0]))
     try:
         output = called(**batch)
     finally:
         handle.remove()
-    return caught[0], output
+    return caught, output
 
 
 def word_states(called: Any, owner: Any, batch: dict[str, Any], *, plain_head: bool) -> tuple[Tensor, Any]:

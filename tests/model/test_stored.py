@@ -7,12 +7,14 @@ from safetensors.torch import load_file, save_file
 
 import spmconvert
 from spmconvert.checkpoint.converted import open_converted
+from spmconvert.data.tokens import padded_batch, reads_tokens
 from spmconvert.errors import CorruptCheckpointError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.stored import StoredNames, stored_prefixes
+from tests.conftest import VOCABULARY, _tokenizer
 from tests.plan.architectures import ARCHITECTURES
-from tests.support import raw_tensors
+from tests.support import QUICK, SHORT, raw_tensors
 
 OLD, NEW = "vit.encoder.layer.0.intermediate.dense", "vit.layers.0.mlp.fc1"
 
@@ -99,6 +101,34 @@ def test_every_architecture_is_converted_loaded_and_exported(name, tmp_path):
     open_(whole, opened_names(replaced))
     for module in replaced:
         torch.testing.assert_close(whole.get_submodule(module).weight.shape, dense.get_submodule(module).weight.shape)
+
+
+READERS = [name for name, (_, _, sizes) in ARCHITECTURES.items() if "vocab_size" in sizes and name != "musicgen-decoder"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", READERS)
+def test_every_architecture_that_reads_is_run_and_finetuned(name, text, tmp_path):
+    config, architecture, sizes = ARCHITECTURES[name]
+    torch.manual_seed(0)
+    sizes = {**sizes, "vocab_size": VOCABULARY, "pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+    dense = getattr(transformers, architecture)(getattr(transformers, config)(**sizes)).eval()
+    dense.config.architectures = [architecture]
+    if not reads_tokens(dense.config):
+        pytest.skip(f"{architecture} reads no text")
+    dense.save_pretrained(tmp_path / "s")
+    tokenizer = _tokenizer()
+    tokenizer.mask_token = "|"
+    tokenizer.save_pretrained(tmp_path / "s")
+    targets = "*proj" if name in ("mamba", "mixtral") else "mlp"
+    spmconvert.convert(tmp_path / "s", tmp_path / "o", targets=targets, calib=text, stages=0, rank=4, **QUICK)
+    model = spmconvert.load(tmp_path / "o").eval()
+    batch = padded_batch([torch.arange(3, 15)], 1, model)
+    with torch.no_grad():
+        assert model(**batch)[0].isfinite().all()
+    trained = spmconvert.finetune(tmp_path / "o", tmp_path / "t", data=text, **{**SHORT, "steps": 2})
+    assert trained.steps == 2
+    assert not [check for check in spmconvert.verify(tmp_path / "t") if check.outcome == "FAILED"]
 
 
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 16}

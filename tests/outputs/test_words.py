@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from spmconvert.distill.loss import Distillation
+from spmconvert.outputs.words import has_plain_head, word_states
 from spmconvert.recipe.recipe import Training
 
 PICTURE = 5
@@ -61,3 +62,13 @@ def test_a_model_of_pictures_and_words_is_compared_by_its_words(build):
     expected = kl_div(*logits, reduction="sum", log_target=True)
     assert expected > 0.01
     torch.testing.assert_close(loss.total, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_head_that_does_not_call_its_base_model_is_not_plain():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    sizes = {"hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    model = OPTForCausalLM(OPTConfig(**sizes, word_embed_proj_dim=32)).eval()
+    batch = {"input_ids": torch.arange(3, 12)[None]}
+    assert not has_plain_head(model, batch)
+    assert word_states(model, model, batch, plain_head=False)[0].shape == (1, 9, 64)
