@@ -18,7 +18,6 @@ from torch import Tensor
 from spmconvert.checkpoint.headers import TensorEntry
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.checkpoint.reader import Checkpoint
-from spmconvert.errors import UnsupportedLayerError
 from spmconvert.model.opened_module import MARK_SHAPE, OpenedModule, Part
 from spmconvert.model.stored import StoredNames
 
@@ -82,9 +81,6 @@ def opened(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     Args:
         checkpoint: as its files are.
         model: opened, on any device; only names and shapes are read.
-
-    Raises:
-        UnsupportedLayerError: when a fused parameter is not there as a whole.
     """
     modules = {name: module for name, module in model.named_modules() if isinstance(module, OpenedModule)}
     if not modules or isinstance(checkpoint, OpenedCheckpoint):
@@ -92,15 +88,24 @@ def opened(checkpoint: Checkpoint, model: Any) -> Checkpoint:
     names = StoredNames.of(model, checkpoint.tensors)
     pieces: dict[str, Piece] = {}
     for name, module in modules.items():
-        for parameter, parts in module.by_parameter():
-            found = _sources_of(checkpoint, names, f"{name}.{parameter}", parts)
-            prefix = found.target.removesuffix(f".{parameter}")
-            for part, (sources, fused) in zip(parts, found.sources, strict=True):
-                pieces[f"{prefix}.{part.name}"] = Piece(prefix, sources, fused, found.merged, part.transposed)
-            if parameter == module.mark:
-                # has the name of what a dense model would look for
-                pieces[found.target] = Piece(prefix, *found.sources[0], _mark, False)
+        found = {parameter: _sources_of(names, f"{name}.{parameter}", parts) for parameter, parts in module.by_parameter()}
+        # what is not there as a whole can be left alone, and is refused where it is a target
+        if None not in found.values():
+            pieces |= _pieces_of(module, found)
     return _with_pieces(checkpoint, pieces)
+
+
+def _pieces_of(module: OpenedModule, found: Mapping[str, Any]) -> dict[str, Piece]:
+    pieces = {}
+    for parameter, parts in module.by_parameter():
+        prefix = found[parameter].target.removesuffix(f".{parameter}")
+        for part, (sources, fused) in zip(parts, found[parameter].sources, strict=True):
+            pieces[f"{prefix}.{part.name}"] = Piece(prefix, sources, fused, found[parameter].merged, part.transposed)
+        if parameter == module.mark:
+            # has the name of what a dense model would look for
+            sources, fused = found[parameter].sources[0]
+            pieces[found[parameter].target] = Piece(prefix, sources, fused, _mark, transposed=False)
+    return pieces
 
 
 def is_opened(checkpoint: Checkpoint, name: str) -> bool:
@@ -131,25 +136,19 @@ class _Fused:
     merged: Operation
 
 
-def _sources_of(checkpoint: Checkpoint, names: StoredNames, parameter: str, parts: list[Part]) -> _Fused:
+def _sources_of(names: StoredNames, parameter: str, parts: list[Part]) -> _Fused | None:
+    """Where the parts of a fused parameter are; None where they are not all there."""
     known = resolve_name(parameter, names.by_model, names.prefix)
     if known is not None:
         sources: dict[str, list[str]] = {"": [names.by_model[known]]}
         return _Fused(known, [(sources, part.index) for part in parts], lambda tensors: tensors[""][0][None])
-    count = len(parts)
     target, merging = names.merged(parameter)
     if merging is None:
-        raise UnsupportedLayerError(
-            f"{parameter} is no tensor of the checkpoint, and nothing that it has is merged into it; leave its layers out "
-            f"with --ignore {parameter.rpartition('.')[0]}.*"
-        )
+        return None
     converter, by_pattern = merging
     apart = {pattern: sorted(found, key=_naturally) for pattern, found in by_pattern.items()}
-    for pattern, found in apart.items():
-        if len(found) != count:
-            raise UnsupportedLayerError(
-                f"{parameter} is of {count} experts, the checkpoint has {len(found)} tensors {pattern}; it is incomplete"
-            )
+    if any(len(found) != len(parts) for found in apart.values()):
+        return None
 
     def merged(tensors: dict[str, list[Tensor]]) -> Tensor:
         one = copy.deepcopy(converter)
@@ -161,9 +160,8 @@ def _sources_of(checkpoint: Checkpoint, names: StoredNames, parameter: str, part
         found: Tensor = whole[0] if isinstance(whole, list) else whole
         return found
 
-    return _Fused(
-        target, [({pattern: [own[index]] for pattern, own in apart.items()}, None) for index in range(count)], merged
-    )
+    by_part = [{pattern: [own[index]] for pattern, own in apart.items()} for index in range(len(parts))]
+    return _Fused(target, [(sources, None) for sources in by_part], merged)
 
 
 def _mark(tensors: dict[str, list[Tensor]]) -> Tensor:

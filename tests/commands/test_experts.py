@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import spmconvert
 from spmconvert.budget.times import TimeTable
@@ -252,6 +252,17 @@ def test_experts_that_are_no_targets_stay_as_the_file_has_them(mixtures, text, t
     experts = {name for name in before if ".experts." in name}
     assert experts
     assert {name: before[name] for name in experts} == {name: after[name] for name in experts if name in after}
+
+
+def test_experts_that_are_not_all_there_are_refused_where_they_are_targets(mixtures, text, tmp_path):
+    shutil.copytree(mixtures["mixtral"], tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    lost = next(name for name in tensors if ".layers.1." in name and ".experts.2." in name)
+    del tensors[lost]
+    save_file(tensors, tmp_path / "m" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(spmconvert.errors.UnsupportedLayerError, match=r"layers\.1.*experts.* is no tensor"):
+        spmconvert.convert(tmp_path / "m", tmp_path / "o", targets="*.experts.*", stages=0, rank=6, **QUICK)
+    spmconvert.convert(tmp_path / "m", tmp_path / "o", targets="attn", stages=0, rank=6, **QUICK)
 
 
 @pytest.mark.parametrize(
