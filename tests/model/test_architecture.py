@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from transformers import PretrainedConfig
@@ -72,7 +73,7 @@ def test_code_that_is_not_needed_is_left_alone(checkpoint):
     assert row_length(load_config(checkpoint), 128) == 64
 
 
-@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "pipeline", "__version__", "GPT2Config", "OwnModel", 7])
+@pytest.mark.parametrize("name", ["AutoModelForCausalLM", "pipeline", "__version__", "GPT2Config", "OwnModel"])
 def test_only_model_classes_are_architectures(name):
     with pytest.raises(CheckpointError, match=f"has no architecture {name}; upgrade"):
         model_class(gpt2_config(architectures=[name]))
@@ -83,3 +84,9 @@ def test_only_model_classes_are_architectures(name):
 def test_a_config_without_an_architecture():
     with pytest.raises(CheckpointError, match="names no architecture"):
         model_class(gpt2_config())
+
+
+@pytest.mark.parametrize("names", [[7], "GPT2LMHeadModel", {"a": "b"}])
+def test_architectures_are_a_list_of_names(names):
+    with pytest.raises(CheckpointError, match="it needs a list such as"):
+        model_class(SimpleNamespace(architectures=names))
