@@ -162,20 +162,20 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
     units = _units(layers)
     candidates = curves.candidates
     options: list[list[Option]] = []
+    costs: list[list[int]] = []
     known = 0
     for unit in units:
         first = layers[unit[0]]
         sizes = (first.target.in_features, first.target.out_features)
         shared = _shared([candidates[index] for index in unit])
-        options.append([*(one for one in shared if not limit.drops(first, one[0].design(*sizes))), None])
+        kept = [(one, design) for one in shared if not limit.drops(first, design := one[0].design(*sizes))]
         known += len(shared)
+        options.append([*(one for one, _ in kept), None])
+        # all of a unit are of one shape
+        costs.append([len(unit) * limit.cost(first, design) for design in (*(design for _, design in kept), None)])
     dropped = known - sum(len(own) - 1 for own in options)
     if known and dropped == known:
         raise OptionError(_why_dense(budget, dropped, known))
-    costs = [
-        [sum(_cost(limit, layers[index], option, place) for place, index in enumerate(unit)) for option in own]
-        for unit, own in zip(units, options, strict=True)
-    ]
     losses = [[0.0 if option is None else sum(one.loss for one in option) for option in own] for own in options]
     if budget.max_error is not None:
         choice = _within_error(options, costs, losses, budget.max_error)
@@ -213,11 +213,6 @@ def _shared(candidates: Sequence[Sequence[Candidate]]) -> list[tuple[Candidate, 
     return [
         tuple(own[design] for own in by_design) for design in by_design[0] if all(design in own for own in by_design[1:])
     ]
-
-
-def _cost(limit: Limit, layer: LayerPlan, option: Option, place: int) -> int:
-    sizes = (layer.target.in_features, layer.target.out_features)
-    return limit.cost(layer, None if option is None else option[place].design(*sizes))
 
 
 def _why_dense(budget: Budget, dropped: int, known: int) -> str:

@@ -18,7 +18,7 @@ from torch import nn
 from spmconvert.budget.allocation import Allocation, Limit
 from spmconvert.data.tokens import inputs_of, reads_tokens
 from spmconvert.errors import OptionError, OutOfReachError
-from spmconvert.model.swap import copy_sharing_tensors, layer_from_spec, replace_module
+from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, layer_from_spec, replace_module
 from spmconvert.operator.design import Design
 from spmconvert.outputs.probe import token_rows_batch
 from spmconvert.plan.plan import ConversionPlan
@@ -92,7 +92,7 @@ def time_whole_model(model: Any, limit: Limit, device: str) -> WholeModel:
     """Time the dense model, and what is left of it without its targeted layers."""
     sizes = {layer.target.name: layer.target.out_features for layer in limit.layers}
     rest = with_layers(model, {name: _NoProduct(out_features) for name, out_features in sizes.items()})
-    times = forward_seconds({"dense": model, "rest": rest}, limit.budget, device)
+    times = forward_seconds({"dense": as_it_runs(model), "rest": rest}, limit.budget, device)
     return whole_model(times["dense"], times["rest"], limit)
 
 
@@ -198,5 +198,5 @@ def _measured(model: Callable[[], Any], allocation: Allocation, limit: Limit, de
     """How much faster the model is with fresh layers of the chosen designs."""
     dense = model()
     fresh = with_fresh_layers(dense, allocation.plan)
-    times = forward_seconds({"dense": dense, "converted": fresh}, limit.budget, device)
+    times = forward_seconds({"dense": as_it_runs(dense), "converted": fresh}, limit.budget, device)
     return times["dense"] / times["converted"]

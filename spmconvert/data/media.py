@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.library import Part, library_text
-from spmconvert.data.pictured import joined, pictured, pictured_processor, reads_pictures_beside_text
+from spmconvert.data.pictured import joined, pictured, reads_pictures_beside_text
 from spmconvert.data.tokens import has_tokenizer, keeps_cache, load_tokenizer
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.model.architecture import model_class
@@ -344,13 +344,15 @@ def _processor(kind: Kind, directory: Path) -> Any:
     Raises:
         CalibrationError: when transformers cannot make it.
     """
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 
-    if kind == "pictures with text":
-        return pictured_processor(directory)
-    loader = AutoImageProcessor if kind == "pictures" else AutoFeatureExtractor
+    loaders: dict[Kind, Any] = {
+        "pictures": AutoImageProcessor,
+        "sounds": AutoFeatureExtractor,
+        "pictures with text": AutoProcessor,
+    }
     try:
-        return loader.from_pretrained(directory, trust_remote_code=False)
+        return loaders[kind].from_pretrained(directory, trust_remote_code=False)
     except Exception as error:
         # transformers raises whatever its loaders and optional libraries raise
         raise CalibrationError(

@@ -34,24 +34,6 @@ def reads_pictures_beside_text(directory: Path, config: Any) -> bool:
     return both and (directory / "processor_config.json").is_file() and model_class(config).can_generate()
 
 
-def pictured_processor(directory: Path) -> Any:
-    """The checkpoint's processor of pictures and text.
-
-    Raises:
-        CalibrationError: when transformers cannot make it.
-    """
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:
-        # transformers raises whatever its loaders and optional libraries raise
-        raise CalibrationError(
-            f"{directory} has no processor for pictures and text that can be used ({first_line(error)}); give its tensors "
-            "as FILE.safetensors"
-        ) from error
-
-
 def pictured(
     pictures: Sequence[Picture], first: int, part: Part, processor: Any, directory: Path, config: Any
 ) -> dict[str, Tensor]:
@@ -61,7 +43,7 @@ def pictured(
         pictures: [height, width, 3] (uint8) each.
         first: number of the first one among all, which the text goes by.
         part: of the prose.
-        processor: as ``pictured_processor`` gives it.
+        processor: the checkpoint's, of pictures and text.
         directory: checkpoint, for errors.
         config: of the model.
 

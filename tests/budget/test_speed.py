@@ -100,7 +100,7 @@ def test_a_search_is_made_again_where_it_missed_twice(monkeypatch, measured, aim
     queue = list(measured)
     monkeypatch.setattr(speed, "with_fresh_layers", lambda model, _: model)
     monkeypatch.setattr(speed, "forward_seconds", lambda *_: {"dense": 20.0, "converted": 20.0 / queue.pop(0)})
-    _, predicted, last = search_for_speed(object, limit(1.5), whole, 2.4, search, "cpu")
+    _, predicted, last = search_for_speed(torch.nn.Identity, limit(1.5), whole, 2.4, search, "cpu")
     assert given == pytest.approx([whole.allowed(aim) for aim in aims])
     assert last == found
     assert predicted == pytest.approx(aims[-1])
@@ -116,7 +116,7 @@ def test_no_search_aims_at_what_cannot_be_reached(monkeypatch):
         assert seconds == pytest.approx(whole.allowed(1.505))
         return SimpleNamespace(plan=None, choice=SimpleNamespace(cost=int(seconds * 1e9)))
 
-    search_for_speed(object, limit(1.5), whole, 1.505, search, "cpu")
+    search_for_speed(torch.nn.Identity, limit(1.5), whole, 1.505, search, "cpu")
 
 
 def test_what_is_left_without_targeted_layers(checkpoints, proportional):

@@ -19,6 +19,7 @@ from spmconvert.commands.finetune import finetune
 from spmconvert.commands.report import report
 from spmconvert.commands.verify import verify
 from spmconvert.model.opening import open_
+from spmconvert.model.swap import as_it_runs
 from tests.conftest import VOCABULARY, _save
 from tests.support import QUICK, SHORT, raw_tensors
 
@@ -299,6 +300,18 @@ def test_a_model_is_converted_while_it_is_loaded(mixtures, tmp_path):
     assert not [module for module in dense.modules() if isinstance(module, spmconvert.SPMLinear)]
     assert dense.model.layers[1].mlp.experts.gate_up_proj.shape == (5, 96, 32)
     torch.testing.assert_close(logits(dense), before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_dense_mixture_is_timed_as_transformers_runs_it():
+    model = built(FAMILIES["gpt-oss"]).eval()
+    assert as_it_runs(model) is model
+    opened = built(FAMILIES["gpt-oss"]).eval()
+    open_(opened)
+    fused = as_it_runs(opened)
+    assert type(fused.model.layers[0].mlp.experts) is type(model.model.layers[0].mlp.experts)
+    assert fused.model.embed_tokens.weight is opened.model.embed_tokens.weight
+    assert "0" in dict(opened.model.layers[0].mlp.experts.named_children())
+    torch.testing.assert_close(logits(fused), logits(model), rtol=1e-4, atol=1e-5)
 
 
 def test_times_for_other_numbers_of_tokens():

@@ -111,7 +111,7 @@ def test_patches_without_an_axis_of_items_are_joined():
 
 
 def test_a_chat_model_is_asked_in_its_own_form(llava, albums, tmp_path):
-    processor = pictured.pictured_processor(llava)
+    processor = transformers.AutoProcessor.from_pretrained(llava)
     processor.chat_template = (
         "{% for message in messages %}[{{ message.role }}]{% for part in message.content %}"
         "{% if part.type == 'image' %}<image>{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
@@ -126,5 +126,5 @@ def test_a_chat_model_is_asked_in_its_own_form(llava, albums, tmp_path):
 def test_a_processor_that_fails_is_named(llava, albums, tmp_path):
     for name in ("config.json", "processor_config.json"):
         shutil.copy(llava / name, tmp_path / name)
-    with pytest.raises(spmconvert.errors.CalibrationError, match="no processor for pictures and text that can be used"):
+    with pytest.raises(spmconvert.errors.CalibrationError, match="no processor for pictures with text that can be used"):
         folder_inputs(albums["measure"], tmp_path, load_config(tmp_path))
