@@ -27,6 +27,7 @@ from torch.nn.functional import log_softmax, normalize
 
 from spmconvert.calibrate.statistics import attended
 from spmconvert.errors import CalibrationError
+from spmconvert.operator.factors import gram
 from spmconvert.outputs.objective import (
     Objective,
     class_logits,
@@ -265,7 +266,7 @@ def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, 
     norms = rows.norm(dim=1, keepdim=True)
     if norms.any():
         rows = rows * (CLIP * norms[norms > 0].median() / norms.clamp_min(1e-30)).clamp_max(1.0)
-    product = (rows.t() @ rows).cpu()
+    product = gram(rows).cpu()
     if name in sums:
         sums[name] += product
     else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from spmconvert.errors import CalibrationError
+from spmconvert.operator.factors import gram
 
 
 @dataclass
@@ -49,8 +50,7 @@ class ActivationStatistics:
         """Statistics of the rows of x [rows, in_features]."""
         x = x.detach().float()
         mean = x.mean(0) if len(x) else x.new_zeros(x.shape[1])
-        centred = x - mean
-        return cls(len(x), mean, centred.t() @ centred)
+        return cls(len(x), mean, gram(x - mean))
 
     @property
     def covariance(self) -> Tensor:
