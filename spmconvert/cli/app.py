@@ -16,6 +16,7 @@ import typer
 from spmconvert.checkpoint.places import RUN_FILE, partial_directory
 from spmconvert.cli import console, progress, views
 from spmconvert.cli.outcome import show_outcome
+from spmconvert.cli.panels import PanelCommand
 from spmconvert.cli.preview import dry_run_of
 from spmconvert.cli.processes import run_in_processes
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
@@ -29,7 +30,7 @@ PROCESSES = typer.Option(min=1, help="Processes on this machine.")
 # what stands for a text where none is given
 
 app = typer.Typer(
-    add_completion=False,
+    add_completion=True,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Replace dense layers of pretrained models by near-linear Stagewise Pairwise Mixers.",
@@ -60,12 +61,15 @@ def _root(
     """Accept the options that belong to no command."""
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def convert(
     model: Annotated[str, typer.Argument(help="Hub id or local directory of a safetensors checkpoint.")],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-spm.")] = None,
     targets: Annotated[
-        str | None, typer.Option(help="Presets mlp, attn, all; globs; re: patterns; comma-separated. Default mlp.")
+        str | None,
+        typer.Option(
+            help="Presets mlp, attn, all; globs; re: patterns; of one tower as in text:mlp; comma-separated. Default mlp."
+        ),
     ] = None,
     ignore: Annotated[str | None, typer.Option(help="Globs and re: patterns to leave alone, comma-separated.")] = None,
     layers: Annotated[str | None, typer.Option(help="Only these blocks, for example 4-10,-1.")] = None,
@@ -227,7 +231,7 @@ def _say_what_stands_in(directory: Path) -> None:
         console.note(f"trained on {found.what}; {found.better}, --data")
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def finetune(
     directory: Annotated[
         Path | None, typer.Argument(help="Converted checkpoint; default the only one in the working directory.")
@@ -247,9 +251,11 @@ def finetune(
     ] = None,
     teacher_logits: Annotated[Path | None, typer.Option(help="Stored words that take the teacher's place.")] = None,
     steps: Annotated[
-        int | None, typer.Option(help="Optimizer steps; without --minutes, too, at most 500 and 15 minutes.")
+        int | None, typer.Option(help="Optimizer steps; without it and --minutes at most 500 in 15 minutes.")
     ] = None,
-    minutes: Annotated[float | None, typer.Option(help="Time that they may take.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Time that the steps may take; alone, as many steps as it allows.")
+    ] = None,
     lr: Annotated[
         float | None, typer.Option(help="Learning rate of the SPM layers; default one that follows from what was kept.")
     ] = None,
@@ -317,7 +323,7 @@ def _store_logits(
     console.note(f"next: the same command with --teacher-logits {shlex.quote(str(destination))} in place of --store-logits")
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def report(
     models: Annotated[
         list[Path] | None, typer.Argument(help="Converted checkpoints; without one, the only one in the working directory.")
@@ -391,7 +397,7 @@ def report(
     return console.note(f"wrote {page}")
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def verify(
     model: Annotated[
         Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
@@ -417,7 +423,7 @@ def verify(
         )
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def export(
     model: Annotated[
         Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
@@ -440,7 +446,7 @@ def export(
         views.show_export(result)
 
 
-@app.command()
+@app.command(cls=PanelCommand)
 def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory for texts, checkpoints and report.")] = Path(
         "spm-demo"

@@ -56,6 +56,14 @@ class Override(_Table):
     """Another design for the layers that a pattern matches; keys that are left out keep the recipe's value.
 
     Terms take the place of all numbers that the recipe gives these layers, and numbers that of its terms.
+
+    Attributes:
+        pattern: preset, glob or ``re:`` pattern of the layers.
+        stages: as in ``design``.
+        variant: as in ``design``.
+        block: as in ``design``.
+        rank: as in ``design``.
+        terms: as in ``design``.
     """
 
     pattern: str
@@ -248,7 +256,7 @@ class Training(_Table):
     Attributes:
         steps: optimizer steps of the end-to-end stage, at most; None for as many as ``minutes`` allow.
         minutes: time that they and their measurements may take; None for as long as ``steps`` take. Without both there
-            are ``STEPS`` steps, or as many of them as ``MINUTES`` allow.
+            are 500 steps, or as many of them as 15 minutes allow.
         layerwise: steps by which every converted layer is first matched to its dense original, one after the other.
         guided: share of ``steps`` in which the dense layers' outputs are mixed in, by a factor that falls to zero.
         train: ``spm`` layers only, with all ``norms`` and biases, or ``all``.
@@ -338,7 +346,23 @@ class Training(_Table):
 
 
 class Recipe(_Table):
-    """One complete run: the conversion, and in the table ``finetune`` the distillation after it."""
+    """One complete run: the conversion, and in the table ``finetune`` the distillation after it.
+
+    Attributes:
+        targets: presets mlp, attn and all, globs and ``re:`` patterns of the layers to replace, any of them in one tower
+            (``text:mlp``).
+        ignore: presets and patterns to leave alone.
+        layers: only these blocks, for example ``4-10,-1``.
+        seed: seed of starts and calibration rows.
+        dtype: of the new layers; ``auto`` keeps the source's.
+        allow_growth: convert layers that would become larger, too.
+        design: how every layer is built.
+        overrides: other designs for some layers, tables with a ``pattern`` and keys of ``design``; later ones win.
+        calibration: what weights the fit.
+        fit: how layers are fitted.
+        budget: what chooses the design of every layer in the place of ``design``.
+        finetune: the distillation.
+    """
 
     targets: tuple[str, ...] = ("mlp",)
     ignore: tuple[str, ...] = ()
