@@ -1,1 +1,1 @@
-"""Scripts that make every figure of the README; run ``python -m benchmarks.NAME`` from the repository's root."""
+"""Scripts that make every figure of docs/results.md; run ``python -m benchmarks.NAME`` from the repository's root."""

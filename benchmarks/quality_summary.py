@@ -1,4 +1,4 @@
-"""The two quality tables of the README: every structure of every model at every budget, one file a model.
+"""The two quality tables of docs/results.md: every structure of every model at every budget, one file a model.
 
     python -m benchmarks.quality_summary benchmarks/results/quality-*.json
 

@@ -25,7 +25,7 @@ from spmconvert.operator.terms.registry import term_class
 from spmconvert.operator.terms.term import Term
 from spmconvert.recipe.recipe import Recipe
 
-# share of a layer's parameters that a term takes beside low rank; two thirds are worse, see benchmarks/results/choices.md
+# share of a layer's parameters that a term takes beside low rank; two thirds are worse, see docs/results.md
 BESIDE_SHARE = 1 / 3
 
 

@@ -6,7 +6,7 @@ largest. Two candidates of a layer are therefore put into the model, one at a ti
 found; with low rank alone that takes a small Llama from 5.83 to 5.36 nats at 10 % of the MLP parameters.
 
 Predictions for encoders are left as they are: errors in several blocks do not add up there, and scaled predictions are
-worse. Both are tabled in benchmarks/results/choices.md.
+worse. Both are tabled in docs/results.md.
 
 What it gives up: errors of several layers at once, which cost more than their sum; a forward pass of both models for each
 candidate. In a model of many layers only a part of each role is measured, and the others lie between.

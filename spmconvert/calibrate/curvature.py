@@ -4,7 +4,7 @@ The curvature of a layer is gathered by one backward pass a batch through random
 or classes drawn from the model's own distribution, so that the gradients' second moment is the Fisher matrix and
 trace(C D Σ Dᵀ) is the KL divergence to second order; or, for an encoder, normal directions of a row's mean hidden state at
 unit length, which gives the squared distance of these. Other probes of an encoder allocate worse
-(benchmarks/results/choices.md). One probe a row is enough, since a few hundred rows are averaged.
+(docs/results.md). One probe a row is enough, since a few hundred rows are averaged.
 
 Positions whose inputs are small after a norm have gradients orders of magnitude above the others'. Curvature and input
 moments are averaged apart, so such a position would count as if its inputs were large; gradients are therefore clipped at a

@@ -4,7 +4,7 @@ Vocabularies are sorted by how often their words were met, so Zipf's law over th
 that the tokenizer was made from, names and rare ones included, which docstrings lack. An encoder that is fitted or trained
 on half docstrings, half drawn words loses much less elsewhere than on docstrings alone, and so does a language model that
 is trained on them. To be fitted it reads prose alone: there it gains nothing, since what follows from what is lost with the
-order of words (benchmarks/results/choices.md).
+order of words (docs/results.md).
 """
 
 import random

@@ -3,7 +3,7 @@
 It is what ``auto`` stands for where a text is asked for, so that a conversion needs neither a file nor a network.
 Paragraphs are dealt out by hash to calibration, training and measuring: nothing is ever measured on what was fitted or
 trained on, and the same Python version gives the same text. It is prose of one kind, about programs; a text like what the
-model is used for is better (benchmarks/results/choices.md has by how much).
+model is used for is better (docs/results.md has by how much).
 """
 
 import ast

@@ -2,7 +2,7 @@
 
 Made-up pictures are smooth noise in the spectra that photographs have, made-up sounds chirps over noise. They show a model
 sizes and frequencies that it expects, and nothing that it knows; files like what it is used for are better
-(benchmarks/results/choices.md has by how much). Either is processed once and kept in the cache as a .safetensors file, one
+(docs/results.md has by how much). Either is processed once and kept in the cache as a .safetensors file, one
 item a row, which everything that reads rows reads; a file of a processor's tensors may also be given as it is.
 """
 

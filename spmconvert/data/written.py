@@ -2,7 +2,7 @@
 
 Rows start with a common word each and are sampled at temperature 1. Where the tokenizer has a chat template, every other
 batch is of conversations in it: the model says what a user says, and answers. They show the model what it expects to see:
-calibrated on them it loses less elsewhere than on docstrings (benchmarks/results/choices.md), and still far more than on a
+calibrated on them it loses less elsewhere than on docstrings (docs/results.md), and still far more than on a
 text of the right kind. They are kept in the cache by the model's hash. Its price is the time to write, so only models up
 to a size do.
 """

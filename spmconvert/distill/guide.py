@@ -2,7 +2,7 @@
 
 The output is α·dense + (1 - α)·SPM with α falling to zero on a cosine (self-guided training, StructuredFFN), so that the
 layers behind a bad start see good inputs while it improves. It costs the dense product in the steps that are guided, and
-gained 0.002 nats where it was measured (benchmarks/results/choices.md), so it is off by default.
+gained 0.002 nats where it was measured (docs/results.md), so it is off by default.
 """
 
 import math

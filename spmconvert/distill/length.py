@@ -17,7 +17,7 @@ from spmconvert.recipe.recipe import Training
 # measurements beside those between steps: the first, and the one of what is written
 MEASUREMENTS = 2
 # shares of the replaced layers' parameters up to which a rate is taken; words bear higher rates than states do, and a
-# model that was refined starts near its teacher, where a high rate loses what is there (benchmarks/results/choices.md)
+# model that was refined starts near its teacher, where a high rate loses what is there (docs/results.md)
 RATES: dict[bool, tuple[tuple[float, float], ...]] = {
     True: ((0.15, 1e-2), (1.0, 1e-3)),
     False: ((0.15, 1e-3), (1.0, 3e-4)),

@@ -171,7 +171,7 @@ def parameter_groups(
     """Structured layers at their own rate and without decay; dense matrices decay, biases and norms do not.
 
     Stages and low rank share the rate, though entries of stages are ten times larger: five times the rate for stages gains
-    little under ``--keep`` (benchmarks/results/choices.md).
+    little under ``--keep`` (docs/results.md).
     """
     others = [(name, parameter) for name, parameter in trained.items() if name not in structured]
     chosen = [

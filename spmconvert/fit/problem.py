@@ -14,7 +14,7 @@ the loss of low rank alone, instead of 0.93).
 What the other terms put where low rank is would cost nothing then, since low rank takes it off again, and it drifts: both
 parts of a layer of all-MiniLM-L6-v2 ended 53 times as large as their sum, which no half precision survives. So it is
 penalised, a little: the error rises by 0.4 %, and the parts stay about as large as the whole. The tables are in
-benchmarks/results/choices.md.
+docs/results.md.
 """
 
 from collections.abc import Sequence

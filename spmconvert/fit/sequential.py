@@ -9,7 +9,7 @@ Where inputs and outputs come from, and what that gives up, is in ``streams``.
 
 Default under a budget, where it is better before a finetune from 10 % of the parameters on (a small GPT-2 at 10 %: 4.595
 nats instead of 4.683) and about level after one. Low rank alone is worse with it, so there it is off. All figures, ridges
-and the budgets at which it loses: benchmarks/results/choices.md.
+and the budgets at which it loses: docs/results.md.
 """
 
 from dataclasses import dataclass

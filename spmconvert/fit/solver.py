@@ -7,7 +7,7 @@ rounds; those without are fitted by a gradient, with low rank eliminated (``prob
 The gradient's solver is Adam with a cosine step size, then L-BFGS; the best point seen is kept, starting with the start
 itself, so a fit is never worse than the zero matrix. Adam comes first because it gets farther in the same time: 0.567 of
 the centred outputs' energy is left after 3.7 s where L-BFGS alone leaves 0.596 after 8.1 s (other step sizes, starts and
-closed-form sweeps: benchmarks/results/choices.md). Terms that start near the end go to L-BFGS at once, which stops when it
+closed-form sweeps: docs/results.md). Terms that start near the end go to L-BFGS at once, which stops when it
 no longer gains.
 
 L-BFGS needs the loss scaled up: at 1e-6 curvature pairs fall below torch's threshold and every step is gradient descent.

@@ -6,7 +6,7 @@ eigendecomposition on the smaller side, whose squared condition number costs not
 A metric on the outputs only changes coordinates: the factors are those of C^(1/2) W, and U is mapped back.
 
 U has orthonormal columns (without a metric) and V the scale; factors of equal scale train no better
-(benchmarks/results/choices.md).
+(docs/results.md).
 """
 
 import torch

@@ -19,7 +19,7 @@ DATASET_PREFIX = "datasets:"
 # text that can be had on every machine, in the place of a file
 AUTO_TEXT = "auto"
 # kinds that a budget tries where the recipe names none; stages lose to Monarch at equal parameters wherever both were
-# measured (benchmarks/results/choices.md), and their fits take longest
+# measured (docs/results.md), and their fits take longest
 DEFAULT_STRUCTURES = ("monarch", "sparse24", "lowrank")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

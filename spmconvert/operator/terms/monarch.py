@@ -96,7 +96,7 @@ class Monarch(Term):
     def designs(cls, in_features: int, out_features: int, parameters: int) -> list[Self]:
         """Whole columns of blocks, and a grid of blocks that are as small as they are useful on both sides.
 
-        Of grids of other sizes none was better by more than a few per cent (benchmarks/results/choices.md).
+        Of grids of other sizes none was better by more than a few per cent (docs/results.md).
         """
         grids = [
             (blocks_of(in_features, COLUMN_SIZE), 1),

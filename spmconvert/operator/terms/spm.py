@@ -104,7 +104,7 @@ class Stages(Term):
     def designs(cls, in_features: int, out_features: int, parameters: int) -> list[Self]:
         """One pass of single coordinates, and the widest blocks whose single stage is small enough.
 
-        A second pass gains nothing beside low rank (benchmarks/results/choices.md).
+        A second pass gains nothing beside low rank (docs/results.md).
         """
         geometries = [Geometry.create(in_features, out_features)]
         blocks = [2**power for power in range(1, min(in_features, out_features).bit_length() - 1)]
