@@ -1,4 +1,4 @@
-"""README and docs: links lead somewhere, commands and Python run in their order, tables are those of the code and the results."""
+"""README and docs: links lead somewhere, commands and Python run in their order, tables are those of code and results."""
 
 import re
 import shlex
@@ -16,7 +16,17 @@ README = ROOT / "README.md"
 MOST_LINES, MOST_WORDS = 150, 1300
 # what makes a command quick; the last of two equal options counts
 QUICK = {
-    "convert": ["--set", "fit.iterations=2", "--set", "calibration.rows=16", "--layers", "0", "--keep", "0.5", "--no-measure"],
+    "convert": [
+        "--set",
+        "fit.iterations=2",
+        "--set",
+        "calibration.rows=16",
+        "--layers",
+        "0",
+        "--keep",
+        "0.5",
+        "--no-measure",
+    ],
     "finetune": ["--steps", "1", "--batch-size", "2", "--set", "evaluation_rows=4", "--no-measure"],
     "report": ["--seconds", "0", "--rows", "4"],
 }
@@ -117,7 +127,10 @@ def test_options_are_those_of_the_code():
 
 
 def test_pages_name_options_that_exist():
-    known = set(re.findall(r"`(--[a-z-]+)`", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"))) | {"--version", "--help"}
+    known = set(re.findall(r"`(--[a-z-]+)`", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"))) | {
+        "--version",
+        "--help",
+    }
     ours = [README, *(page for page in ROOT.glob("docs/*.md") if page.name not in ("results.md", "deploy.md"))]
     for page in ours:
         found = set(re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8")))

@@ -7,6 +7,7 @@ end-of-text token and cut into full rows, as they were trained. A rest that does
 """
 
 import hashlib
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,21 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def reads_tokens(config: Any) -> bool:
-    """Whether a model can be run on tokens alone, without pictures or sound."""
+    """Whether a model can be run on tokens alone, without pictures, sound or another model's outputs."""
+    if not _takes_tokens(model_class(config)):
+        return False
     towers = any(getattr(config, name, None) is not None for name in ("vision_config", "audio_config"))
     # a model that generates reads text without the pictures that belong to it; towers side by side need both
     return model_class(config).main_input_name == "input_ids" and (reads_packed(config) or not towers)
+
+
+def _takes_tokens(architecture: Any) -> bool:
+    """Whether token ids are all that a call has to give: the default of ``main_input_name`` is wrong for many a tower."""
+    parameters = inspect.signature(architecture.forward).parameters
+    needed = {
+        name for name, one in parameters.items() if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD
+    }
+    return "input_ids" in parameters and needed <= {"self", "input_ids"}
 
 
 def reads_text(directory: Path, config: Any) -> bool:

@@ -4,16 +4,28 @@ from typing import Any
 
 import torch
 
+from spmconvert.errors import CheckpointError, first_line
+
+# of a model that reads characters and has no table of them
+CHARACTERS = 256
+
 
 def first_output(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """Logits, or hidden states of a model without a head, for ids [rows, tokens]; float32."""
+    """Logits, or hidden states of a model without a head, for ids [rows, tokens]; float32.
+
+    Raises:
+        CheckpointError: when the model wants more than tokens.
+    """
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         batch["decoder_input_ids"] = ids
     # a cache of models without attention cannot say how long it is
     keeps = {"use_cache": False} if hasattr(text_config(model.config), "use_cache") else {}
-    with torch.no_grad():
-        return model(**batch, **keeps)[0].float()
+    try:
+        with torch.no_grad():
+            return model(**batch, **keeps)[0].float()
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{type(model).__name__} does not run on tokens alone: {first_line(error)}") from error
 
 
 def text_config(config: Any) -> Any:
@@ -25,7 +37,13 @@ def text_config(config: Any) -> Any:
 def vocabulary_size(model: Any) -> int:
     """Number of token ids that a model reads."""
     # an encoder and a decoder that were put together have no config of their own for text
-    size = getattr(text_config(model.config), "vocab_size", None) or model.get_input_embeddings().num_embeddings
+    size = getattr(text_config(model.config), "vocab_size", None)
+    if size is None:
+        try:
+            size = model.get_input_embeddings().num_embeddings
+        except NotImplementedError:
+            # no table: characters, by their hash
+            size = CHARACTERS
     return int(size)
 
 

@@ -245,9 +245,12 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, names: StoredNames, reci
 def _named_design(target: Target, design: LayerDesign) -> Design:
     """The design that a recipe names, at the size of a layer."""
     sizes = (target.in_features, target.out_features)
-    if design.terms is not None:
-        return Design.from_options(*sizes, design.terms)
-    return staged_design(*sizes, design.stages, design.variant, design.block, design.rank)
+    try:
+        if design.terms is not None:
+            return Design.from_options(*sizes, design.terms)
+        return staged_design(*sizes, design.stages, design.variant, design.block, design.rank)
+    except OptionError as error:
+        raise OptionError(f"layer {target.name}, {sizes[0]} x {sizes[1]}: {error}") from None
 
 
 def _tensor_name(names: StoredNames, name: str) -> str:

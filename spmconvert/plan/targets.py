@@ -305,7 +305,7 @@ class _Survey:
             last_parts[part] for part in difflib.get_close_matches(plain.rpartition(".")[2], last_parts, n=3, cutoff=0.6)
         ]
         examples = list(dict.fromkeys(near)) or self.names[:3]
-        return f"near names are {', '.join(examples)}" if near else f"there are {', '.join(examples)}"
+        return f"near names are {', '.join(examples)}" if near else f"there are {', '.join(examples) or 'none'}"
 
 
 def _is_in(place: str | None, name: str) -> bool:
