@@ -1,14 +1,14 @@
 """spmconvert: replace dense layers of pretrained models by near-linear Stagewise Pairwise Mixers.
 
-Importing the package registers the checkpoint format with transformers: at once where transformers is loaded already,
-otherwise at the moment it is. The names below are imported when they are first used. Both keep ``import spmconvert``, and
-with it the command line's help and option errors, free of the seconds that torch and transformers take to import. What is
-imported here comes before ``__main__`` can put the path of imports in order, so it is little.
+Importing the package registers the checkpoint format with transformers, and LoRA beside its layers with PEFT: at once where
+they are loaded already, otherwise at the moment they are. The names below are imported when they are first used. Both keep
+``import spmconvert``, and with it the command line's help and option errors, free of the seconds that torch and
+transformers take to import. What is imported here comes before ``__main__`` can put the path of imports in order, so it is
+little.
 """
 
 import importlib
 import importlib.machinery
-import importlib.util
 import sys
 from collections.abc import Sequence
 from types import ModuleType
@@ -51,7 +51,11 @@ _HOMES = {
     "report": "spmconvert.commands.report",
     "verify": "spmconvert.commands.verify",
 }
-_QUANTIZERS = "transformers.quantizers.auto"
+# what is imported right after another package's module, so that it knows what is here
+_FOLLOWERS = {
+    "transformers.quantizers.auto": "spmconvert.hf",
+    "peft": "spmconvert.adapters",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -64,8 +68,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-class _RegisterAfterImport:
-    """Registers the format right after transformers' table of quantizers has been imported."""
+class _ImportAfter:
+    """Imports a module of this package right after the one that it registers something with.
+
+    Others only ask where a module is, without importing it, so this stays in place until it has been.
+    """
 
     def find_spec(
         self,
@@ -74,28 +81,24 @@ class _RegisterAfterImport:
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         """Find the real module and extend its loader; every other module is left to the other finders."""
-        if fullname != _QUANTIZERS:
+        if fullname not in _FOLLOWERS:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        others = (finder for finder in sys.meta_path if finder is not self)
+        found = (finder.find_spec(fullname, path, target) for finder in others if hasattr(finder, "find_spec"))
+        spec = next((spec for spec in found if spec is not None), None)
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_register(module: ModuleType) -> None:
             execute(module)
-            _register()
+            importlib.import_module(_FOLLOWERS[fullname])
 
         spec.loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
 
 
-def _register() -> None:
-    # the module registers itself when it is imported, also when it is the one that imported transformers' table
-    importlib.import_module("spmconvert.hf")
-
-
-if _QUANTIZERS in sys.modules:
-    _register()
-else:
-    sys.meta_path.insert(0, _RegisterAfterImport())
+sys.meta_path.insert(0, _ImportAfter())
+for _known, _follower in _FOLLOWERS.items():
+    if _known in sys.modules:
+        importlib.import_module(_follower)

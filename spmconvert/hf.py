@@ -13,6 +13,7 @@ What it gives up: a program that never imports spmconvert cannot load the checkp
 ``weight``, whose shape can never be that of a dense layer. Tensor-parallel plans that name a replaced layer are refused.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,25 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         """Put the dense layer in the place of every SPM layer, in place, for ``model.dequantize()``."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
-        prefix = getattr(model, "base_model_prefix", "")
-        specs = {resolve_name(name, layers, prefix): spec for name, spec in self.quantization_config.specs().items()}
-        for name, layer in layers.items():
-            replace_module(model, name, dense_layer(layer, conv1d=specs[name].fan_in_fan_out, dtype=dtype))
+        for _, spec, name, layer in self._replaced(model):
+            replace_module(model, name, dense_layer(layer, conv1d=spec.fan_in_fan_out, dtype=dtype))
         close_(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
+        """Have the layer map say what the layers are when they are saved: merging an adapter adds to the rank of one."""
+        for entry, spec, _, layer in self._replaced(model):
+            now = replace(spec, design=layer.design, bias=layer.held_bias is not None)
+            self.quantization_config.layers[entry] = now.to_json()
+        return None, {}
+
+    def _replaced(self, model: nn.Module) -> list[tuple[str, LayerSpec, str, SPMLinear]]:
+        """The SPM layers of a model: name and entry in the layer map, name and module in the model."""
+        layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
+        prefix = getattr(model, "base_model_prefix", "")
+        specs = self.quantization_config.specs()
+        names = {entry: resolve_name(entry, layers, prefix) for entry in specs}
+        return [(entry, specs[entry], name, layers[name]) for entry, name in names.items() if name is not None]
 
     def is_serializable(self) -> bool:
         """A converted model is saved like any other."""
