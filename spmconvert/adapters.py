@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
+import torch
 from packaging.version import Version
 from peft import LoraConfig, __version__
 from peft.tuners.lora.layer import Linear
@@ -79,8 +80,9 @@ class SPMLoraLinear(Linear):  # type: ignore[misc]
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.lora_A:
                 continue
-            left = self.lora_B[adapter].weight.detach().float() * self.scaling[adapter]
-            right = self.lora_A[adapter].weight.detach().float()
+            factors = (self.lora_B[adapter].weight.detach(), self.lora_A[adapter].weight.detach())
+            left, right = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+            left = left * self.scaling[adapter]
             if safe_merge and not (left.isfinite().all() and right.isfinite().all()):
                 raise FitError(f"adapter {adapter} of {self.name} has values that are not finite; train it again")
             before = self.base_layer

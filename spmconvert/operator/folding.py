@@ -40,11 +40,12 @@ def folded(layer: SPMLinear, left: Tensor, right: Tensor) -> SPMLinear:
             f"{layer.out_features} has {smallest} at most: keep the adapter beside the layer, or train one of a lower rank"
         )
     kept = _factors(layer)
+    device, dtype = layer.weight.device, layer.weight.dtype
     term = LowRank(layer.in_features, layer.out_features, added)
-    own = LowRankModule(term, bias=False, device=layer.weight.device, dtype=torch.float32)
-    own.set_factors_(left.to(layer.weight.device).float(), right.to(layer.weight.device).float())
-    new = [own.up.weight.to(layer.weight.dtype), own.down.weight.to(layer.weight.dtype)]
-    return _with_factors(layer, (torch.cat([kept[0], new[0]], dim=1), torch.cat([kept[1], new[1]])))
+    own = LowRankModule(term, bias=False, device=device, dtype=torch.promote_types(dtype, torch.float32))
+    own.set_factors_(left.to(device), right.to(device))
+    up, down = own.up.weight.to(dtype), own.down.weight.to(dtype)
+    return _with_factors(layer, (torch.cat([kept[0], up], dim=1), torch.cat([kept[1], down])))
 
 
 @torch.no_grad()
