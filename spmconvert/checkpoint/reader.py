@@ -132,7 +132,7 @@ class Checkpoint:
                 )
             companions += [path for path in files if path not in pickles]
         for path in companions:
-            self._check_inside(path)
+            self.check_inside(path)
             _check_name(path)
         return companions
 
@@ -148,11 +148,15 @@ class Checkpoint:
         plain = sorted(name for name in names if isinstance(name, str) and Path(name).name == name and name != "..")
         folders = [self.directory / name for name in plain if name and (self.directory / name).is_dir()]
         for folder in folders:
-            self._check_inside(folder)
+            self.check_inside(folder)
         return folders
 
-    def _check_inside(self, path: Path) -> None:
-        """Refuse a link out of the checkpoint; the hub's cache keeps the files of a commit as links to blobs beside it."""
+    def check_inside(self, path: Path) -> None:
+        """Refuse a link out of the checkpoint; the hub's cache keeps the files of a commit as links to blobs beside it.
+
+        Raises:
+            CheckpointError: when it is one.
+        """
         roots = [self.directory.resolve()]
         roots += [parent.parent / "blobs" for parent in roots[0].parents if parent.name == "snapshots"]
         if not any(path.resolve().is_relative_to(root) for root in roots):

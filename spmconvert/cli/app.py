@@ -15,10 +15,12 @@ import typer
 
 from spmconvert.checkpoint.places import RUN_FILE, partial_directory
 from spmconvert.cli import console, progress, views
+from spmconvert.cli.evaluate import PASSED_ON, evaluate
 from spmconvert.cli.outcome import show_outcome
 from spmconvert.cli.panels import PanelCommand
 from spmconvert.cli.preview import dry_run_of
 from spmconvert.cli.processes import run_in_processes
+from spmconvert.cli.push import push
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.recipe.recipe import AUTO_TEXT, Recipe, Training
@@ -444,6 +446,10 @@ def export(
         console.data({**asdict(result), "output": str(result.output)})
     else:
         views.show_export(result)
+
+
+app.command(cls=PanelCommand)(push)
+app.command(name="eval", cls=PanelCommand, context_settings=PASSED_ON)(evaluate)
 
 
 @app.command(cls=PanelCommand)

@@ -38,6 +38,8 @@ PANELS: dict[str, Panels] = {
     },
     "verify": {"Run": ("teacher",), "Output": ("as_json",)},
     "export": {"Output": ("form", "output", "force", "as_json")},
+    "push": {"The repository": ("private", "revision", "message"), "Output": ("as_json",)},
+    "eval": {},
     "demo": {"Run": ("steps",), "Output": ("output", "force")},
 }
 

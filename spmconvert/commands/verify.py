@@ -68,14 +68,27 @@ def verify(directory: str | Path, *, teacher: str | None = None) -> list[Check]:
         open_source(converted, teacher)
     count = len(converted.tensors)
     agreeing = "config, layer map, provenance" if converted.provenance else f"config, layer map (without {PROVENANCE_FILE})"
-    checks = [Check("files", "ok", f"{agreeing} and headers of {count} tensors agree")]
+    checks = [Check("files", "ok", f"{agreeing} and headers of {count} tensors agree"), *check_files(converted)]
     steps: tuple[tuple[str, Callable[[], list[Check]]], ...] = (
-        ("hashes", lambda: [_hashes(converted)]),
-        ("shapes", lambda: [_shapes(converted)]),
-        ("finite values", lambda: [_finite(converted)]),
         ("untouched tensors", lambda: [_untouched(converted, teacher)]),
         ("fresh process", lambda: _runs(converted)),
     )
+    return checks + _taken(steps)
+
+
+def check_files(converted: Converted) -> list[Check]:
+    """The checks of hashes, shapes and values alone, which need neither the source nor a model."""
+    return _taken(
+        (
+            ("hashes", lambda: [_hashes(converted)]),
+            ("shapes", lambda: [_shapes(converted)]),
+            ("finite values", lambda: [_finite(converted)]),
+        )
+    )
+
+
+def _taken(steps: tuple[tuple[str, Callable[[], list[Check]]], ...]) -> list[Check]:
+    checks: list[Check] = []
     for name, step in steps:
         try:
             checks += step()

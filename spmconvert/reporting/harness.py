@@ -1,23 +1,62 @@
 """Tasks of lm-evaluation-harness on the dense and the converted model, when the extra is installed.
 
-The harness gets the loaded models, so both are exactly those that the rest of the report measured.
+In a report the harness gets the loaded models, so both are exactly those that the rest of the report measured. Its own
+command line loads a checkpoint itself, in a process that imports nothing of ours, and neither it nor transformers looks for
+packages that announce a format; so it is run in this one.
 """
 
 import importlib.util
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from spmconvert.errors import OptionError
+from spmconvert.checkpoint.converted import open_converted
+from spmconvert.errors import OptionError, first_line
 from spmconvert.reporting.schema import Task
 
 
-def check_harness() -> None:
-    """Refuse tasks where the harness is not installed.
+def check_harness(asked: str = "--tasks") -> None:
+    """Refuse what was asked for where the harness is not installed.
 
     Raises:
         OptionError: naming the extra.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise OptionError("--tasks needs lm-evaluation-harness, which is not installed; pip install 'spmconvert[eval]'")
+        raise OptionError(f"{asked} needs lm-evaluation-harness, which is not installed; pip install 'spmconvert[eval]'")
+
+
+def run_command_line(directory: Path, arguments: Sequence[str]) -> None:
+    """Run the harness's own command line on a converted checkpoint, in this process, where the format is registered.
+
+    Args:
+        directory: converted checkpoint.
+        arguments: options of ``lm_eval run``; ``--model hf`` and the directory are added.
+
+    Raises:
+        OptionError: when the harness is not installed, another model is named, or the harness refuses a task or the model.
+        CheckpointError: when the directory is no converted checkpoint.
+        SystemExit: as the harness does, for options that it does not know.
+    """
+    check_harness("eval")
+    open_converted(directory, recorded=False)
+    if any(re.search(r"(^|,|\")pretrained(=|\")", argument) for argument in arguments):
+        raise OptionError(f"pretrained is given, and so is the directory {directory}, which stands for it; leave one out")
+    from lm_eval.__main__ import cli_evaluate
+
+    # as JSON, since a path may hold commas; what the caller gives of it is merged by the harness
+    model = ["--model", "hf", "--model_args", json.dumps({"pretrained": str(directory)})]
+    before, sys.argv = sys.argv, ["lm_eval", "run", *model, *arguments]
+    try:
+        cli_evaluate()
+    except (KeyError, ValueError, OSError) as refused:
+        raise OptionError(
+            f"lm_eval refuses this ({first_line(refused)}); see lm_eval --help and lm_eval ls tasks"
+        ) from refused
+    finally:
+        sys.argv = before
 
 
 def run_tasks(converted: Any, dense: Any, tokenizer: Any, names: tuple[str, ...]) -> tuple[Task, ...]:
