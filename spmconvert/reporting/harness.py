@@ -52,9 +52,7 @@ def run_command_line(directory: Path, arguments: Sequence[str]) -> None:
     try:
         cli_evaluate()
     except (KeyError, ValueError, OSError) as refused:
-        raise OptionError(
-            f"lm_eval refuses this ({first_line(refused)}); see lm_eval --help and lm_eval ls tasks"
-        ) from refused
+        raise OptionError(f"lm_eval refuses this ({first_line(refused)}); see lm_eval ls tasks") from refused
     finally:
         sys.argv = before
 
@@ -65,8 +63,12 @@ def run_tasks(converted: Any, dense: Any, tokenizer: Any, names: tuple[str, ...]
     Raises:
         OptionError: when the harness does not know a task, or cannot run it on this model.
     """
-    results = {"converted": _evaluate(converted, tokenizer, names)}
-    results["dense"] = {} if dense is None else _evaluate(dense, tokenizer, names)
+    from lm_eval.tasks import TaskManager
+
+    # it reads what all tasks there are, which takes seconds
+    known = TaskManager()
+    results = {"converted": _evaluate(converted, tokenizer, names, known)}
+    results["dense"] = {} if dense is None else _evaluate(dense, tokenizer, names, known)
     tasks = []
     for (task, metric), (value, error, samples) in results["converted"].items():
         before = results["dense"].get((task, metric))
@@ -86,12 +88,12 @@ def run_tasks(converted: Any, dense: Any, tokenizer: Any, names: tuple[str, ...]
 _Results = dict[tuple[str, str], tuple[float, float | None, int]]
 
 
-def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...]) -> _Results:
+def _evaluate(model: Any, tokenizer: Any, names: tuple[str, ...], known: Any) -> _Results:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
     try:
-        answer = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names))
+        answer = simple_evaluate(model=HFLM(pretrained=model, tokenizer=tokenizer), tasks=list(names), task_manager=known)
     except (KeyError, ValueError, OSError) as refused:
         raise OptionError(f"the tasks {', '.join(names)} cannot be run ({refused}); see lm_eval --tasks list") from None
     return read_results(answer)
