@@ -9,8 +9,10 @@ the checkpoint and nothing of transformers is patched. Two paths:
 - a dense checkpoint loaded with ``quantization_config=SPMConfig(targets=...)``: the model is loaded as it is, then fitted
   and swapped in memory, and ``save_pretrained`` writes a converted checkpoint.
 
-What it gives up: a program that never imports spmconvert cannot load the checkpoint. It fails with a size mismatch on
-``weight``, whose shape can never be that of a dense layer. Tensor-parallel plans that name a replaced layer are refused.
+What it gives up: a program that never imports spmconvert cannot load the checkpoint. What a conversion wrote is refused by
+the name that its config gives for the weight file (``manifest.GUARD``). ``save_pretrained`` writes no such name; what it
+wrote fails by the shape of ``weight``, which can never be that of a dense layer, unless ``ignore_mismatched_sizes`` is given.
+Tensor-parallel plans that name a replaced layer are refused.
 """
 
 from dataclasses import replace
@@ -27,7 +29,7 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spmconvert.checkpoint.manifest import FORMAT_VERSION, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.manifest import FORMAT_VERSION, GUARD, GUARD_KEY, QUANT_METHOD, LayerSpec, check_format_version
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
 from spmconvert.model.opened_module import OpenedModule
@@ -97,10 +99,24 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return {key: getattr(self, key) for key in _MAP_KEYS}
 
 
+class SPMCheckpointConfig(SPMConfig):
+    """The same as it is read from a converted checkpoint.
+
+    transformers refuses a second ``quantization_config`` for a checkpoint that has one only where the classes differ in
+    their names, and ignores it otherwise.
+    """
+
+
 class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     """Takes part in ``from_pretrained`` and ``save_pretrained``."""
 
     requires_calibration = False
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Take the guard off; of all hooks the one that sees the config before transformers looks for files."""
+        if getattr(config, GUARD_KEY, None) == GUARD:
+            delattr(config, GUARD_KEY)
+        return config
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
@@ -234,7 +250,7 @@ def _on_disk(layer: SPMLinear, part: str) -> bool:
 def _register() -> None:
     # the module may be executed again in one process (importlib.reload), and registering twice is an error
     if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
-        register_quantization_config(QUANT_METHOD)(SPMConfig)
+        register_quantization_config(QUANT_METHOD)(SPMCheckpointConfig)
         register_quantizer(QUANT_METHOD)(SPMQuantizer)
 
 

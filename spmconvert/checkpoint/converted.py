@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
-from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version, dense_config
 from spmconvert.checkpoint.provenance import check_provenance
 from spmconvert.checkpoint.reader import Checkpoint, check_counts, open_checkpoint
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
@@ -89,7 +89,7 @@ def open_converted(directory: Path, *, recorded: bool = True) -> Converted:
     if not isinstance(entries, dict) or not entries:
         raise CorruptCheckpointError(f"config.json in {directory} has no layer map; download it or convert again")
     tensors = read_headers(directory)
-    check_counts(directory / "config.json", {key: config[key] for key in config if key != "quantization_config"}, tensors)
+    check_counts(directory / "config.json", dense_config(config), tensors)
     layers = {name: LayerSpec.from_json(name, entry) for name, entry in entries.items()}
     if not (directory / PROVENANCE_FILE).is_file():
         if not recorded:

@@ -17,6 +17,10 @@ QUANT_METHOD = "spm"
 FORMAT_VERSION = 2
 PROVENANCE_FILE = "spm.json"
 CHECKSUM_FILE = "checksums.sha256"
+# names the weight file for transformers, which raises where it names none: before anything is loaded, with this as its last
+# words. Importing spmconvert takes it off; save_pretrained never writes the key
+GUARD_KEY = "transformers_weights"
+GUARD = "spmconvert: pip install spmconvert, and import spmconvert before this checkpoint is loaded"
 # what a report leaves beside the weights; it describes these weights and no others
 REPORT_FILES = ("report.json", "report.html")
 LAYER_KEYS = ("in", "out", "terms", "bias", "fan_in_fan_out", "dtype")
@@ -90,6 +94,17 @@ def quantization_config(layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
         "spmconvert_version": __version__,
         "layers": {name: spec.to_json() for name, spec in layers.items()},
     }
+
+
+def converted_config(config: Mapping[str, Any], layers: Mapping[str, LayerSpec]) -> dict[str, Any]:
+    """config.json of a converted checkpoint, from that of its source."""
+    return {**config, "quantization_config": quantization_config(layers), GUARD_KEY: GUARD}
+
+
+def dense_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json without what a conversion adds."""
+    own = {"quantization_config", *({GUARD_KEY} if config.get(GUARD_KEY) == GUARD else ())}
+    return {key: value for key, value in config.items() if key not in own}
 
 
 def check_format_version(version: object) -> None:

@@ -37,11 +37,15 @@ def data(value: Any) -> None:
 
 
 def silence_libraries() -> None:
-    """Turn off the progress bars of transformers, which would break into ours, and news of weights that stay on disk."""
+    """Turn off the progress bars of transformers, which would break into ours, and news of what nobody here can change.
+
+    Of weights that stay on disk, and of kernels that torchao has for other machines: transformers imports it where it is.
+    """
+    for name in ("accelerate.big_modeling", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
 
 
 def show(renderable: RenderableType) -> None:

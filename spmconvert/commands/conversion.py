@@ -13,7 +13,7 @@ from torch import Tensor
 from spmconvert.budget.allocation import choice_record
 from spmconvert.budget.knapsack import Choice
 from spmconvert.checkpoint.card import inherited_metadata, model_card
-from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, quantization_config
+from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, converted_config
 from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord, shown
 from spmconvert.fit.stored import FitRun
@@ -76,8 +76,8 @@ def write_conversion(run: FitRun, conversion: Conversion) -> None:
     """Write weights, config, companions, provenance and model card, and make the output appear."""
     target, changed = run.target, refined(run)
     target.write_weights(list(output_tensors(run, changed)))
-    quantization = quantization_config({layer.target.name: layer.spec for layer in run.plan.layers})
-    target.add_text("config.json", _json({**run.source.config, "quantization_config": quantization}))
+    layers = {layer.target.name: layer.spec for layer in run.plan.layers}
+    target.add_text("config.json", _json(converted_config(run.source.config, layers)))
     target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion, changed)))
     target.add_text("README.md", _card(run, conversion))
     for file in run.source.companion_files():

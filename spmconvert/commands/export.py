@@ -23,7 +23,7 @@ from torch import Tensor
 
 from spmconvert.checkpoint.converted import Converted, open_converted
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
-from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.checkpoint.manifest import LayerSpec, dense_config
 from spmconvert.checkpoint.places import check_apart, check_output
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.tokens import reads_tokens
@@ -112,7 +112,7 @@ def export(directory: str | Path, output: str | Path | None = None, *, form: str
 
 def _dense_config(converted: Converted) -> tuple[dict[str, Any], tuple[str, ...]]:
     """The config without the layer map, with switches on for biases that the conversion added; and these switches."""
-    config = {key: value for key, value in converted.config.items() if key != "quantization_config"}
+    config = dense_config(converted.config)
     missing = set(_layers_without_bias(converted, ()))
     if not missing:
         return config, ()
