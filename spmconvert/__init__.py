@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from spmconvert.commands.verify import verify
     from spmconvert.fit.solver import fit_linear
     from spmconvert.hf import SPMConfig
+    from spmconvert.model.int8 import quantize_
     from spmconvert.model.loading import load
     from spmconvert.operator.linear import SPMLinear
 
@@ -36,6 +37,7 @@ __all__ = [
     "finetune",
     "fit_linear",
     "load",
+    "quantize_",
     "report",
     "verify",
 ]
@@ -48,6 +50,7 @@ _HOMES = {
     "finetune": "spmconvert.commands.finetune",
     "fit_linear": "spmconvert.fit.solver",
     "load": "spmconvert.model.loading",
+    "quantize_": "spmconvert.model.int8",
     "report": "spmconvert.commands.report",
     "verify": "spmconvert.commands.verify",
 }

@@ -11,7 +11,7 @@ the checkpoint and nothing of transformers is patched. Two paths:
 
 What it gives up: a program that never imports spmconvert cannot load the checkpoint. What a conversion wrote is refused by
 the name that its config gives for the weight file (``manifest.GUARD``). ``save_pretrained`` writes no such name; what it
-wrote fails by the shape of ``weight``, which can never be that of a dense layer, unless ``ignore_mismatched_sizes`` is given.
+wrote fails by the shape of ``weight``, which no dense layer can have, unless ``ignore_mismatched_sizes`` is given.
 Tensor-parallel plans that name a replaced layer are refused.
 """
 
@@ -29,12 +29,23 @@ from transformers.quantizers.auto import (
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from spmconvert.checkpoint.manifest import FORMAT_VERSION, GUARD, GUARD_KEY, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.manifest import (
+    FORMAT_VERSION,
+    GUARD,
+    GUARD_KEY,
+    INT8_KEY,
+    QUANT_METHOD,
+    LayerSpec,
+    check_format_version,
+)
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
+from spmconvert.model.int8 import dequantize_, open_convolutions_
+from spmconvert.model.int8_stored import mark_loaded_, read_metadata, stored_form, stored_parts
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.opening import close_
 from spmconvert.model.swap import dense_layer, replace_module, swap_layers
+from spmconvert.operator.int8 import INT8_MODES, Int8Mode, check_torchao
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Recipe
@@ -51,6 +62,7 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: version of the checkpoint format.
         spmconvert_version: version that wrote the checkpoint.
         quant_method: always ``spm``; transformers passes it back.
+        int8: how the model was quantised after its conversion, one of ``INT8_MODES``; None for floating point.
         **recipe: keys of a request, as in a recipe file, dotted where they are in a table:
             ``SPMConfig(targets=["mlp"], **{"design.stages": 11})``. ``stages``, ``variant``, ``block``, ``rank`` and
             ``calib`` may be given directly.
@@ -68,6 +80,7 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
         format_version: int = FORMAT_VERSION,
         spmconvert_version: str = __version__,
         quant_method: str = QUANT_METHOD,
+        int8: Int8Mode | None = None,
         **recipe: Any,
     ) -> None:
         if quant_method != QUANT_METHOD:
@@ -77,6 +90,9 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"layers and {', '.join(recipe)} are both given; a converted checkpoint has its design already"
             )
         check_format_version(format_version)
+        if int8 is not None and (int8 not in INT8_MODES or layers is None):
+            raise CheckpointError(f"int8 in quantization_config is {int8!r}; beside layers it is one of {INT8_MODES}")
+        self.int8 = int8
         self.quant_method = quant_method
         self.format_version = format_version
         self.spmconvert_version = spmconvert_version
@@ -96,7 +112,8 @@ class SPMConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json carries: plain JSON values. A request has no layers yet."""
-        return {key: getattr(self, key) for key in _MAP_KEYS}
+        found = {key: getattr(self, key) for key in _MAP_KEYS}
+        return found if self.int8 is None else {**found, INT8_KEY: self.int8}
 
 
 class SPMCheckpointConfig(SPMConfig):
@@ -118,9 +135,24 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
             delattr(config, GUARD_KEY)
         return config
 
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        """Refuse what int8 cannot be loaded with.
+
+        Raises:
+            OptionError: when torchao is missing, or parts are to stay on disk.
+        """
+        if self.quantization_config.int8 is None:
+            return
+        check_torchao()
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise OptionError("int8 tensors cannot stay on disk; load without a device_map, or the model before int8")
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
+        if self.pre_quantized and self.quantization_config.int8 is not None:
+            open_convolutions_(model)
+            self.metadata = read_metadata(checkpoint_files or [])
         if self.pre_quantized:
             _keep_from_initialising(model, swap_layers(model, self.quantization_config.specs()))
         # those of the revision, subfolder and variant that are being loaded
@@ -130,6 +162,7 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         if self.pre_quantized:
             _check_complete(model)
+            mark_loaded_(model, self.quantization_config.int8)
         else:
             # only for this: it takes more imports than loading does
             from spmconvert.commands.in_memory import convert_in_memory_
@@ -137,9 +170,28 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
             specs = convert_in_memory_(model, self._files, self.quantization_config.recipe())
             self.quantization_config.layers = {name: spec.to_json() for name, spec in specs.items()}
             self.quantization_config.request = None
-        # the parameters are ordinary floating point: half(), float() and the Trainer apply
-        model.is_quantized = False  # type: ignore[assignment]
+        # ordinary floating point: half(), float() and the Trainer apply
+        model.is_quantized = self.quantization_config.int8 is not None  # type: ignore[assignment]
         return model
+
+    @property
+    def serialized_names(self) -> dict[str, list[str]]:
+        """Names of the parts that int8 parameters are stored as, by the parameter's last name."""
+        return {} if self.quantization_config.int8 is None or not self.pre_quantized else stored_parts(self.metadata)
+
+    def get_load_operations(self) -> dict[str, Any]:
+        """What puts the parts together."""
+        from transformers.integrations.torchao import TorchAoDeserialize
+
+        return {} if self.quantization_config.int8 is None else {"deserialize": TorchAoDeserialize}
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """What ``save_pretrained`` writes: int8 parameters in their parts.
+
+        Raises:
+            CheckpointError: when something else than ``quantize_`` has quantised the model.
+        """
+        return stored_form(model, self.quantization_config.int8)
 
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Drop the entries of replaced layers, which cannot be sharded by rows or columns.
@@ -164,6 +216,7 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     def _dequantize(self, model: nn.Module, dtype: Any = None) -> nn.Module:
         """Put the dense layer in the place of every SPM layer, in place, for ``model.dequantize()``."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        dequantize_(model)
         for _, spec, name, layer in self._replaced(model):
             replace_module(model, name, dense_layer(layer, conv1d=spec.fan_in_fan_out, dtype=dtype))
         close_(model)
@@ -190,13 +243,13 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_trainable(self) -> bool:
-        """SPM layers are trained by ordinary optimizers."""
-        return True
+        """SPM layers are trained by ordinary optimizers, int8 is not."""
+        return self.quantization_config.int8 is None
 
     @property
     def is_qat_trainable(self) -> bool:
         """What the Trainer asks before it accepts a model with a quantisation config."""
-        return True
+        return self.quantization_config.int8 is None
 
     @property
     def is_compileable(self) -> bool:

@@ -5,7 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from spmconvert.checkpoint.headers import TensorEntry, read_headers
-from spmconvert.checkpoint.manifest import PROVENANCE_FILE, QUANT_METHOD, LayerSpec, check_format_version, dense_config
+from spmconvert.checkpoint.manifest import (
+    INT8_KEY,
+    PROVENANCE_FILE,
+    QUANT_METHOD,
+    LayerSpec,
+    check_format_version,
+    dense_config,
+)
 from spmconvert.checkpoint.provenance import check_provenance
 from spmconvert.checkpoint.reader import Checkpoint, check_counts, open_checkpoint
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, ModelNotFoundError, OptionError
@@ -85,6 +92,11 @@ def open_converted(directory: Path, *, recorded: bool = True) -> Converted:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != QUANT_METHOD:
         raise CheckpointError(f"{directory} is not a converted checkpoint; convert it first with spmconvert convert")
     check_format_version(quantization.get("format_version"))
+    if quantization.get(INT8_KEY) is not None:
+        raise CheckpointError(
+            f"{directory} is quantised ({quantization[INT8_KEY]}), which only from_pretrained and load read; give "
+            "the converted checkpoint that it was made from"
+        )
     entries = quantization.get("layers")
     if not isinstance(entries, dict) or not entries:
         raise CorruptCheckpointError(f"config.json in {directory} has no layer map; download it or convert again")

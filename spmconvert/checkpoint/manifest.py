@@ -15,6 +15,8 @@ from spmconvert.version import __version__
 
 QUANT_METHOD = "spm"
 FORMAT_VERSION = 2
+# how a model was quantised after its conversion; no key where it was not
+INT8_KEY = "int8"
 PROVENANCE_FILE = "spm.json"
 CHECKSUM_FILE = "checksums.sha256"
 # names the weight file for transformers, which raises where it names none: before anything is loaded, with this as its last

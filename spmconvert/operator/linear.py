@@ -54,6 +54,8 @@ class SPMLinear(Keeper):
     """
 
     weight: Tensor
+    # whether products are made in int8, which every term does by itself
+    multiplies_int8 = False
 
     def __init__(
         self,
@@ -135,6 +137,8 @@ class SPMLinear(Keeper):
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _multiplied(self, tokens: Tensor) -> Tensor:
+        if self.multiplies_int8:
+            return self._summed(tokens)
         if self._runs_dense and self._may_keep(tokens):
             return linear(tokens, self._kept_matrix(tokens.dtype), self._bias_in(tokens.dtype))
         return self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)

@@ -9,6 +9,7 @@ are trained further: a weighted fit leaves them orders of magnitude apart, and a
 start.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -19,6 +20,7 @@ from torch.nn.functional import linear
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.factors import truncated_svd
+from spmconvert.operator.int8 import is_int8, numbers
 from spmconvert.operator.reference import is_transformed
 from spmconvert.operator.terms.module import LeastSquares, TermModule
 from spmconvert.operator.terms.term import Term
@@ -82,6 +84,9 @@ class LowRankModule(TermModule):
     """
 
     term: LowRank
+    # both layers are quantised as any other nn.Linear is
+    int8_factors: ClassVar[Mapping[str, int]] = {}
+    multiplies_int8 = True
 
     def __init__(
         self,
@@ -120,13 +125,15 @@ class LowRankModule(TermModule):
 
     def reference(self, x: Tensor) -> Tensor:
         """Both products, without the bias."""
-        return x @ self.down.weight.to(x.dtype).t() @ self.up.weight.to(x.dtype).t()
+        return x @ numbers(self.down.weight, x.dtype).t() @ numbers(self.up.weight, x.dtype).t()
 
     @property
     def is_plain(self) -> bool:
         """Whether both children are still the layers that were built, so that their products may be taken apart."""
         down, up = self._modules["down"], self._modules["up"]
-        return type(down) is type(up) is nn.Linear and not (_is_hooked(down) or _is_hooked(up))
+        if not type(down) is type(up) is nn.Linear or _is_hooked(down) or _is_hooked(up):
+            return False
+        return not (is_int8(down.weight) or is_int8(up.weight))
 
     def added_to(self, x: Tensor, y: Tensor) -> Tensor:
         """Y [tokens, out_features] plus both products, differentiable; y itself is written over where that is allowed."""

@@ -9,6 +9,7 @@ terms leave. Any other is fitted by a gradient: it names its ``unknowns`` and wh
 """
 
 from abc import abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
@@ -63,6 +64,11 @@ class TermModule(Keeper):
 
     # whether ``start_`` ends near the best parameters
     starts_near: ClassVar[bool] = False
+    # parameters that int8 takes, with the number of leading axes whose slices have a scale each; all that reads them goes
+    # through ``int8.numbers``. None for a kind that has no such form
+    int8_factors: ClassVar[Mapping[str, int] | None] = None
+    # whether its products can be made in int8 as well
+    multiplies_int8: ClassVar[bool] = False
 
     def __init__(self, term: Term) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ and 0.104 on 384 -> 384 (query) where that leaves 0.117, but 0.165 on 384 -> 153
 blocks, each over all outputs, is the best of the designs in all three, and fewer, larger blocks are better than many small.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from spmconvert.errors import OptionError
 from spmconvert.operator.blockwise import Blocks, between, fit_blocks
 from spmconvert.operator.dispatch import Backend
+from spmconvert.operator.int8 import batched_product, is_dynamic, numbers
 from spmconvert.operator.terms.module import LeastSquares, TermModule
 from spmconvert.operator.terms.term import Term
 
@@ -132,6 +134,8 @@ class MonarchModule(TermModule):
     """
 
     starts_near = True
+    int8_factors: ClassVar[Mapping[str, int]] = {"first": 2, "second": 2}
+    multiplies_int8 = True
     term: Monarch
 
     def __init__(
@@ -152,9 +156,12 @@ class MonarchModule(TermModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both products."""
-        inner = between(self.first.to(x.dtype), x, self.term.blocks_out)
-        # tokens first here: what is left is to copy rows, which is faster than to transpose them
-        y = torch.bmm(inner.mT, self.second.to(x.dtype).mT)
+        if is_dynamic(self.first):
+            y = batched_product(self._gathered(batched_product(self._chunks(x), self.first)), self.second)
+        else:
+            inner = between(numbers(self.first, x.dtype), x, self.term.blocks_out)
+            # tokens first here: what is left is to copy rows, which is faster than to transpose them
+            y = torch.bmm(inner.mT, numbers(self.second, x.dtype).mT)
         return y.transpose(0, 1).reshape(x.shape[0], self.term.out_features)
 
     def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
@@ -171,13 +178,21 @@ class MonarchModule(TermModule):
 
     def _last_product(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Where in y [tokens, out_features] the second product belongs, and its two operands."""
-        term, first, second = self.term, self.first.to(x.dtype), self.second.to(x.dtype)
+        term, first, second = self.term, numbers(self.first, x.dtype), numbers(self.second, x.dtype)
         target = y.unflatten(1, (term.blocks_out, term.rows)).transpose(0, 1)
         if x.shape[0] > FEW_TOKENS:
             return target.mT, second, between(first, x, term.blocks_out)
-        h = torch.bmm(x.unflatten(1, (term.blocks_in, term.columns)).transpose(0, 1), first.mT)
-        h = h.view(term.blocks_in, x.shape[0], term.rank, term.blocks_out).permute(3, 1, 0, 2)
-        return target, h.reshape(target.shape[:2] + second.shape[2:]).contiguous(), second.mT
+        return target, self._gathered(torch.bmm(self._chunks(x), first.mT)).contiguous(), second.mT
+
+    def _chunks(self, x: Tensor) -> Tensor:
+        """Inputs of the first product with tokens first: [blocks_in, tokens, columns]."""
+        return x.unflatten(1, (self.term.blocks_in, self.term.columns)).transpose(0, 1)
+
+    def _gathered(self, h: Tensor) -> Tensor:
+        """Inputs of the second one: [blocks_in, tokens, rank * blocks_out] -> [blocks_out, tokens, blocks_in * rank]."""
+        term = self.term
+        apart = h.view(term.blocks_in, -1, term.rank, term.blocks_out).permute(3, 1, 0, 2)
+        return apart.reshape(term.blocks_out, -1, term.blocks_in * term.rank)
 
     def reference(self, x: Tensor) -> Tensor:
         """Both products as sums over named indices."""
@@ -193,8 +208,8 @@ class MonarchModule(TermModule):
     def blocks(self) -> Blocks:
         """The parameters with all their indices apart."""
         term = self.term
-        first = self.first.unflatten(1, (term.rank, term.blocks_out))
-        return Blocks(first, self.second.unflatten(2, (term.blocks_in, term.rank)))
+        first = numbers(self.first).unflatten(1, (term.rank, term.blocks_out))
+        return Blocks(first, numbers(self.second).unflatten(2, (term.blocks_in, term.rank)))
 
     def scale_parameter(self) -> nn.Parameter:
         """The factors on the outputs' side."""

@@ -16,6 +16,7 @@ itself, and are trained by a gradient; without gradients all three are one dense
 """
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -27,6 +28,7 @@ from torch.nn.functional import linear
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.geometry import Geometry, stage_period
+from spmconvert.operator.int8 import is_dynamic, numbers, placed
 from spmconvert.operator.kept import can_be_kept
 from spmconvert.operator.pruning import GROUP, KEPT, pruned
 from spmconvert.operator.reference import is_recorded
@@ -149,6 +151,9 @@ class Sparse24Module(TermModule):
         positions: where in its group of four each stands, as ``pack`` gives it, uint8 [out_features, ceil(groups / 2)].
     """
 
+    # kept weights of an output
+    int8_factors: ClassVar[Mapping[str, int]] = {"values": 1}
+    multiplies_int8 = True
     term: Sparse24
     positions: Tensor
 
@@ -189,11 +194,14 @@ class Sparse24Module(TermModule):
 
     def core(self) -> Tensor:
         """The weights at their places, [out_features, in_features], differentiable in them."""
+        return self._at_their_places(numbers(self.values))
+
+    def _at_their_places(self, values: Tensor) -> Tensor:
         term = self.term
         places = unpack(self.positions, term.groups)
         inputs = torch.arange(0, GROUP * term.groups, GROUP, device=places.device)[:, None] + places
-        matrix = self.values.new_zeros(term.out_features, GROUP * term.groups)
-        return matrix.scatter(1, inputs.flatten(1), self.values)[:, : term.in_features]
+        matrix = values.new_zeros(term.out_features, GROUP * term.groups)
+        return matrix.scatter(1, inputs.flatten(1), values)[:, : term.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """One product: x [tokens, in_features] -> [tokens, out_features]."""
@@ -201,6 +209,8 @@ class Sparse24Module(TermModule):
 
     def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The same plus a bias [out_features]."""
+        if is_dynamic(self.values):
+            return linear(x, self._int8_matrix(), bias)
         sources = self._sources()
         trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in sources)
         if trains or is_recorded() or not can_be_kept(self, sources, (self.positions,)):
@@ -259,6 +269,16 @@ class Sparse24Module(TermModule):
         tensors = (*sources, self.positions)
         return self.keep(x.dtype, make, tensors, lambda: make(self.matrix().to(x.dtype)))[0]
 
+    def _int8_matrix(self) -> Tensor:
+        values: Any = self.values
+
+        def make() -> list[Tensor]:
+            return [placed(values, self._at_their_places(values.qdata).contiguous())]
+
+        if is_recorded() or not can_be_kept(self, (values,), (self.positions,)):
+            return make()[0]
+        return self.keep(values.dtype, placed, (values, self.positions), make)[0]
+
     def _multiplies_sparsely(self, x: Tensor) -> bool:
         # the sparse product has no gradient with respect to its input, and needs one
         if torch.is_grad_enabled() or x.device.type != SPARSE_DEVICE or not x.shape[0]:
@@ -275,6 +295,7 @@ class WrappedSparse24Module(Sparse24Module):
     """
 
     starts_near = True
+    multiplies_int8 = False
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ Fitted by a gradient through the merged form, from random rotations, or from the
 layer can be a plain butterfly (``start``).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
+from spmconvert.operator.int8 import numbers
 from spmconvert.operator.kept import Merge, can_be_kept
 from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages, write_blocks
 from spmconvert.operator.reference import is_recorded, reference_forward
@@ -124,6 +126,8 @@ class StagesModule(TermModule):
         backend: who computes.
     """
 
+    # all mixers, or angles, of a half of a stage; the diagonals stay as they are
+    int8_factors: ClassVar[Mapping[str, int]] = {"weight": 2}
     term: Stages
 
     def __init__(
@@ -172,7 +176,7 @@ class StagesModule(TermModule):
         backend = resolve_backend(self.backend, x.device.type, tokens=step_tokens)
         # an empty chain has nothing to merge: the operator is a diagonal
         if backend == "reference" or self.geometry.stages == 0:
-            y = reference_forward(x, *parameters, self.geometry)
+            y = reference_forward(x, numbers(self.weight), self.scale_in, self.scale_out, self.geometry)
             return y if bias is None else y + bias
         by_triton = backend == "triton"
         merge = merge_stages_triton if by_triton else merge_stages
@@ -199,14 +203,14 @@ class StagesModule(TermModule):
             write_blocks(x, self._kept_blocks(x.dtype, merge_stages, parameters), bias, self.plan, y)
 
     def _new_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
-        return [block.to(dtype) for block in merge(*parameters, self.plan)]
+        return [block.to(dtype) for block in merge(*map(numbers, parameters), self.plan)]
 
     def _kept_blocks(self, dtype: torch.dtype, merge: Merge, parameters: tuple[Tensor, ...]) -> list[Tensor]:
         return self.keep(dtype, merge, parameters, lambda: self._new_blocks(dtype, merge, parameters))
 
     def reference(self, x: Tensor) -> Tensor:
         """Stage by stage."""
-        return reference_forward(x, self.weight, self.scale_in, self.scale_out, self.geometry)
+        return reference_forward(x, numbers(self.weight), self.scale_in, self.scale_out, self.geometry)
 
     def scale_parameter(self) -> nn.Parameter:
         """The diagonal on the outputs' side."""

@@ -1,0 +1,125 @@
+"""Quantising a converted model to int8, every term of its layers included, and back.
+
+Dense layers and low-rank terms are ordinary ``nn.Linear`` and quantised by torchao, as transformers does it: heads and tied
+weights stay in floating point. Factors of the other terms become torchao's tensors, too. Embeddings, norms, biases,
+diagonals and fused experts stay what they are; ``quantize_`` names every matrix that it left.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from spmconvert.errors import OptionError, UnsupportedLayerError
+from spmconvert.model.swap import replace_module
+from spmconvert.operator.int8 import INT8_MODES, Int8Mode, check_torchao, config_of, is_int8, numbers, quantised
+from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.terms.module import TermModule
+
+
+@torch.no_grad()
+def quantize_(model: Any, mode: Int8Mode) -> list[str]:
+    """Quantise a converted model, in place; ``save_pretrained`` writes it, and ``from_pretrained`` loads it.
+
+    Args:
+        model: a transformers model with converted layers, whole and in floating point.
+        mode: ``int8-weight-only``, or ``int8-dynamic``: activations of every token as well.
+
+    Returns:
+        Names of the parameters with two or more axes that stay in floating point.
+
+    Raises:
+        OptionError: when the mode is unknown, torchao is missing, or the model is none of these.
+        UnsupportedLayerError: when a term has no such form; nothing is changed then.
+    """
+    if mode not in INT8_MODES:
+        raise OptionError(f"int8 mode is {mode!r}; choose one of {', '.join(INT8_MODES)}")
+    check_torchao()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
+    if not layers:
+        raise OptionError(f"{type(model).__name__} has no converted layer; quantise dense models by torchao itself")
+    _check_tensors(model)
+    for name, layer in layers.items():
+        _check_terms(name, layer, mode)
+    quantize_linears_(model, mode)
+    for layer in layers.values():
+        layer.drop_cache_()
+        layer.multiplies_int8 = mode == "int8-dynamic"
+        for term in _terms(layer):
+            for factor, apart in (term.int8_factors or {}).items():
+                value = quantised(getattr(term, factor), mode, apart)
+                setattr(term, factor, nn.Parameter(value, requires_grad=False))
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.quantization_config.int8 = mode
+        model.is_quantized = True
+    return [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and not is_int8(parameter)]
+
+
+def quantize_linears_(model: Any, mode: Int8Mode) -> None:
+    """Quantise the linear layers of any transformers model, its heads left out, in place, by torchao."""
+    from torchao.quantization import quantize_ as torchao_quantize_
+
+    names = set(open_convolutions_(model))
+    device = next(model.parameters()).device
+    torchao_quantize_(model, config_of(mode, device), filter_fn=lambda _, name: name in names)
+
+
+def open_convolutions_(model: Any) -> list[str]:
+    """Make the layers that int8 takes ``nn.Linear``, GPT-2's transposed ones too, in place; returns their names.
+
+    A loaded model goes through it before its tensors are there.
+    """
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    heads = HfQuantizer.get_modules_to_not_convert(model)
+    names = []
+    for name, module in list(model.named_modules()):
+        if type(module) not in (nn.Linear, Conv1D) or not should_convert_module(f"{name}.weight", heads):
+            continue
+        names.append(name)
+        if isinstance(module, Conv1D):
+            linear = nn.Linear(module.nx, module.nf, device="meta")
+            linear.weight = nn.Parameter(module.weight.detach().t().contiguous())
+            linear.bias = module.bias
+            replace_module(model, name, linear.train(module.training))
+    return names
+
+
+def _terms(layer: SPMLinear) -> list[TermModule]:
+    """The terms of a layer and the terms that they are made of."""
+    return [module for module in layer.modules() if isinstance(module, TermModule)]
+
+
+def _check_tensors(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if is_int8(parameter):
+            raise OptionError(f"{name} is quantised already; load the model anew")
+        if parameter.is_meta:
+            raise OptionError(f"{name} is not in memory; load the model without a device_map that leaves parts on disk")
+
+
+def _check_terms(name: str, layer: SPMLinear, mode: Int8Mode) -> None:
+    for term in _terms(layer):
+        if term.int8_factors is None:
+            raise UnsupportedLayerError(
+                f"layer {name} has a {term.term.kind} term, which has no int8 form; convert without that kind"
+            )
+        if mode == "int8-dynamic" and not term.multiplies_int8:
+            raise UnsupportedLayerError(
+                f"layer {name} has {term.term.describe()}, whose products are too small for int8; take int8-weight-only, "
+                "or convert without stages"
+            )
+
+
+def dequantize_(model: nn.Module) -> None:
+    """Put floating point in the place of all int8 parameters, in place."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if is_int8(parameter):
+                setattr(module, name, nn.Parameter(numbers(parameter)))
+        if isinstance(module, SPMLinear):
+            module.drop_cache_()
+            module.multiplies_int8 = False
