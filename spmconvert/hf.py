@@ -40,7 +40,7 @@ from spmconvert.checkpoint.manifest import (
 )
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
-from spmconvert.model.int8 import dequantize_, open_convolutions_
+from spmconvert.model.int8 import dequantize_, int8_linears_
 from spmconvert.model.int8_stored import mark_loaded_, read_metadata, stored_form, stored_parts
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.opening import close_
@@ -151,7 +151,7 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
         if self.pre_quantized and self.quantization_config.int8 is not None:
-            open_convolutions_(model)
+            int8_linears_(model)
             self.metadata = read_metadata(checkpoint_files or [])
         if self.pre_quantized:
             _keep_from_initialising(model, swap_layers(model, self.quantization_config.specs()))

@@ -17,6 +17,11 @@ def size(number: float) -> str:
     return f"{number:.1f} TB"
 
 
+def measured_size(number: float | None) -> str:
+    """The same; nothing becomes a dash."""
+    return "–" if number is None else size(number)
+
+
 def parse_size(text: str) -> int:
     """Bytes from a number with a unit, as ``size`` writes it: 40MB, 1.5 GB, 300000.
 

@@ -344,8 +344,16 @@ def report(
     teacher: Annotated[str | None, typer.Option(help="Another place of the dense source.")] = None,
     calib: Annotated[Path | None, typer.Option(help="Another place of the calibration text, for --baselines.")] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Measure whitened SVD and 2:4 beside it, refined as it was.")
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Measure whitened SVD and 2:4 beside it, refined as it was, and int8 of the untouched model.",
+        ),
     ] = False,
+    int8: Annotated[
+        bool | None,
+        typer.Option("--int8/--no-int8", help="Whether int8 is among the baselines; default where torchao is installed."),
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Leave the refinement of the baselines out.")] = False,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, comma-separated.")] = None,
     rows: Annotated[int, typer.Option(help="Most rows of a text that are measured.")] = 64,
@@ -382,6 +390,7 @@ def report(
                 calibration=calib,
                 baselines=baselines,
                 quick=quick,
+                int8=int8,
                 tasks=names,
                 rows=rows,
                 seconds=seconds,

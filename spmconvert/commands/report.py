@@ -23,6 +23,7 @@ from spmconvert.data.standin import stand_in
 from spmconvert.data.tokens import inputs_of, load_tokenizer
 from spmconvert.errors import CalibrationError, CheckpointError, OptionError
 from spmconvert.model.architecture import load_config
+from spmconvert.operator.int8 import check_torchao
 from spmconvert.outputs.probe import text_config
 from spmconvert.recipe.loading import recorded_recipe
 from spmconvert.recipe.recipe import AUTO_TEXT, DATASET_PREFIX
@@ -65,8 +66,9 @@ class ReportOptions:
     Attributes:
         teacher: another place of the source checkpoint; None for the recorded one.
         calibration: another place of the calibration text, for the baselines; None for the recorded one.
-        baselines: measure whitened SVD and 2:4 beside it, refined as the conversion was.
+        baselines: measure whitened SVD and 2:4 beside it, refined as the conversion was, and int8 of the untouched model.
         quick: leave the refinement of the baselines out.
+        int8: whether int8 is among the baselines; None where torchao is installed.
         tasks: names of lm-evaluation-harness tasks.
         rows: most rows of a text that are measured.
         seconds: about how long one timing may take; 0 measures neither time nor memory.
@@ -81,6 +83,7 @@ class ReportOptions:
     calibration: str | Path | None = None
     baselines: bool = False
     quick: bool = False
+    int8: bool | None = None
     tasks: tuple[str, ...] = ()
     rows: int = 64
     seconds: float = 2.0
@@ -98,6 +101,10 @@ class ReportOptions:
             raise CalibrationError(f"there is no calibration text {self.calibration}; check the path")
         if self.quick and not self.baselines:
             raise OptionError("quick leaves the refinement of baselines out, and none are measured; add --baselines")
+        if self.int8 is not None and not self.baselines:
+            raise OptionError("int8 is one of the baselines, and none are measured; add --baselines")
+        if self.int8:
+            check_torchao()
 
 
 def report(
@@ -138,7 +145,9 @@ def report(
     quality = _quality(run, texts)
     methods: tuple[MethodResult, ...] = ()
     if chosen.baselines:
-        methods = measure_candidates(run, layers, amounts, texts, quality, chosen.calibration, quick=chosen.quick)
+        methods = measure_candidates(
+            run, layers, amounts, texts, quality, chosen.calibration, quick=chosen.quick, int8=chosen.int8
+        )
     return Report(
         schema_version=SCHEMA_VERSION,
         created=datetime.now(UTC).isoformat(timespec="seconds"),

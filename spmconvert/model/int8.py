@@ -47,8 +47,10 @@ def quantize_(model: Any, mode: Int8Mode) -> list[str]:
         layer.multiplies_int8 = mode == "int8-dynamic"
         for term in _terms(layer):
             for factor, apart in (term.int8_factors or {}).items():
-                value = quantised(getattr(term, factor), mode, apart)
-                setattr(term, factor, nn.Parameter(value, requires_grad=False))
+                value = getattr(term, factor)
+                # torchao takes a slice of one number for something else, and it would be larger
+                if value.shape[apart:].numel() > 1:
+                    setattr(term, factor, nn.Parameter(quantised(value, mode, apart), requires_grad=False))
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.quantization_config.int8 = mode
@@ -60,15 +62,24 @@ def quantize_linears_(model: Any, mode: Int8Mode) -> None:
     """Quantise the linear layers of any transformers model, its heads left out, in place, by torchao."""
     from torchao.quantization import quantize_ as torchao_quantize_
 
-    names = set(open_convolutions_(model))
+    names = set(int8_linears_(model))
     device = next(model.parameters()).device
     torchao_quantize_(model, config_of(mode, device), filter_fn=lambda _, name: name in names)
 
 
-def open_convolutions_(model: Any) -> list[str]:
+def saved_bytes(model: nn.Module) -> int:
+    """Bytes that int8 parameters take less in a file than they would in floating point."""
+    quantised: list[Any] = [parameter for parameter in model.parameters() if is_int8(parameter)]
+    parts = [part for value in quantised for part in (value.qdata, value.scale, value.zero_point) if part is not None]
+    before = sum(value.numel() * value.dtype.itemsize for value in quantised)
+    return before - sum(part.numel() * part.itemsize for part in parts)
+
+
+def int8_linears_(model: Any) -> list[str]:
     """Make the layers that int8 takes ``nn.Linear``, GPT-2's transposed ones too, in place; returns their names.
 
-    A loaded model goes through it before its tensors are there.
+    A loaded model goes through it before its tensors are there. Heads and tied weights are none of them, as transformers
+    has it, nor layers of one input, which torchao takes for something else.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.base import HfQuantizer
@@ -78,6 +89,8 @@ def open_convolutions_(model: Any) -> list[str]:
     names = []
     for name, module in list(model.named_modules()):
         if type(module) not in (nn.Linear, Conv1D) or not should_convert_module(f"{name}.weight", heads):
+            continue
+        if type(module) is nn.Linear and module.in_features == 1:
             continue
         names.append(name)
         if isinstance(module, Conv1D):

@@ -8,6 +8,7 @@ torchao is optional, and imported when something is quantised or loaded. Two-dim
 ``linear``; it has no batched product, so a batch is one product after the other.
 """
 
+import math
 from typing import Any, Literal, get_args
 
 import torch
@@ -73,7 +74,7 @@ def quantised(factor: Tensor, mode: Int8Mode, apart: int) -> Tensor:
 
     reduced = getattr(config_of(mode, factor.device), "reduce_range", False)
     inputs = QuantizeTensorToInt8Kwargs(granularity=PerRow(), reduce_range=reduced) if mode == "int8-dynamic" else None
-    slices = factor.detach().reshape(*factor.shape[:apart], -1)
+    slices = factor.detach().reshape(math.prod(factor.shape[:apart]), -1)
     rows = Int8Tensor.from_hp(slices, PerRow(), act_quant_kwargs=inputs, reduce_range=reduced)
     scale = rows.scale.view(*factor.shape[:apart], *(1,) * (factor.dim() - apart))
     found: Tensor = Int8Tensor(

@@ -5,7 +5,12 @@
   happens without kernels and hardware for it; half of the weights are stored, with two bits of position each.
 
 Both get the exact bias correction that an SPM layer gets, their blocks are refined as the conversion's were, and neither is
-finetuned. Models share every tensor that they do not change.
+finetuned. Rows are not needed for a third:
+
+- int8 of the untouched model by torchao, weight-only and dynamic, which is what most would take first. Heads, embeddings
+  and fused experts stay in floating point, as transformers has it.
+
+Models share every tensor that they do not change.
 """
 
 from collections.abc import Iterator, Mapping
@@ -21,11 +26,14 @@ from spmconvert.data.calibration import CalibrationRows
 from spmconvert.fit.blocks import BATCH_ROWS, FOLLOWING_ROWS
 from spmconvert.fit.layer import whitened_svd
 from spmconvert.fit.refine import refine_model_
+from spmconvert.model.int8 import quantize_linears_
 from spmconvert.model.opening import group_of, open_
 from spmconvert.model.swap import copy_sharing_tensors, replace_module
+from spmconvert.operator.int8 import INT8_MODES, check_torchao
 from spmconvert.plan.plan import STATISTICS_BUDGET, statistics_bytes
 
 METHODS = {"svd": "whitened SVD, equal parameters", "2:4": "magnitude 2:4"}
+INT8 = {"int8-weight-only": "int8 weight-only, untouched model", "int8-dynamic": "int8 dynamic, untouched model"}
 
 
 class LowRankLinear(nn.Module):
@@ -113,6 +121,20 @@ def build_baselines(
         for model in models.values():
             refine_model_(model, dense, list(specs), batches, epochs=epochs, seed=seed)
     return {method: (models[method], parameters[method]) for method in METHODS}
+
+
+def build_int8(dense: Any) -> dict[str, Any]:
+    """The untouched model in int8, by mode; it stays untouched.
+
+    Raises:
+        OptionError: when torchao is missing.
+    """
+    check_torchao()
+    models = {}
+    for mode in INT8_MODES:
+        models[str(mode)] = copy_sharing_tensors(dense)
+        quantize_linears_(models[mode], mode)
+    return models
 
 
 def keep_two_of_four(weight: Tensor) -> Tensor:

@@ -26,7 +26,12 @@ def render(reports: Sequence[Report]) -> str:
     """One page for one report, or for several side by side."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters.update(
-        count=units.count, ms=units.milliseconds, measured=units.measured, amount=amount, pretty_json=_pretty_json
+        count=units.count,
+        ms=units.milliseconds,
+        measured=units.measured,
+        size=units.measured_size,
+        amount=amount,
+        pretty_json=_pretty_json,
     )
     template = environment.from_string(files("spmconvert.reporting").joinpath(TEMPLATE).read_text(encoding="utf-8"))
     parts = [_part(report, f"m{index}") for index, report in enumerate(reports)]

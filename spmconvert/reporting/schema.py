@@ -253,10 +253,11 @@ class MethodResult(_Part):
     """One way to make the model smaller, or the untouched model.
 
     Attributes:
-        key: ``dense``, ``spm``, ``svd`` or ``2:4``.
+        key: ``dense``, ``spm``, ``svd``, ``2:4``, ``int8-weight-only`` or ``int8-dynamic``.
         title: name in words.
         parameters: parameters of the whole model.
         layer_parameters: parameters of the replaced layers.
+        bytes: that its tensors take in a file; None in a report of before it was counted.
         note: what to know about it.
         metrics: measures on the first text, as for the converted model; empty without a text.
         latency: of a forward pass on ``tokens`` tokens, timed in turn with the others; None when nothing was timed.
@@ -267,10 +268,16 @@ class MethodResult(_Part):
     title: str
     parameters: int
     layer_parameters: int
+    bytes: int | None = None
     note: str
     metrics: tuple[Metric, ...]
     latency: Latency | None
     tokens: int
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it has the untouched model's parameters in fewer bits."""
+        return self.key.startswith("int8")
 
 
 class Task(_Part):

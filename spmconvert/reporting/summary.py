@@ -219,9 +219,15 @@ def _candidate_sentences(candidates: tuple[MethodResult, ...]) -> list[str]:
         )
         said.append(
             f"Whole model, SPM compared with {other.title}: {', '.join(outcomes)}, with "
-            f"{spm.parameters / other.parameters:.2f} times its parameters{_relative_time(spm, other)}; SPM is {spm.note}."
+            f"{_relative_size(spm, other)}{_relative_time(spm, other)}; SPM is {spm.note}."
         )
     return said
+
+
+def _relative_size(spm: MethodResult, other: MethodResult) -> str:
+    if other.is_int8 and spm.bytes and other.bytes:
+        return f"{spm.bytes / other.bytes:.2f} times its bytes"
+    return f"{spm.parameters / other.parameters:.2f} times its parameters"
 
 
 def _relative_time(spm: MethodResult, other: MethodResult) -> str:

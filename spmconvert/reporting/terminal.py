@@ -11,7 +11,7 @@ from spmconvert.reporting import comparison
 from spmconvert.reporting.schema import MethodResult, Report, shown
 from spmconvert.reporting.summary import KeyFigure, describe_call, describe_error, findings, key_figures, outcome
 from spmconvert.reporting.verdict import verdict
-from spmconvert.units import count, measured, milliseconds, size
+from spmconvert.units import count, measured, measured_size, milliseconds, size
 
 STYLES = {"good": "green", "bad": "red", "plain": "", "faster": "green", "slower": "red", "no clear difference": ""}
 # the rest of a longer table is on the page and in report.json
@@ -140,11 +140,12 @@ def _timing(report: Report) -> Table:
 
 def _candidates(candidates: Sequence[MethodResult]) -> Table:
     metrics = [metric.title for metric in candidates[0].metrics]
-    table = _table("method", "parameters", "in layers", *metrics, f"ms, {candidates[0].tokens} tokens")
+    table = _table("method", "parameters", "in layers", "bytes", *metrics, f"ms, {candidates[0].tokens} tokens")
     for candidate in candidates:
         values = [measured(metric.converted, metric.unit) for metric in candidate.metrics]
         time = "–" if candidate.latency is None else milliseconds(candidate.latency.p50)
-        table.add_row(candidate.title, count(candidate.parameters), count(candidate.layer_parameters), *values, time)
+        sizes = (count(candidate.parameters), count(candidate.layer_parameters), measured_size(candidate.bytes))
+        table.add_row(candidate.title, *sizes, *values, time)
     return table
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spmconvert.reporting.schema import Metric, Report
+from spmconvert.reporting.schema import MethodResult, Metric, Report
 from spmconvert.reporting.summary import compared_methods, headline_metric, headline_row
 from spmconvert.system.caches import cache_directory
 from spmconvert.units import measured
@@ -21,6 +21,8 @@ CLOSE_NATS, FAR_NATS = 0.25, 1.0
 CLOSE_SHARE, FAR_SHARE = 0.95, 0.85
 # a smaller saving than this is hardly one, and int8 weights take about this share of a float32 model's bytes
 LEAST_SAVING, INT8_SHARE = 0.05, 0.3
+# up to how many times the bytes count as the same size
+SAME_SIZE = 1.02
 
 
 @dataclass(frozen=True)
@@ -59,13 +61,15 @@ def verdict(report: Report) -> Verdict:
         return Verdict(f"No verdict: speed was not measured ({gains}; {quality}).", "plain")
     if not _is_faster(report):
         return Verdict(
-            f"Worth it where size counts, not for speed: {gains}; {quality}. {_smaller(report)}"
+            f"Worth it where size counts, not for speed: {gains}; {quality}. {_smaller(report)}{_int8(report)}"
             "For speed convert with --speedup.",
             "plain",
         )
     if distance == "close":
-        return Verdict(f"Worth it where it runs as here: {gains}, and close to the dense model ({quality}).", "good")
-    return Verdict(f"Worth it where some quality can be given: {gains}; {quality}. {_remedy(report)}", "plain")
+        close = f"Worth it where it runs as here: {gains}, and close to the dense model ({quality}). {_int8(report)}"
+        return Verdict(close.rstrip(), "good")
+    given = f"Worth it where some quality can be given: {gains}; {quality}. {_int8(report)}{_remedy(report)}"
+    return Verdict(given, "plain")
 
 
 def _gains(report: Report) -> str:
@@ -116,15 +120,40 @@ def _has_own_text(report: Report) -> bool:
 
 def _smaller(report: Report) -> str:
     disk = report.quantity("bytes on disk", "whole model")
-    if disk.converted / disk.dense <= INT8_SHARE or report.model.dtype != "float32":
+    measured_here = any(candidate.is_int8 for candidate in report.candidates)
+    if disk.converted / disk.dense <= INT8_SHARE or report.model.dtype != "float32" or measured_here:
         return ""
     return "Weights in int8 take about a quarter of its bytes; they were not measured here. "
+
+
+def _int8(report: Report) -> str:
+    """What is said where int8 of the untouched model takes fewer bytes and is no farther from it; of two the faster one."""
+    rivals = [
+        (mine, other, outcomes[0])
+        for mine, other, outcomes in compared_methods(report)
+        if other.is_int8 and outcomes[0] != "better" and _relative_bytes(mine, other) < 1
+    ]
+    if not rivals:
+        return ""
+    mine, other, outcome = min(rivals, key=lambda rival: rival[1].latency.p50 if rival[1].latency else 0.0)
+    time = ""
+    if mine.latency is not None and other.latency is not None:
+        time = f", {other.latency.p50 / mine.latency.p50:.2f} times the time"
+    closer = "closer" if outcome == "worse" else "as close"
+    return f"{other.title}: {_relative_bytes(mine, other):.2f} times the bytes, {closer} to the dense model{time}. "
+
+
+def _relative_bytes(mine: MethodResult, other: MethodResult) -> float:
+    """Size of another method relative to ours; by parameters where a report has no bytes."""
+    return other.bytes / mine.bytes if mine.bytes and other.bytes else other.parameters / mine.parameters
 
 
 def _better_method(report: Report) -> str:
     """What is said where another method that was measured is better in quality, and no slower."""
     for mine, other, outcomes in compared_methods(report):
         no_slower = mine.latency is None or other.latency is None or other.latency.p50 <= mine.latency.p50
-        if no_slower and other.parameters <= 1.02 * mine.parameters and outcomes[0] == "worse":
-            return f"{other.title} is better at the same size and no slower"
+        size = _relative_bytes(mine, other)
+        if no_slower and size <= SAME_SIZE and outcomes[0] == "worse":
+            smaller = "smaller" if size < 1 / SAME_SIZE else "of the same size"
+            return f"{other.title}: better, {smaller} and no slower"
     return ""

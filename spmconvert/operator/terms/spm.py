@@ -7,6 +7,9 @@ Calls that train no stage keep the merged blocks for the next one until a parame
 seen. What it gives up: writes through ``parameter.data`` are not seen, so call ``train()`` or ``eval()`` after such a
 write. Graphs made by ``torch.compile`` merge at every call.
 
+In int8 all mixers of a half of a stage share a scale. On fitted layers of all-MiniLM-L6-v2 that moves the matrix by 0.03 to
+0.044 of its norm, where low rank and 2:4 move by 0.005; a scale for every 64 mixers would make it 0.02 to 0.03.
+
 Fitted by a gradient through the merged form, from random rotations, or from the hierarchical factorisation where the
 layer can be a plain butterfly (``start``).
 """
