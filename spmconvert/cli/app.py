@@ -347,7 +347,7 @@ def report(
         bool,
         typer.Option(
             "--baselines",
-            help="Measure whitened SVD and 2:4 beside it, refined as it was, and int8 of the untouched model.",
+            help="Measure whitened SVD and 2:4 beside it, refined as it was, and int8 of the dense model.",
         ),
     ] = False,
     int8: Annotated[

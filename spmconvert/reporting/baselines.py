@@ -33,7 +33,7 @@ from spmconvert.operator.int8 import INT8_MODES, check_torchao
 from spmconvert.plan.plan import STATISTICS_BUDGET, statistics_bytes
 
 METHODS = {"svd": "whitened SVD, equal parameters", "2:4": "magnitude 2:4"}
-INT8 = {"int8-weight-only": "int8 weight-only, untouched model", "int8-dynamic": "int8 dynamic, untouched model"}
+INT8 = {"int8-weight-only": "int8 weight-only", "int8-dynamic": "int8 dynamic"}
 
 
 class LowRankLinear(nn.Module):

@@ -86,7 +86,7 @@ def _in_int8(run: ReportRun, wanted: bool | None) -> dict[str, Any]:
     except OptionError as error:
         if wanted:
             raise
-        run.note_missing(f"{' and '.join(INT8.values())}", str(error), INSTALL)
+        run.note_missing(f"{' and '.join(INT8.values())} of the untouched model", str(error), INSTALL)
         return {}
 
 
@@ -108,8 +108,8 @@ def _note(key: str, finetuned: bool, refined: str) -> str:
         "spm": "finetuned; the other methods are not" if finetuned else "not finetuned",
         "svd": f"two thin products, {refined}not finetuned",
         "2:4": f"stored with 2 bits of position a weight; timed as a dense product; {refined}not finetuned",
-        "int8-weight-only": "by torchao; heads and embeddings stay in floating point",
-        "int8-dynamic": "by torchao, activations of every token as well; heads and embeddings stay in floating point",
+        "int8-weight-only": "of the untouched model by torchao; heads and embeddings stay in floating point",
+        "int8-dynamic": "of the untouched model by torchao, activations of every token as well; heads and embeddings stay in floating point",
     }
     return notes[key]
 

@@ -48,6 +48,8 @@ _STYLE: Any = {
     "lines.linewidth": 2,
     "lines.markersize": 6,
 }
+# of methods, in their order; those that have the dense model's parameters in fewer bits in the colour of text
+_METHODS = ((SECOND, "o"), (FIRST, "o"), (THIRD, "o"), (FOURTH, "o"), (TEXT, "s"), (TEXT, "D"))
 # more rows than this leave no room for numbers in a heat map
 MOST_LABELLED_ROWS = 40
 MOST_LABELS = 20
@@ -109,19 +111,21 @@ def training_plot(report: Report) -> Figure:
 
 
 def pareto_plot(candidates: Sequence[MethodResult]) -> Figure:
-    """Quality against parameters, and against time where the methods were timed."""
+    """Quality against bytes (parameters in reports of before they were counted), and time where methods were timed."""
+    sized = all(candidate.bytes for candidate in candidates)
     timed = all(candidate.latency for candidate in candidates)
     figure, axes = _figure(5.4, 6.2 if timed else 3.2, rows=2 if timed else 1)
     metric = candidates[0].metrics[0]
-    for candidate, colour in zip(candidates, (SECOND, FIRST, THIRD, FOURTH), strict=False):
+    for candidate, (colour, marker) in zip(candidates, _METHODS, strict=False):
         quality = candidate.metrics[0].converted
-        axes[0].plot(candidate.parameters / 1e6, quality, "o", color=colour, label=candidate.title)
+        amount = (candidate.bytes if sized and candidate.bytes else candidate.parameters) / 1e6
+        axes[0].plot(amount, quality, marker, color=colour, label=candidate.title)
         if timed and candidate.latency:
             latency = candidate.latency
             axes[1].plot([latency.p20, latency.p80], [quality, quality], color=colour, alpha=0.5)
-            axes[1].plot(latency.p50, quality, "o", color=colour)
+            axes[1].plot(latency.p50, quality, marker, color=colour)
     better = "higher is better" if metric.higher_is_better else "lower is better"
-    axes[0].set_xlabel("parameters of the whole model, millions")
+    axes[0].set_xlabel("size of the whole model, MB" if sized else "parameters of the whole model, millions")
     for part in axes:
         part.set_ylabel(f"{metric.key}, {better}")
     if timed:

@@ -279,6 +279,11 @@ class MethodResult(_Part):
         """Whether it has the untouched model's parameters in fewer bits."""
         return self.key.startswith("int8")
 
+    @property
+    def described(self) -> str:
+        """What to call it in a sentence."""
+        return f"{self.title} of the untouched model" if self.is_int8 else self.title
+
 
 class Task(_Part):
     """One result of lm-evaluation-harness."""

@@ -218,7 +218,7 @@ def _candidate_sentences(candidates: tuple[MethodResult, ...]) -> list[str]:
             for mine, its, outcome in _compared(spm, other)
         )
         said.append(
-            f"Whole model, SPM compared with {other.title}: {', '.join(outcomes)}, with "
+            f"Whole model, SPM compared with {other.described}: {', '.join(outcomes)}, with "
             f"{_relative_size(spm, other)}{_relative_time(spm, other)}; SPM is {spm.note}."
         )
     return said

@@ -140,7 +140,7 @@ def _int8(report: Report) -> str:
     if mine.latency is not None and other.latency is not None:
         time = f", {other.latency.p50 / mine.latency.p50:.2f} times the time"
     closer = "closer" if outcome == "worse" else "as close"
-    return f"{other.title}: {_relative_bytes(mine, other):.2f} times the bytes, {closer} to the dense model{time}. "
+    return f"{other.described}: {_relative_bytes(mine, other):.2f} times the bytes, {closer} to the dense model{time}. "
 
 
 def _relative_bytes(mine: MethodResult, other: MethodResult) -> float:
@@ -155,5 +155,5 @@ def _better_method(report: Report) -> str:
         size = _relative_bytes(mine, other)
         if no_slower and size <= SAME_SIZE and outcomes[0] == "worse":
             smaller = "smaller" if size < 1 / SAME_SIZE else "of the same size"
-            return f"{other.title}: better, {smaller} and no slower"
+            return f"{other.described}: better, {smaller} and no slower"
     return ""
