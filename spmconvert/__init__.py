@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from spmconvert.commands.report import report
     from spmconvert.commands.verify import verify
     from spmconvert.fit.solver import fit_linear
-    from spmconvert.hf import SPMConfig
+    from spmconvert.hf import SPMConfig, swap_
     from spmconvert.model.int8 import quantize_
     from spmconvert.model.loading import load
     from spmconvert.operator.linear import SPMLinear
@@ -39,6 +39,7 @@ __all__ = [
     "load",
     "quantize_",
     "report",
+    "swap_",
     "verify",
 ]
 
@@ -52,6 +53,7 @@ _HOMES = {
     "load": "spmconvert.model.loading",
     "quantize_": "spmconvert.model.int8",
     "report": "spmconvert.commands.report",
+    "swap_": "spmconvert.hf",
     "verify": "spmconvert.commands.verify",
 }
 # what is imported right after another package's module, so that it knows what is here

@@ -124,6 +124,33 @@ class SPMCheckpointConfig(SPMConfig):
     """
 
 
+def swap_(model: Any) -> list[str]:
+    """Put converted layers with fresh parameters into a model that ``from_config`` made of a converted checkpoint's config.
+
+    ``from_config`` asks no quantizer: what it makes is dense. With its layers in place accelerate's
+    ``load_checkpoint_and_dispatch`` can fill it, and ``save_pretrained`` writes a converted checkpoint.
+
+    Args:
+        model: with or without memory; changed in place.
+
+    Returns:
+        Names of the replaced layers.
+
+    Raises:
+        OptionError: when its config is of no converted checkpoint, or of one in int8.
+        CheckpointError: when the config cannot be read, or describes layers that the model does not have.
+    """
+    config = getattr(model.config, "quantization_config", None)
+    if isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD:
+        config = SPMCheckpointConfig.from_dict(config)
+    if not isinstance(config, SPMConfig) or config.layers is None or config.int8 is not None:
+        raise OptionError("the model's config has no layer map in floating point; take that of a converted checkpoint")
+    replaced = swap_layers(model, config.specs())
+    model.config.quantization_config = config
+    model.hf_quantizer = SPMQuantizer(config)
+    return replaced
+
+
 class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     """Takes part in ``from_pretrained`` and ``save_pretrained``."""
 

@@ -7,13 +7,19 @@ import sys
 
 import pytest
 import torch
+from accelerate import init_empty_weights, load_checkpoint_and_dispatch
 from safetensors.torch import load_file, save_file
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    FineGrainedFP8Config,
     QuantoConfig,
+    TorchAoConfig,
     pipeline,
 )
 from transformers.pytorch_utils import Conv1D
@@ -66,11 +72,12 @@ warnings.simplefilter("ignore")
 from transformers import AutoModel
 errors = []
 for directory in sys.argv[1:]:
-    try:
-        AutoModel.from_pretrained(directory)
-        errors.append("")
-    except Exception as error:
-        errors.append(str(error))
+    for ignored in (False, True):
+        try:
+            AutoModel.from_pretrained(directory, ignore_mismatched_sizes=ignored)
+            errors.append("")
+        except Exception as error:
+            errors.append(str(error))
 assert "spmconvert" not in sys.modules
 print(json.dumps(errors))
 """
@@ -85,15 +92,61 @@ def test_loading_without_the_import_raises(converted, sums, tmp_path):
         stripped = tmp_path / checkpoint.name / checkpoint.parent.name
         shutil.copytree(checkpoint, stripped)
         config = json.loads((stripped / "config.json").read_text())
-        del config["quantization_config"]
+        del config["quantization_config"], config["transformers_weights"]
         (stripped / "config.json").write_text(json.dumps(config))
         directories += [checkpoint, stripped]
     done = subprocess.run(
         [sys.executable, "-c", LOADED, *map(str, directories)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    for directory, error in zip(directories, json.loads(done.stdout), strict=True):
-        assert "size mismatch" in error or "mismatched" in error or "ignore_mismatched_sizes" in error, directory
+    errors = json.loads(done.stdout)
+    for directory, error, ignoring in zip(directories, errors[::2], errors[1::2], strict=True):
+        if directory in checkpoints:
+            # with mismatches ignored, too, and the remedy is what it ends with
+            assert error.endswith("import spmconvert before this checkpoint is loaded"), directory
+            assert ignoring == error
+        else:
+            assert "size mismatch" in error or "mismatched" in error or "ignore_mismatched_sizes" in error, directory
+
+
+def test_the_guard_is_off_with_the_import_and_in_what_is_dense(converted, tmp_path):
+    assert "transformers_weights" in json.loads((converted["gpt2"] / "config.json").read_text())
+    model = AutoModelForCausalLM.from_pretrained(converted["gpt2"])
+    assert "transformers_weights" not in model.config
+    AutoModelForSequenceClassification.from_pretrained(converted["gpt2"], num_labels=5, ignore_mismatched_sizes=True)
+    result = spmconvert.export(converted["gpt2"], tmp_path / "dense")
+    assert "transformers_weights" not in json.loads((result.output / "config.json").read_text())
+
+
+def test_a_weight_file_that_a_config_names_is_that(converted, tmp_path):
+    shutil.copytree(converted["gpt2"], tmp_path / "m")
+    (tmp_path / "m" / "model.safetensors").rename(tmp_path / "m" / "other.safetensors")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "transformers_weights": "other.safetensors"}))
+    torch.testing.assert_close(logits(spmconvert.load(tmp_path / "m")), logits(spmconvert.load(converted["gpt2"])))
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gpt2"])
+def test_from_config_and_load_checkpoint_and_dispatch(converted, tmp_path, name):
+    config = AutoConfig.from_pretrained(converted[name])
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config)
+    whole = spmconvert.load(converted[name])
+    assert spmconvert.swap_(model) == list(spm_layers(whole))
+    model.tie_weights()
+    model = load_checkpoint_and_dispatch(model, converted[name], device_map={"": "cpu"})
+    torch.testing.assert_close(logits(model), logits(whole), rtol=0, atol=0)
+    # one with memory has fresh layers and is saved as converted
+    fresh = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(converted[name]))
+    spmconvert.swap_(fresh)
+    fresh.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(spmconvert.load(tmp_path)), logits(fresh), rtol=0, atol=0)
+
+
+def test_only_a_converted_config_puts_layers_in(checkpoints):
+    dense = AutoModelForCausalLM.from_pretrained(checkpoints["gpt2"])
+    with pytest.raises(OptionError, match="no layer map"):
+        spmconvert.swap_(dense)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "llama-tied", "llama-bf16", "bert"])
@@ -311,9 +364,21 @@ def test_trainer_trains_and_saves(converted, tmp_path):
         assert not torch.equal(layer.spm.weight, before[name]), name
 
 
-def test_another_quantizer_at_load_is_refused(converted):
-    with pytest.raises((ValueError, ImportError)):
-        AutoModelForCausalLM.from_pretrained(converted["gpt2"], quantization_config=QuantoConfig(weights="int8"))
+@pytest.mark.parametrize(
+    "config",
+    [
+        QuantoConfig(weights="int8"),
+        BitsAndBytesConfig(load_in_8bit=True),
+        FineGrainedFP8Config(),
+        TorchAoConfig(Int8WeightOnlyConfig()),
+        SPMConfig(targets="attn"),
+        {"quant_method": "torchao"},
+    ],
+    ids=lambda config: type(config).__name__,
+)
+def test_another_config_at_load_is_refused(converted, config):
+    with pytest.raises(ValueError, match=f"SPMCheckpointConfig but you are passing a {type(config).__name__}"):
+        AutoModelForCausalLM.from_pretrained(converted["gpt2"], quantization_config=config)
 
 
 def test_tensor_parallel_plan_drops_replaced_layers(converted):
