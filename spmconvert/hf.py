@@ -177,11 +177,11 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> nn.Module:
+        if self.pre_quantized:
+            _keep_from_initialising(model, swap_layers(model, self.quantization_config.specs()))
         if self.pre_quantized and self.quantization_config.int8 is not None:
             int8_linears_(model)
             self.metadata = read_metadata(checkpoint_files or [])
-        if self.pre_quantized:
-            _keep_from_initialising(model, swap_layers(model, self.quantization_config.specs()))
         # those of the revision, subfolder and variant that are being loaded
         self._files = [Path(file) for file in checkpoint_files or ()]
         return model

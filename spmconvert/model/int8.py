@@ -49,7 +49,7 @@ def quantize_(model: Any, mode: Int8Mode) -> list[str]:
             for factor, apart in (term.int8_factors or {}).items():
                 value = getattr(term, factor)
                 # torchao takes a slice of one number for something else, and it would be larger
-                if value.shape[apart:].numel() > 1:
+                if value.numel() and value.shape[apart:].numel() > 1:
                     setattr(term, factor, nn.Parameter(quantised(value, mode, apart), requires_grad=False))
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:

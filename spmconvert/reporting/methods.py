@@ -108,8 +108,8 @@ def _note(key: str, finetuned: bool, refined: str) -> str:
         "spm": "finetuned; the other methods are not" if finetuned else "not finetuned",
         "svd": f"two thin products, {refined}not finetuned",
         "2:4": f"stored with 2 bits of position a weight; timed as a dense product; {refined}not finetuned",
-        "int8-weight-only": "of the untouched model by torchao, but for heads and embeddings",
-        "int8-dynamic": "of the untouched model by torchao, but for heads and embeddings; activations of every token as well",
+        "int8-weight-only": "of the untouched model by torchao, without heads and embeddings",
+        "int8-dynamic": "of the untouched model by torchao, without heads and embeddings; activations of every token, too",
     }
     return notes[key]
 
