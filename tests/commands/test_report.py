@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,7 @@ def test_report_measures_a_causal_model(quick_report):
 
 def test_the_untouched_model_is_a_candidate_without_loss(quick_report):
     by_key = {candidate.key: candidate for candidate in quick_report.candidates}
-    assert list(by_key) == ["dense", "spm", "svd", "2:4"]
+    assert list(by_key) == ["dense", "spm", "svd", "2:4", "int8-weight-only", "int8-dynamic"]
     untouched = {metric.key: metric.converted for metric in by_key["dense"].metrics}
     assert untouched["kl"] == pytest.approx(0, abs=1e-6)
     assert untouched["top1"] == 1
@@ -78,6 +79,41 @@ def test_the_untouched_model_is_a_candidate_without_loss(quick_report):
     assert by_key["svd"].layer_parameters <= by_key["spm"].layer_parameters
     assert by_key["svd"].metrics[0].converted > 0
     assert by_key["2:4"].latency.samples == by_key["spm"].latency.samples
+
+
+def test_int8_of_the_untouched_model_is_among_the_candidates(quick_report, gpt2_spm, checkpoints):
+    by_key = {candidate.key: candidate for candidate in quick_report.candidates}
+    disk = quick_report.quantity("bytes on disk", "whole model")
+    assert (by_key["dense"].bytes, by_key["spm"].bytes) == (disk.dense, disk.converted)
+    kl = {key: one.metrics[0].converted for key, one in by_key.items()}
+    assert by_key["dense"].metrics[0].key == "kl"
+    for key in ("int8-weight-only", "int8-dynamic"):
+        assert by_key[key].parameters == by_key["dense"].parameters
+        # all matrices but embeddings and head, which are a third of this one
+        assert 0.4 * disk.dense < by_key[key].bytes < 0.7 * disk.dense
+        assert 0 < kl[key] < min(kl["spm"], kl["svd"], kl["2:4"])
+        assert by_key[key].latency.samples == by_key["spm"].latency.samples
+    sentences = [said for said in findings(quick_report) if "of the untouched model" in said]
+    assert len(sentences) == 2
+    assert f"with {by_key['spm'].bytes / by_key['int8-dynamic'].bytes:.2f} times its bytes" in sentences[1]
+
+
+def test_int8_is_left_out_by_name_where_torchao_is_missing(gpt2_spm, other_text, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    found = report(gpt2_spm, data=other_text, baselines=True, quick=True, rows=2, seconds=0)
+    assert [candidate.key for candidate in found.candidates] == ["dense", "spm", "svd", "2:4"]
+    (missing,) = (one for one in found.not_measured if "int8" in one.what)
+    assert missing.what == "int8 weight-only and int8 dynamic of the untouched model"
+    assert "pip install 'spmconvert[quant]'" in missing.reason
+    assert any("pip install 'spmconvert[quant]'" in said for said in findings(found))
+    with pytest.raises(OptionError, match=r"pip install 'spmconvert\[quant\]'"):
+        report(gpt2_spm, baselines=True, int8=True)
+    with pytest.raises(OptionError, match="add --baselines"):
+        report(gpt2_spm, int8=False)
+    monkeypatch.undo()
+    without = report(gpt2_spm, data=other_text, baselines=True, quick=True, int8=False, rows=2, seconds=0)
+    assert len(without.candidates) == 4
+    assert not any("int8" in one.what for one in without.not_measured)
 
 
 def test_a_metric_that_is_clear_counts_where_the_first_one_is_open(quick_report):
@@ -261,7 +297,7 @@ def test_a_bare_calibration_compares_with_unweighted_svd(checkpoints, other_text
     found = report(tmp_path / "o", data=other_text, baselines=True, rows=4, seconds=0)
     assert found.model.calibration is None
     assert "Frobenius" in found.layer_errors_on
-    assert [candidate.latency for candidate in found.candidates] == [None] * 4
+    assert [candidate.latency for candidate in found.candidates] == [None] * 6
 
 
 def test_errors_that_fits_did_not_go_for_are_not_held_against_them(checkpoints, text, tmp_path, monkeypatch):

@@ -97,3 +97,50 @@ def test_there_is_none_without_times(quick_report):
     found = verdict(untimed)
     assert found.text.startswith("No verdict: speed was not measured (1% fewer bytes, speed not measured; perplexity 10")
     assert found.tone == "plain"
+
+
+def rivals(report, quality, *, size, time):
+    """A report with int8 dynamic beside the converted model: relative size and time, and the perplexity it has."""
+    spm, int8 = (next(one for one in report.candidates if one.key == key) for key in ("spm", "int8-dynamic"))
+    changed_report = changed(report, 0.1)
+    (metric,) = changed_report.quality[0].metrics
+    metric = metric.model_copy(update={"standard_error": None})
+    latency = spm.latency.model_copy(update={"p50": time * spm.latency.p50})
+    spm = spm.model_copy(update={"metrics": (metric,), "bytes": 1000})
+    its = {"metrics": (metric.model_copy(update={"converted": quality}),), "bytes": round(1000 * size), "latency": latency}
+    return changed_report.model_copy(update={"candidates": (spm, int8.model_copy(update=its))})
+
+
+def test_int8_that_is_better_in_everything_is_the_verdict(quick_report):
+    found = verdict(rivals(quick_report, 10.01, size=0.6, time=0.9))
+    assert found.tone == "bad"
+    assert found.text.startswith("int8 dynamic of the untouched model: better, smaller and no slower (1.30 times as fast")
+    assert "of the same size" in verdict(rivals(quick_report, 10.01, size=1.0, time=0.9)).text
+
+
+@pytest.mark.parametrize(
+    ("quality", "size", "time", "said"),
+    [
+        (
+            10.01,
+            0.6,
+            1.4,
+            "int8 dynamic of the untouched model: 0.60 times the bytes, closer to the dense model, 1.40 times",
+        ),
+        (99.0, 0.6, 0.5, None),
+        (10.01, 1.5, 1.4, None),
+    ],
+    ids=["slower", "farther", "larger"],
+)
+def test_int8_that_is_better_in_part_is_said(quick_report, quality, size, time, said):
+    found = verdict(rivals(quick_report, quality, size=size, time=time))
+    assert found.tone == "good"
+    assert said in found.text if said else "int8" not in found.text
+
+
+def test_what_int8_would_take_is_no_guess_where_it_was_measured(quick_report):
+    measured = rivals(quick_report, 99.0, size=0.6, time=1.4)
+    slow = changed(quick_report, 0.1, speed=(1.0, "no clear difference")).model_copy(
+        update={"candidates": measured.candidates}
+    )
+    assert "about a quarter" not in verdict(slow).text
