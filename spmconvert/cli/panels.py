@@ -32,7 +32,7 @@ PANELS: dict[str, Panels] = {
     },
     "report": {
         "Data": ("data", "other_data", "rows", "tasks"),
-        "Rivals": ("baselines", "quick", "calib", "teacher"),
+        "Rivals": ("baselines", "int8", "quick", "calib", "teacher"),
         "Run": ("device", "seconds"),
         "Output": ("output", "as_json"),
     },

@@ -179,8 +179,8 @@ class StagesModule(TermModule):
         backend = resolve_backend(self.backend, x.device.type, tokens=step_tokens)
         # an empty chain has nothing to merge: the operator is a diagonal
         if backend == "reference" or self.geometry.stages == 0:
-            weight, *diagonals = parameters
-            y = reference_forward(x, numbers(weight), *diagonals, self.geometry)
+            weight, scale_in, scale_out = parameters
+            y = reference_forward(x, numbers(weight), scale_in, scale_out, self.geometry)
             return y if bias is None else y + bias
         by_triton = backend == "triton"
         merge = merge_stages_triton if by_triton else merge_stages
