@@ -131,13 +131,13 @@ def test_options_are_those_of_the_code():
 
 
 def test_pages_name_options_that_exist():
-    known = set(re.findall(r"`(--[a-z-]+)`", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"))) | {
+    known = set(re.findall(r"`(--[a-z0-9-]+)`", (ROOT / "docs" / "options.md").read_text(encoding="utf-8"))) | {
         "--version",
         "--help",
     }
     ours = [README, *(page for page in ROOT.glob("docs/*.md") if page.name not in ("results.md", "deploy.md"))]
     for page in ours:
-        found = set(re.findall(r"`(--[a-z-]+)", page.read_text(encoding="utf-8")))
+        found = set(re.findall(r"`(--[a-z0-9-]+)", page.read_text(encoding="utf-8")))
         assert found <= known, page.name
 
 
