@@ -212,14 +212,6 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
 
         return {} if self.quantization_config.int8 is None else {"deserialize": TorchAoDeserialize}
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        """What ``save_pretrained`` writes: int8 parameters in their parts.
-
-        Raises:
-            CheckpointError: when something else than ``quantize_`` has quantised the model.
-        """
-        return stored_form(model, self.quantization_config.int8)
-
     def update_parallel_plan(self, model: nn.Module, plan: dict[str, str]) -> None:
         """Drop the entries of replaced layers, which cannot be sharded by rows or columns.
 
@@ -249,12 +241,19 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
         close_(model)
         return model
 
-    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[None, dict[str, str]]:
-        """Have the layer map say what the layers are when they are saved: merging an adapter adds to the rank of one."""
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Have the layer map say what the layers are when they are saved: merging an adapter adds to the rank of one.
+
+        Returns:
+            int8 parameters in their parts, among all others, and what is said about them; None where there are none.
+
+        Raises:
+            CheckpointError: when something else than ``quantize_`` has quantised the model.
+        """
         for entry, spec, _, layer in self._replaced(model):
             now = replace(spec, design=layer.design, bias=layer.held_bias is not None)
             self.quantization_config.layers[entry] = now.to_json()
-        return None, {}
+        return stored_form(model, self.quantization_config.int8)
 
     def _replaced(self, model: nn.Module) -> list[tuple[str, LayerSpec, str, SPMLinear]]:
         """The SPM layers of a model: name and entry in the layer map, name and module in the model."""
