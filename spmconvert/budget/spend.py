@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
+from itertools import zip_longest
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from spmconvert.budget.curves import (
     known_curves,
     measure_low_rank,
     measure_terms,
+    measure_terms_together,
     spread_responses,
 )
 from spmconvert.budget.response import (
@@ -37,6 +39,7 @@ from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.errors import OptionError
+from spmconvert.fit.batches import in_batches, may_batch
 from spmconvert.model.chain import Chain
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.lowrank import LowRank
@@ -72,6 +75,7 @@ class Spending:
         watch: told how it gets on.
         team: who measures.
         together: has everybody do a kind of ``work`` on an argument, which is for all of them.
+        batch: layers that are fitted together, in place of what ``fit/batches`` finds for the device.
     """
 
     source: Checkpoint
@@ -87,11 +91,12 @@ class Spending:
     watch: Watch
     team: Team = ALONE
     together: Callable[[str, Any], None] | None = None
+    batch: int | None = None
 
     @property
     def work(self) -> dict[str, Callable[[Any], None]]:
         """What processes divide: each takes its share of a list, and keeps what it finds in the cache."""
-        return {"low rank": self._low_rank, "terms": self._terms, "responses": self._responses}
+        return {"low rank": self._low_rank, "terms": self._terms, "batches": self._batches, "responses": self._responses}
 
     def choose(self) -> "Spent":
         """Choose the designs of all layers.
@@ -120,8 +125,11 @@ class Spending:
             self._measure_response(curves)
 
         def measure(trials: Sequence[Trial]) -> None:
-            missing = [(curve.layer, [d for d in designs if not curve.knows(d)]) for curve, designs in trials]
-            self._do("terms", [(layer, designs) for layer, designs in missing if designs])
+            if may_batch(self.device, self.batch):
+                self._measure_in_batches(trials)
+            else:
+                missing = [(curve.layer, [d for d in designs if not curve.knows(d)]) for curve, designs in trials]
+                self._do("terms", [(layer, designs) for layer, designs in missing if designs])
             curves.read_again()
 
         if whole is None:
@@ -160,6 +168,26 @@ class Spending:
         for done, (layer, designs) in enumerate(share, start=1):
             measure_terms(cache, layer, designs, self._subject)
             self.watch.measured(layer.target.name, done, len(share))
+
+    def _measure_in_batches(self, trials: Sequence[Trial]) -> None:
+        """Measure what is not known, one design a layer at a time: no two processes may write the file of a layer.
+
+        Batches are formed from known designs, too, so that a run that goes on from another one forms the same.
+        """
+        for wave in zip_longest(*([(curve, design) for design in designs] for curve, designs in trials)):
+            tried = [trial for trial in wave if trial is not None]
+            batches = in_batches(tried, lambda trial: trial[1], self.device, self.batch)
+            missing = [batch for batch in batches if not all(curve.knows(design) for curve, design in batch)]
+            self._do("batches", [[(curve.layer, design) for curve, design in batch] for batch in missing])
+
+    def _batches(self, batches: Sequence[Sequence[tuple[LayerPlan, Design]]]) -> None:
+        share, cache = self.team.share(batches), self._cache
+        total, done = sum(map(len, share)), 0
+        for batch in share:
+            measure_terms_together(cache, batch, self._subject)
+            for layer, _ in batch:
+                done += 1
+                self.watch.measured(layer.target.name, done, total)
 
     def _responses(self, layers: Sequence[LayerPlan]) -> None:
         share, cache = self.team.share(layers), self._cache

@@ -22,7 +22,7 @@ from torch import Tensor
 from spmconvert.fit.aim import Aim, Errors, FitResult, Solving, begin
 from spmconvert.fit.batched_lbfgs import BatchedLBFGS
 from spmconvert.fit.batched_problem import BatchedProblem, signature
-from spmconvert.fit.solver import BURST, LEAST_GAIN, LOSS_SCALE, STEP_SIZE, shares
+from spmconvert.fit.solver import BURST, LEAST_GAIN, LOSS_SCALE, STEP_SIZE, shares, solve_
 
 # Adam as torch has it: decays of both moments, and what is added to the root of the second
 DECAYS, EPSILON = (0.9, 0.999), 1e-8
@@ -76,7 +76,8 @@ def fit_batch_(aims: Sequence[Aim], *, iterations: int = 300) -> list[FitResult]
     for places in groups.values():
         members = [solving for place in places if isinstance(solving := begun[place], Solving)]
         with torch.enable_grad():
-            done.update(zip(places, _solve_together(members, iterations), strict=True))
+            found = _solve_together(members, iterations) if len(members) > 1 else [solve_(members[0], iterations)]
+        done.update(zip(places, found, strict=True))
     errors = [one if isinstance(one, Errors) else one.finish(done[place]) for place, one in enumerate(begun)]
     seconds = (time.perf_counter() - began) / len(aims)
     return [aim.finish(own, seconds) for aim, own in zip(aims, errors, strict=True)]

@@ -68,12 +68,16 @@ def fit_(
         FitError: when weight or statistics are not finite.
         OptionError: when the layer is not float32.
     """
-    aim = Aim(layer, weight, bias, statistics, seed, metric, root)
+    return fit_aim_(Aim(layer, weight, bias, statistics, seed, metric, root), iterations=iterations)
+
+
+def fit_aim_(aim: Aim, *, iterations: int) -> FitResult:
+    """``fit_`` with its arguments in one piece."""
     began = time.perf_counter()
     solving = begin(aim, iterations)
     if isinstance(solving, Solving):
         with torch.enable_grad():
-            done = _solve(solving, iterations)
+            done = solve_(solving, iterations)
         solving = solving.finish(done)
     return aim.finish(solving, time.perf_counter() - began)
 
@@ -87,7 +91,7 @@ def shares(solving: Solving, iterations: int) -> tuple[int, int]:
     return (0 if near else iterations - polish), polish
 
 
-def _solve(solving: Solving, iterations: int) -> int:
+def solve_(solving: Solving, iterations: int) -> int:
     """Run the solver; returns its iterations."""
     problem, best = solving.problem, solving.best
     steps, polish = shares(solving, iterations)
