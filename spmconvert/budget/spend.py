@@ -8,12 +8,12 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
-from itertools import zip_longest
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
+from spmconvert.budget.batches import waves_of
 from spmconvert.budget.cache import RESPONSE, CacheIdentity, CurveCache, write_part
 from spmconvert.budget.candidates import Subject
 from spmconvert.budget.curves import (
@@ -39,7 +39,7 @@ from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.errors import OptionError
-from spmconvert.fit.batches import in_batches, may_batch
+from spmconvert.fit.batches import may_batch
 from spmconvert.model.chain import Chain
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.lowrank import LowRank
@@ -126,7 +126,8 @@ class Spending:
 
         def measure(trials: Sequence[Trial]) -> None:
             if may_batch(self.device, self.batch):
-                self._measure_in_batches(trials)
+                for wave in waves_of(trials, self.device, self.batch):
+                    self._do("batches", [[(curve.layer, design) for curve, design in batch] for batch in wave])
             else:
                 missing = [(curve.layer, [d for d in designs if not curve.knows(d)]) for curve, designs in trials]
                 self._do("terms", [(layer, designs) for layer, designs in missing if designs])
@@ -168,17 +169,6 @@ class Spending:
         for done, (layer, designs) in enumerate(share, start=1):
             measure_terms(cache, layer, designs, self._subject)
             self.watch.measured(layer.target.name, done, len(share))
-
-    def _measure_in_batches(self, trials: Sequence[Trial]) -> None:
-        """Measure what is not known, one design a layer at a time: no two processes may write the file of a layer.
-
-        Batches are formed from known designs, too, so that a run that goes on from another one forms the same.
-        """
-        for wave in zip_longest(*([(curve, design) for design in designs] for curve, designs in trials)):
-            tried = [trial for trial in wave if trial is not None]
-            batches = in_batches(tried, lambda trial: trial[1], self.device, self.batch)
-            missing = [batch for batch in batches if not all(curve.knows(design) for curve, design in batch)]
-            self._do("batches", [[(curve.layer, design) for curve, design in batch] for batch in missing])
 
     def _batches(self, batches: Sequence[Sequence[tuple[LayerPlan, Design]]]) -> None:
         share, cache = self.team.share(batches), self._cache
