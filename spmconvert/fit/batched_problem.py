@@ -1,8 +1,6 @@
 """The least-squares problems of several layers with the same free terms, as one: all tensors have a first axis of members.
 
-Free terms are computed by ``torch.func.vmap`` over their ordinary ``forward``, which for SPM stages is the merged form as
-plain tensor operations; a Triton kernel cannot be mapped over, and layers that ask for one are refused. Everything else of
-``Problem`` is written for batches here.
+What free terms make of the rows is in ``batched_terms``; everything else of ``Problem`` is written for batches here.
 
 Low rank may have another rank in every member: bases are as wide as the widest, with columns of zeros behind the others'
 own. Their columns are made orthonormal by Cholesky factors of their Gram matrices, in float64 and twice, since the QR of
@@ -11,66 +9,16 @@ singular for that get a QR.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.func import functional_call, vmap
 
 from spmconvert.calibrate.metric import OutputMetric, StackedRoots
-from spmconvert.errors import BackendError
+from spmconvert.fit.batched_terms import StackedTerm
 from spmconvert.fit.problem import DUPLICATION_PENALTY, SETTLING_STEPS, Problem
-from spmconvert.operator.terms.module import TermModule
 
 # a column whose part apart from those before it is a smaller share of it than this takes a QR
 DEPENDENT = 1e-7
-
-
-@dataclass(frozen=True)
-class _Free:
-    """One free term of all members.
-
-    Attributes:
-        module: the first member's, for what it computes.
-        names: its unknowns, in order.
-        shapes: theirs.
-        held: what else it holds, by name, [members, ...].
-    """
-
-    module: TermModule
-    names: tuple[str, ...]
-    shapes: tuple[torch.Size, ...]
-    held: dict[str, Tensor]
-
-    @classmethod
-    def of(cls, modules: Sequence[TermModule]) -> "_Free":
-        """The same term of every member."""
-        first = modules[0]
-        backends = {getattr(module, "backend", "auto") for module in first.modules()}
-        if "triton" in backends:
-            raise BackendError(
-                "a batch of layers is fitted through the merged form, and one of them asks for triton; use backend auto, "
-                "or fit it alone"
-            )
-        unknowns = [parameter for parameter, _ in first.unknowns()]
-        known = {id(parameter): name for name, parameter in first.named_parameters()}
-        names = tuple(known[id(parameter)] for parameter in unknowns)
-        holders = [dict((*module.named_parameters(), *module.named_buffers())) for module in modules]
-        held = {name: torch.stack([own[name].detach() for own in holders]) for name in holders[0] if name not in names}
-        return cls(first, names, tuple(parameter.shape for parameter in unknowns), held)
-
-    def outputs(self, values: Sequence[Tensor], rows: Tensor) -> Tensor:
-        """What every member's term makes of its rows [members, rows, in_features]."""
-        parameters = {
-            name: value.unflatten(1, shape) for name, value, shape in zip(self.names, values, self.shapes, strict=True)
-        }
-
-        def one(parameters: dict[str, Tensor], held: dict[str, Tensor], rows: Tensor) -> Tensor:
-            y: Tensor = functional_call(self.module, {**parameters, **held}, (rows,))
-            return y
-
-        y: Tensor = vmap(one)(parameters, self.held, rows)
-        return y
 
 
 class BatchedProblem:
@@ -86,7 +34,6 @@ class BatchedProblem:
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
-        self._problems = problems
         self._roots = _stacked_roots(problems)
         self._rows = torch.stack([problem.rows for problem in problems])
         self._target = torch.stack([problem.target for problem in problems])
@@ -95,15 +42,11 @@ class BatchedProblem:
             problem.rows, problem.target = rows, target
         self._weighted_target = self._weighted(self._target)
         self._zero = torch.stack([problem.zero for problem in problems])
-        self._free = [_Free.of(modules) for modules in zip(*(problem.free for problem in problems), strict=True)]
-        self._sizes = [parameter.numel() for parameter in problems[0].parameters]
-        self.start = torch.stack([flat(problem.parameters) for problem in problems])
-        self.step_sizes = torch.stack([self._steps_of(problem) for problem in problems])
+        self._terms = [StackedTerm.of(modules) for modules in zip(*(problem.free for problem in problems), strict=True)]
+        self._sizes = [term.size for term in self._terms]
+        self.start = torch.cat([term.start() for term in self._terms], dim=1)
+        self.step_sizes = torch.cat([term.step_sizes() for term in self._terms], dim=1)
         self.basis, self._is_own = _stacked_bases(problems)
-
-    def _steps_of(self, problem: Problem) -> Tensor:
-        sizes = [size for module in problem.free for _, size in module.unknowns()]
-        return self.start.new_tensor(sizes).repeat_interleave(torch.tensor(self._sizes, device=self.start.device))
 
     def losses(self, values: Tensor, *, follow: bool = False) -> Tensor:
         """``Problem.loss`` of every member, [members], for unknowns [members, unknowns]."""
@@ -130,23 +73,19 @@ class BatchedProblem:
 
     def point(self, member: int, values: Tensor, basis: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         """Unknowns and basis of all members as one member's own problem has them."""
-        problem = self._problems[member]
         parts = values[member].split(self._sizes)
-        own = [part.view_as(parameter).clone() for part, parameter in zip(parts, problem.parameters, strict=True)]
-        if basis is None or problem.basis is None:
+        own = [tensor for term, part in zip(self._terms, parts, strict=True) for tensor in term.own(member, part)]
+        if basis is None:
             return own, None
-        return own, basis[member, :, : problem.basis.shape[1]].contiguous()
+        return own, basis[member, :, self._is_own[member]].contiguous()
 
     def _output(self, values: Tensor) -> Tensor:
         """Weighted outputs of the free terms, [members, rows, out_features]."""
-        parts = list(values.split(self._sizes, dim=1))
-        total: Tensor | None = None
-        for free in self._free:
-            own, parts = parts[: len(free.names)], parts[len(free.names) :]
-            output = free.outputs(own, self._rows)
-            total = output if total is None else total + output
-        assert total is not None
-        return self._weighted(total)
+        parts = values.split(self._sizes, dim=1)
+        first, *others = (term.outputs(part, self._rows) for term, part in zip(self._terms, parts, strict=True))
+        for output in others:
+            first = first + output
+        return self._weighted(first)
 
     def _weighted(self, outputs: Tensor) -> Tensor:
         return outputs if self._roots is None else self._roots.of(outputs)
@@ -159,7 +98,7 @@ def signature(problem: Problem) -> tuple[object, ...]:
     """What problems must have in common to be solved together."""
     metric = problem.wanted.metric
     directions = len(metric.values) if isinstance(metric, OutputMetric) else None
-    terms = tuple(module.term for module in problem.free)
+    terms = tuple(module.term.batch_form() for module in problem.free)
     # another norm than the one that is known how to stack
     other = id(metric) if metric is not None and directions is None else None
     return terms, problem.basis is None, directions, other, problem.rows.shape, problem.target.shape
@@ -184,11 +123,6 @@ def orthonormal(columns: Tensor, is_own: Tensor) -> Tensor:
     if singular.any():
         result[singular] = torch.linalg.qr(columns[singular])[0] * is_own[singular][:, None]
     return result
-
-
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All numbers of tensors in one row."""
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def _stacked_roots(problems: Sequence[Problem]) -> StackedRoots | None:

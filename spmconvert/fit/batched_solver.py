@@ -52,7 +52,7 @@ class _Best:
 
 
 def fit_batch_(aims: Sequence[Aim], *, iterations: int = 300) -> list[FitResult]:
-    """Fit float32 layers in place, biases included; those that can be are solved together.
+    """Fit float32 layers in place, biases included; those with terms of the same ``batch_form`` are solved together.
 
     Args:
         aims: what is fitted; layers of one shape on one device.

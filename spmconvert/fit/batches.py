@@ -1,4 +1,4 @@
-"""Which layers are fitted together: those of one shape and the same terms but for low rank's rank, on a GPU.
+"""Which layers are fitted together: those of one shape and the same terms, but for ranks, on a GPU.
 
 A batch rounds by who is in it, so batches are formed from all that a run fits and never from what is missing, a run keeps
 them for those that go on from it (``stored``), and all of several processes take those of the first. How many fit into
@@ -52,8 +52,7 @@ def may_batch(device: str, size: int | None = None) -> bool:
 
 def shape_of(design: Design) -> tuple[object, ...]:
     """What layers have in common that can be solved together."""
-    terms = tuple(term if term.kind != "lowrank" else term.kind for term in design.terms)
-    return design.in_features, design.out_features, terms
+    return design.in_features, design.out_features, tuple(term.batch_form() for term in design.terms)
 
 
 def members_that_fit(design: Design, device: str) -> int:

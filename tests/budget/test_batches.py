@@ -10,7 +10,7 @@ from tests.support import QUICK, files_of
 
 
 def test_a_budget_in_batches_chooses_the_same_and_goes_on_with_what_is_known(checkpoints, text, tmp_path, monkeypatch):
-    given = {**QUICK, "calib": text, "keep": 0.5, "structures": "spm,lowrank", "fit.sequential": False}
+    given = {**QUICK, "calib": text, "keep": 0.5, "structures": "monarch,sparse24,lowrank", "fit.sequential": False}
     given |= {"budget.allow_slower": True, "budget.iterations": 8}
     monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "alone-cache"))
     alone = spmconvert.convert(checkpoints["llama"], tmp_path / "alone", **given)
@@ -46,10 +46,8 @@ def test_a_budget_in_batches_chooses_the_same_and_goes_on_with_what_is_known(che
     assert stopped
     spmconvert.convert(checkpoints["llama"], tmp_path / "parts", resume=True, **given)
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "together")
-    parts = [
-        {file.name: file.read_bytes() for file in (tmp_path / place / "curves").iterdir()}
-        for place in ("cache", "other-cache")
-    ]
+    places = (tmp_path / "cache" / "curves", tmp_path / "other-cache" / "curves")
+    kept = [{file.name: file.read_bytes() for file in place.iterdir()} for place in places]
     assert kept[0] == kept[1]
 
     # all is known

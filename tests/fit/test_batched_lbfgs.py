@@ -5,7 +5,7 @@ import torch
 
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.fit.batched_lbfgs import BatchedLBFGS
-from spmconvert.fit.batched_problem import BatchedProblem, flat
+from spmconvert.fit.batched_problem import BatchedProblem
 from spmconvert.fit.line_search import MOST_TRIES, Point, cubic_minimum, strong_wolfe
 from spmconvert.fit.problem import Problem
 from spmconvert.operator.design import Design
@@ -141,6 +141,10 @@ def test_a_member_that_is_no_number_leaves_the_others_alone():
     torch.testing.assert_close(ends[0][0], by_torch(of(0), starts[0], 1, 10)[0][0], rtol=1e-6, atol=1e-6)
     assert torch.equal(ends[0][1], starts[1])
     assert len(asked) < 2 * MOST_TRIES
+
+
+def flat(tensors):
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 DESIGNS = {

@@ -8,10 +8,11 @@ import torch
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.errors import BackendError, FitError, OptionError
-from spmconvert.fit import batched_problem, batched_solver
+from spmconvert.fit import batched_solver
 from spmconvert.fit.aim import Aim
 from spmconvert.fit.batched_problem import orthonormal
 from spmconvert.fit.batched_solver import fit_batch_
+from spmconvert.fit.batched_terms import StackedTerm
 from spmconvert.fit.solver import fit_aim_
 from spmconvert.operator.design import Design
 from spmconvert.operator.linear import SPMLinear
@@ -104,6 +105,35 @@ def test_members_may_have_low_rank_of_several_ranks_and_some_a_metric():
     assert_same_fits(make, 24)
 
 
+def test_members_may_have_monarch_of_several_ranks():
+    def make(**options):
+        terms = [
+            [{**DESIGNS["monarch"][0], "rank": 4 - place}, {"kind": "lowrank", "rank": 1 + place}]
+            for place in range(MEMBERS)
+        ]
+        return [
+            replace(aim, layer=built(own)) for aim, own in zip(aims_of(DESIGNS["monarch"], **options), terms, strict=True)
+        ]
+
+    assert_same_fits(make, 24)
+
+
+def test_padding_takes_no_part_and_stays_zero():
+    modules = [built([{**DESIGNS["monarch"][0], "rank": rank}]).monarch for rank in (2, 5)]
+    stacked = StackedTerm.of(modules)
+    values = stacked.start().requires_grad_()
+    rows = inputs(24)[:50]
+    outputs = stacked.outputs(values, rows.expand(2, -1, -1))
+    for output, module in zip(outputs, modules, strict=True):
+        torch.testing.assert_close(output, module.reference(rows), rtol=1e-4, atol=1e-5)
+    (gradient,) = torch.autograd.grad(outputs.square().sum(), values)
+    assert not gradient[0][values[0] == 0].any()
+    assert (values[0] == 0).sum() == 3 * modules[0].term.parameter_count() // 2
+    for member, module in enumerate(modules):
+        own = stacked.own(member, values[member].detach())
+        assert all(map(torch.equal, own, (module.first, module.second)))
+
+
 def test_zero_weights_and_exact_starts_are_left_out_and_keep_their_places():
     weight = planted(24)
     statistics = ActivationStatistics.of(inputs(24))
@@ -176,7 +206,7 @@ def test_what_cannot_be_fitted_is_refused():
         # a start and its errors are made by any backend
         layer.spm.backend = "triton"
     with pytest.raises(BackendError, match="merged form"):
-        batched_problem._Free.of([layer.spm for layer in layers])
+        StackedTerm.of([layer.spm for layer in layers])
 
 
 def test_orthonormal_columns_span_what_they_are_made_of():

@@ -9,7 +9,7 @@ are trained further: a weighted fit leaves them orders of magnitude apart, and a
 start.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -45,6 +45,10 @@ class LowRank(Term):
     def parameter_count(self) -> int:
         """Both factors."""
         return self.rank * (self.in_features + self.out_features)
+
+    def batch_form(self) -> "LowRank":
+        """Of any rank: a solver eliminates it."""
+        return replace(self, rank=1)
 
     def flops_per_token(self) -> int:
         """Two products."""

@@ -119,6 +119,17 @@ class TermModule(Keeper):
         """Take parameters that a solver may start from, the same for the same seed on any machine; for all others."""
         raise NotImplementedError(f"a {self.term.kind} term has no closed form, and defines no start_ for a solver")
 
+    def padded(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """Tensors of the unknowns, by name, in the sizes of a larger term of the same ``batch_form``.
+
+        What is added is zeros, to which neither outputs nor gradients are due.
+        """
+        return tensors
+
+    def cut(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """The inverse."""
+        return tensors
+
     def unknowns(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that a solver changes, each with the size that its steps are relative to."""
         return [(parameter, root_mean_square(parameter)) for parameter in self.parameters()]

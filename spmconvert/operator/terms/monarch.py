@@ -18,11 +18,12 @@ and 0.104 on 384 -> 384 (query) where that leaves 0.117, but 0.165 on 384 -> 153
 blocks, each over all outputs, is the best of the designs in all three, and fewer, larger blocks are better than many small.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from spmconvert.errors import OptionError
 from spmconvert.operator.blockwise import Blocks, between, fit_blocks
@@ -77,6 +78,10 @@ class Monarch(Term):
     def parameter_count(self) -> int:
         """Both factors of every block."""
         return self.rank * (self.blocks_in * self.out_features + self.blocks_out * self.in_features)
+
+    def batch_form(self) -> "Monarch":
+        """Of any rank."""
+        return replace(self, rank=1)
 
     def flops_per_token(self) -> int:
         """Two products."""
@@ -200,6 +205,21 @@ class MonarchModule(TermModule):
         """The factors on the outputs' side."""
         return self.second
 
+    def padded(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """With ranks of zeros in both factors behind the others: what one makes of inputs the other takes nothing of."""
+        missing = _rank_of(term) - self.term.rank
+        first = tensors["first"].unflatten(1, (self.term.rank, self.term.blocks_out))
+        second = tensors["second"].unflatten(2, (self.term.blocks_in, self.term.rank))
+        first = pad(first, (0, 0, 0, 0, 0, missing))
+        return {"first": first.flatten(1, 2), "second": pad(second, (0, missing)).flatten(2)}
+
+    def cut(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """Without the ranks that were added."""
+        rank = _rank_of(term)
+        first = tensors["first"].unflatten(1, (rank, self.term.blocks_out))[:, : self.term.rank]
+        second = tensors["second"].unflatten(2, (self.term.blocks_in, rank))[..., : self.term.rank]
+        return {"first": first.flatten(1, 2), "second": second.flatten(2)}
+
     @torch.no_grad()
     def start_(self, problem: LeastSquares, seed: int) -> None:
         """Block coordinate descent; the same for every seed."""
@@ -214,3 +234,8 @@ class MonarchModule(TermModule):
         ratio = ratio.where(ratio.isfinite() & (ratio > 0), 1.0)
         self.first.copy_((blocks.first / ratio[..., None]).flatten(1, 2))
         self.second.copy_((blocks.second * ratio.permute(2, 0, 1)[:, None]).flatten(2))
+
+
+def _rank_of(term: Term) -> int:
+    assert isinstance(term, Monarch)
+    return term.rank
