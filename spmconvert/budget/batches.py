@@ -1,8 +1,7 @@
 """Which candidates are measured together on a GPU, and in which order, so that no two processes write one layer's file.
 
-Batches are formed from known designs, too, so that a search that goes on from another one forms the same. What it gives
-up: a search asks for few designs at a time, and gives layers terms of the sizes that suit their costs, so many a batch has
-one member.
+Batches are formed from known designs, too, so that a search that goes on from another one and asks for the same forms the
+same. What it gives up: forms are tried on two layers of a shape before they go on to the others, so many batches are small.
 """
 
 from collections.abc import Sequence

@@ -76,14 +76,14 @@ def fit_batch_(aims: Sequence[Aim], *, iterations: int = 300) -> list[FitResult]
     for places in groups.values():
         members = [solving for place in places if isinstance(solving := begun[place], Solving)]
         with torch.enable_grad():
-            found = _solve_together(members, iterations) if len(members) > 1 else [solve_(members[0], iterations)]
+            found = solve_together_(members, iterations) if len(members) > 1 else [solve_(members[0], iterations)]
         done.update(zip(places, found, strict=True))
     errors = [one if isinstance(one, Errors) else one.finish(done[place]) for place, one in enumerate(begun)]
     seconds = (time.perf_counter() - began) / len(aims)
     return [aim.finish(own, seconds) for aim, own in zip(aims, errors, strict=True)]
 
 
-def _solve_together(solving: Sequence[Solving], iterations: int) -> list[int]:
+def solve_together_(solving: Sequence[Solving], iterations: int) -> list[int]:
     """Run the solver on all members, and take their best points to them; returns everyone's iterations."""
     problem = BatchedProblem([one.problem for one in solving])
     best = _Best(problem, solving)

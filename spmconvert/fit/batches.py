@@ -60,6 +60,8 @@ def members_that_fit(design: Design, device: str) -> int:
     if not may_batch(device):
         return 1
     free, _ = torch.cuda.mem_get_info(torch.device(device))
+    # what torch holds without using it is free, too
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return power_of_two(min(MOST_MEMBERS, int(MEMORY_SHARE * free) // member_bytes(design)))
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -129,11 +129,12 @@ def fit_layer(
 
 def fit_layers(
     layers: Sequence[tuple[LayerPlan, Tensor, Tensor | None, Moments | None]], *, iterations: int, seed: int
-) -> list[tuple[SPMLinear, LayerRecord]]:
-    """The same for layers of one shape that are solved together; the arguments of each as above."""
+) -> Iterator[tuple[SPMLinear, LayerRecord]]:
+    """The same for layers of one shape that are solved together, one by one; the arguments of each as above."""
     works = [_Work.of(*layer, seed=seed) for layer in layers]
     results = fit_batch_([work.aim for work in works], iterations=iterations)
-    return [work.finished(result) for work, result in zip(works, results, strict=True)]
+    for work, result in zip(works, results, strict=True):
+        yield work.finished(result)
 
 
 @dataclass(frozen=True)
