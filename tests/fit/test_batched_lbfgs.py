@@ -6,7 +6,7 @@ import torch
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.fit.batched_lbfgs import BatchedLBFGS
 from spmconvert.fit.batched_problem import BatchedProblem
-from spmconvert.fit.line_search import MOST_TRIES, Point, cubic_minimum, strong_wolfe
+from spmconvert.fit.line_search import MOST_TRIES, Point, _trial, cubic_minimum, strong_wolfe
 from spmconvert.fit.problem import Problem
 from spmconvert.operator.design import Design
 from spmconvert.operator.factors import covariance_root
@@ -250,3 +250,15 @@ def test_a_bracket_of_one_point_has_a_middle():
     assert cubic_minimum(Point(1.0, 0.0, -1.0), Point(1.0, 0.0, 1.0), 0.0, 3.0) == 1.5
     assert cubic_minimum(Point(0.0, 0.0, -1.0), Point(2.0, 0.0, 1.0), 0.0, 2.0) == 1.0
     assert cubic_minimum(Point(2.0, 0.0, 1.0), Point(0.0, 0.0, -1.0), 0.0, 2.0) == 1.0
+
+
+def test_a_trial_is_not_near_an_end_of_the_bracket_twice():
+    # least at 0.25, which is no end; then at 0.05, which is near one and is moved to a tenth of the bracket the next time
+    middle, near = (
+        [Point(0.0, least**2, -2 * least), Point(1.0, (1 - least) ** 2, 2 - 2 * least)] for least in (0.25, 0.05)
+    )
+    assert _trial(middle, True) == (pytest.approx(0.25), False)
+    assert _trial(near, False) == (pytest.approx(0.05), True)
+    assert _trial(near, True) == (pytest.approx(0.1), False)
+    # beyond the bracket, at once
+    assert _trial([Point(0.0, 0.0, 1.0), Point(1.0, 1.5, 2.0)], False) == (pytest.approx(0.1), False)
