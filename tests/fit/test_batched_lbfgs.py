@@ -262,3 +262,25 @@ def test_a_trial_is_not_near_an_end_of_the_bracket_twice():
     assert _trial(near, True) == (pytest.approx(0.1), False)
     # beyond the bracket, at once
     assert _trial([Point(0.0, 0.0, 1.0), Point(1.0, 1.5, 2.0)], False) == (pytest.approx(0.1), False)
+
+
+def test_a_member_that_waits_for_the_end_of_a_burst_goes_on_from_its_own_last_move():
+    """The first one is out of evaluations while the second one still has iterations."""
+    steep, start = valleys(1)
+    centre = torch.linspace(1, 2, UNKNOWNS, dtype=torch.float64)
+    easy = lambda x: ((x - centre).square() * (1 + centre)).sum(-1) + (x - centre).pow(4).sum(-1)  # noqa: E731
+    starts = torch.cat([start, torch.zeros_like(start)])
+    ends, _ = together(lambda values: torch.stack([steep(0)(values[0]), easy(values[1])]), starts, 3, 10)
+    for member, loss in enumerate((steep(0), easy)):
+        for found, expected in zip(ends, by_torch(loss, starts[member], 3, 10)[0], strict=True):
+            torch.testing.assert_close(found[member], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_every_member_gets_its_own_columns_back():
+    problems = [real_problem([DESIGNS["stages"][0], {"kind": "lowrank", "rank": rank}]) for rank in (2, 5)]
+    bases = [problem.basis for problem in problems]
+    batch = BatchedProblem(problems)
+    for member, (problem, basis) in enumerate(zip(problems, bases, strict=True)):
+        values, found = batch.point(member, batch.start, batch.basis)
+        assert torch.equal(found, basis)
+        assert all(map(torch.equal, values, problem.parameters))
