@@ -5,7 +5,9 @@ from typing import Any, Protocol
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.errors import UnsupportedLayerError
 from spmconvert.exporting.comparison import Comparison
+from spmconvert.model.opening import opened_names
 from spmconvert.version import __version__
 
 
@@ -41,6 +43,21 @@ class Form(Protocol):
             FitError: when it is not the same.
         """
         ...
+
+
+def refuse_opened(converted: Converted, why: str) -> None:
+    """Refuse layers of experts and of recurrences, which only run in the modules that spmconvert opened for them.
+
+    Raises:
+        UnsupportedLayerError: when there is one.
+    """
+    opened = sorted(opened_names(converted.layers))
+    if opened:
+        more = f" and {len(opened) - 1} more" if len(opened) > 1 else ""
+        raise UnsupportedLayerError(
+            f"{opened[0]}{more}: experts or recurrences with converted layers, {why}; export with --format dense, which "
+            "fuses them again, or load the checkpoint with import spmconvert"
+        )
 
 
 def add_companions(converted: Converted, target: OutputDirectory) -> None:

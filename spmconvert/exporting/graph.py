@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.data.tokens import keeps_cache, reads_tokens
-from spmconvert.errors import BackendError, UnsupportedLayerError, first_line
+from spmconvert.errors import BackendError, FitError, UnsupportedLayerError, first_line
 from spmconvert.exporting.comparison import TOLERANCE, Comparison, checked, sample_batch
 from spmconvert.exporting.frozen import freeze_
 from spmconvert.exporting.sentences import with_sentence_modules
@@ -31,6 +31,8 @@ from spmconvert.outputs.probe import token_rows_batch
 Batch = dict[str, Tensor]
 # rows and tokens of batches that a graph of tokens is compared on, beside the one that it is recorded on
 COMPARED = ((3, 7), (1, 11))
+# why opened modules are no part of a graph
+COUNTED = "which take tokens one by one or by their number, and a graph would hold that of one batch"
 
 
 class NamedOutputs(nn.Module):
@@ -106,14 +108,19 @@ class Recorded:
             by: what runs it, in words.
 
         Raises:
-            FitError: when an output differs.
+            FitError: when an output differs, or the graph does not run.
         """
         dtype = next(iter(self.expected[0].values())).dtype
         limit = TOLERANCE.get(dtype, max(TOLERANCE.values()))
         worst = Comparison(0.0, limit, "")
         for batch, expected in zip(self.batches, self.expected, strict=True):
-            found = run(batch)
             sizes = " x ".join(str(size) for size in next(iter(batch.values())).shape)
+            try:
+                found = run(batch)
+            except Exception as error:
+                raise FitError(
+                    f"the graph does not run on {sizes} by {by}: {first_line(error)}; use another format"
+                ) from error
             for name, value in expected.items():
                 mask = real_mask(batch, value)
                 own, other = (each.float() if mask is None else each[mask].float() for each in (value, found[name]))

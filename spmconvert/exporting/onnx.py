@@ -14,8 +14,8 @@ import torch
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import BackendError
-from spmconvert.exporting.form import Written, add_companions, card, plain_config
-from spmconvert.exporting.graph import Batch, Recorded, recorded_bytes
+from spmconvert.exporting.form import Written, add_companions, card, plain_config, refuse_opened
+from spmconvert.exporting.graph import COUNTED, Batch, Recorded, recorded_bytes
 
 FILE = "model.onnx"
 # protobuf ends at two
@@ -37,6 +37,7 @@ class Onnx:
 
     Raises:
         BackendError: when a package is missing.
+        UnsupportedLayerError: when layers are those of experts or of a recurrence.
     """
 
     def __init__(self, converted: Converted) -> None:
@@ -45,6 +46,7 @@ class Onnx:
             import onnxruntime  # noqa: F401
         except ImportError as error:
             raise BackendError(f"{error.name} is not installed; pip install 'spmconvert[onnx]'") from None
+        refuse_opened(converted, COUNTED)
         self.converted = converted
 
     @property

@@ -26,11 +26,10 @@ from spmconvert.checkpoint.names import resolve_name
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import CheckpointError, UnsupportedLayerError
 from spmconvert.exporting.comparison import compare_loaded
-from spmconvert.exporting.form import Written, add_companions, card, plain_config
+from spmconvert.exporting.form import Written, add_companions, card, plain_config, refuse_opened
 from spmconvert.exporting.source import bundled
 from spmconvert.model.architecture import load_config, model_class, skeleton
 from spmconvert.model.loading import load
-from spmconvert.model.opening import opened_names
 from spmconvert.model.portable import FOREIGN, PortableConfig, PortableModel
 from spmconvert.operator.plain import PlainMonarch, PlainSparse24, PlainStages, PlainWrapped24, plain_lowrank
 from spmconvert.operator.terms.term import Term
@@ -68,12 +67,7 @@ class Portable:
 
     def __init__(self, converted: Converted) -> None:
         self.converted = converted
-        opened = sorted(opened_names(converted.layers))
-        if opened:
-            raise UnsupportedLayerError(
-                f"{opened[0]} and {len(opened) - 1} more are experts or recurrences, which {MODULE}.py has no code for; "
-                "export with --format dense, or load the checkpoint with import spmconvert"
-            )
+        refuse_opened(converted, f"which {MODULE}.py has no code for")
         self.layers = {name: _entry(name, spec) for name, spec in converted.layers.items()}
 
     @property

@@ -9,8 +9,8 @@ import torch
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.writer import OutputDirectory
-from spmconvert.exporting.form import Written, add_companions, card, plain_config
-from spmconvert.exporting.graph import Batch, Recorded, recorded_bytes
+from spmconvert.exporting.form import Written, add_companions, card, plain_config, refuse_opened
+from spmconvert.exporting.graph import COUNTED, Batch, Recorded, recorded_bytes
 
 FILE = "model.pt2"
 _CARD = f"""`{FILE}`, a program that torch runs
@@ -25,9 +25,14 @@ Any number of rows and tokens; no cache. Outputs are a dictionary."""
 
 
 class Program:
-    """The program of a converted checkpoint."""
+    """The program of a converted checkpoint.
+
+    Raises:
+        UnsupportedLayerError: when layers are those of experts or of a recurrence.
+    """
 
     def __init__(self, converted: Converted) -> None:
+        refuse_opened(converted, COUNTED)
         self.converted = converted
 
     @property

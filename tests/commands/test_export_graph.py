@@ -118,6 +118,8 @@ def test_one_that_differs_is_refused(gpt2_spm, monkeypatch):
     recorded = graph.Recorded.of(open_converted(gpt2_spm), torch.float32)
     with pytest.raises(FitError, match=r"logits of 2 x 16 by hand"):
         recorded.compare(lambda batch: recorded.model(**batch), "hand")
+    with pytest.raises(FitError, match=r"does not run on 2 x 16 by hand: 'logits'"):
+        recorded.compare(lambda batch: {}["logits"], "hand")
 
 
 def spoil(module):

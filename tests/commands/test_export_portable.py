@@ -153,9 +153,10 @@ def test_models_whose_tensors_are_renamed_on_load(checkpoints, tmp_path):
 
 def test_opened_experts_are_refused_by_name(checkpoints, tmp_path):
     convert(checkpoints["mixtral"], tmp_path / "spm", targets="mlp", stages=0, rank=2, **QUICK)
-    with pytest.raises(UnsupportedLayerError, match=r"model\.layers\.0\.mlp\.experts .*--format dense"):
-        export(tmp_path / "spm", tmp_path / "portable", form="portable")
-    assert not (tmp_path / "portable").exists()
+    for form in ("portable", "onnx", "torch"):
+        with pytest.raises(UnsupportedLayerError, match=r"model\.layers\.0\.mlp\.experts and 1 more: .*--format dense"):
+            export(tmp_path / "spm", tmp_path / form, form=form)
+        assert not (tmp_path / form).exists()
 
 
 def test_one_that_differs_does_not_appear(sums, tmp_path, monkeypatch):
