@@ -122,6 +122,14 @@ class Monarch(Term):
         return cls(in_features, out_features, blocks_in, blocks_out, rank) if rank > 0 else None
 
 
+def both_products(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """X [tokens, in_features] through the factors that ``MonarchModule`` has -> [tokens, out_features]."""
+    inner = between(first, x, second.shape[0])
+    # tokens first here: what is left is to copy rows, which is faster than to transpose them
+    y = torch.bmm(inner.mT, second.mT)
+    return y.transpose(0, 1).reshape(x.shape[0], second.shape[0] * second.shape[1])
+
+
 def blocks_of(features: int, size: int) -> int | None:
     """The fewest chunks of at most ``size`` and at least ``LEAST_SIZE`` features, or None where no divisor gives such."""
     fitting = (count for count in range(-(-features // size), features // LEAST_SIZE + 1) if features % count == 0)
@@ -157,10 +165,7 @@ class MonarchModule(TermModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both products."""
-        inner = between(self.first.to(x.dtype), x, self.term.blocks_out)
-        # tokens first here: what is left is to copy rows, which is faster than to transpose them
-        y = torch.bmm(inner.mT, self.second.to(x.dtype).mT)
-        return y.transpose(0, 1).reshape(x.shape[0], self.term.out_features)
+        return both_products(x, self.first.to(x.dtype), self.second.to(x.dtype))
 
     def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write both products, and a bias while they are in cache."""

@@ -189,11 +189,7 @@ class Sparse24Module(TermModule):
 
     def core(self) -> Tensor:
         """The weights at their places, [out_features, in_features], differentiable in them."""
-        term = self.term
-        places = unpack(self.positions, term.groups)
-        inputs = torch.arange(0, GROUP * term.groups, GROUP, device=places.device)[:, None] + places
-        matrix = self.values.new_zeros(term.out_features, GROUP * term.groups)
-        return matrix.scatter(1, inputs.flatten(1), self.values)[:, : term.in_features]
+        return placed(self.values, self.positions, self.term.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """One product: x [tokens, in_features] -> [tokens, out_features]."""
@@ -345,8 +341,18 @@ def pack(places: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, groups: int) -> Tensor:
     """The inverse: int64 [rows, groups, 2]."""
+    # first: exporters make int8 of a byte and a number
+    packed = packed.long()
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :groups]
-    return torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
+    return torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+
+
+def placed(values: Tensor, positions: Tensor, in_features: int) -> Tensor:
+    """Kept weights at their places, as ``Sparse24Module`` has both: [out_features, in_features], differentiable."""
+    groups = -(-in_features // GROUP)
+    inputs = torch.arange(0, GROUP * groups, GROUP, device=values.device)[:, None] + unpack(positions, groups)
+    matrix = values.new_zeros(values.shape[0], GROUP * groups)
+    return matrix.scatter(1, inputs.flatten(1), values)[:, :in_features]
 
 
 def identity_(stages: StagesModule) -> None:
