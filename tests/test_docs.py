@@ -88,7 +88,8 @@ def test_commands_and_python(run, workplace, page):
         if line.startswith("MODEL="):
             continue
         _, command, *arguments = filled(line)
-        code, _, err = run(command, *arguments, *QUICK.get(command, []))
+        budget = ["--keep", "0.5"] if command == "convert" and "--recipe" not in arguments else []
+        code, _, err = run(command, *arguments, *budget, *QUICK.get(command, []))
         assert code == 0, f"{line}: {err}"
     names: dict[str, object] = {}
     for block in blocks(page, "python"):
