@@ -1,9 +1,10 @@
 """How the tensors of SPM layers come into a layer of vLLM: places that wait for them, and what the layer then computes.
 
 vLLM's loaders look a tensor up by its name among the parameters of the model and call that parameter's
-``weight_loader``, in a fused layer with the partition it belongs to. Partitions of several designs have tensors of several shapes under one
-name, so the parameters that stand in the layer while it is loaded are empty: they have the names, and hand what comes on
-to the module of its partition. When all has come these are frozen (``operator/frozen``) and the places go.
+``weight_loader``, in a fused layer with the partition it belongs to. Partitions of several designs have tensors of
+several shapes under one name, so the parameters that stand in the layer while it is loaded are empty: they have the
+names, and hand what comes on to the module of its partition. When all has come these are frozen (``operator/frozen``) and
+the places go.
 
 vLLM keeps a layer's bias by itself where its model has one; then the bias of an SPM partition goes there, wherever the
 file has it, and the layer adds it in one piece.
