@@ -19,6 +19,8 @@ from spmconvert.errors import CheckpointError, UnsupportedLayerError
 BASE_PREFIX = "model"
 # fused in checkpoints, too, with the outputs in the order of the partitions; others are interleaved and sorted by vLLM
 FUSED_IN_ORDER = ("qkv_proj", "gate_up_proj")
+# what vLLM 0.32 and 0.33 call BERT's fused attention, whose output layer stands beside it, and what it is
+MISNAMED = (".attention.output.qkv_proj", ".attention.self.qkv_proj")
 # what vLLM calls the partitions of a fused attention layer; others are numbers
 ATTENTION_SHARDS = ("q", "k", "v")
 
@@ -50,7 +52,7 @@ def constituents(prefix: str, packed: Mapping[str, Sequence[str]]) -> list[str]:
         prefix: name of vLLM's layer.
         packed: ``packed_modules_mapping``.
     """
-    parent, _, leaf = prefix.rpartition(".")
+    parent, _, leaf = prefix.replace(*MISNAMED).rpartition(".")
     return [f"{parent}.{name}" if parent else name for name in packed.get(leaf, [leaf])]
 
 

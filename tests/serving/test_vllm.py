@@ -246,6 +246,15 @@ def test_names_of_another_head_and_of_another_model_are_found():
     assert type(method).__name__ == "SPMLinearMethod"
 
 
+def test_berts_attention_is_found_under_the_name_that_vllm_gives_it():
+    name = "encoder.layer.0.attention.self.key"
+    quant = config_of(low_rank_map(name, outputs=32), {"qkv_proj": ["query", "key", "value"]})
+    prefix = "model.encoder.layer.0.attention.output.qkv_proj"
+    layer = standin.QKVParallelLinear(32, [32] * 3, True, quant, prefix)
+    with pytest.raises(CorruptCheckpointError, match=r"no model\.encoder\.layer\.0\.attention\.self\."):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
 def test_what_is_no_linear_layer_is_left_to_vllm():
     _, specs = converted_model(False, False)
     assert config_of(specs).get_quant_method(nn.Embedding(3, 4), "model.embed_tokens") is None
