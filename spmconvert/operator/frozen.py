@@ -4,16 +4,16 @@
 of ``torch.compile`` it cannot, and merges at every call. Here they take the place of the parameters instead, in the
 dtype of the calls, so that a compiler and a captured CUDA graph meet products and nothing else.
 
-Terms that run dense (2:4) take all others of their layer into one matrix of full size, as on a CPU. What it gives up: the
-parameters, which are gone, and the chunks that stay in a CPU's cache.
+Products with one matrix are ``DenseProduct``, so that a runtime can put its own in their place. Terms that run dense (2:4)
+take all others of their layer into one matrix of full size, as on a CPU. What it gives up: the parameters, which are
+gone, and the chunks that stay in a CPU's cache.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.operator.terms.lowrank import LowRankModule
+from spmconvert.operator.product import DenseProduct
 
 
 class FrozenLinear(nn.Module):
@@ -43,19 +43,5 @@ class FrozenLinear(nn.Module):
         first, *others = self.terms
         y: Tensor = first.biased(x, bias)  # type: ignore[operator]
         for term in others:
-            y = term.added_to(x, y) if isinstance(term, LowRankModule) else y + term(x)
+            y = y + term(x)
         return y
-
-
-class DenseProduct(nn.Module):
-    """One matrix [out_features, in_features]."""
-
-    def __init__(self, matrix: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(matrix, requires_grad=False)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The product with x [tokens, in_features] -> [tokens, out_features], plus a bias [out_features]."""
-        return linear(x, self.weight, bias)
-
-    biased = forward

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.errors import CorruptCheckpointError, UnsupportedLayerError
-from spmconvert.operator.frozen import DenseProduct, FrozenLinear
+from spmconvert.operator.frozen import FrozenLinear
 from spmconvert.operator.linear import MARK_SHAPE, SPMLinear
+from spmconvert.operator.product import DenseProduct
 from spmconvert.serving.partitions import Partition, check_sizes, position_of
 
 BIAS = "bias"
@@ -152,6 +153,10 @@ class ServedLinear(nn.Module):
         self.partitions = nn.ModuleList(partitions)
         self.sizes = list(sizes)
         self.bias = bias
+
+    def products(self) -> list[DenseProduct]:
+        """All that is multiplied by one matrix."""
+        return [module for module in self.modules() if isinstance(module, DenseProduct)]
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """The outputs of all partitions side by side, plus a bias [out_features] in the place of the own one."""

@@ -2,6 +2,7 @@
 
 Only ``plugin.register`` imports this module, inside of vLLM's processes. It is the thin part: which layers of the
 checkpoint a layer of vLLM stands for is in ``partitions``, how their tensors arrive and what is computed in ``loading``.
+Products with one matrix are vLLM's own: on a CPU its packed ones take a third of the time of torch's.
 
 What it gives up, each refused by name: tensor parallelism of replaced layers (a stage mixes any coordinates, so neither
 rows nor columns can be left out), opened experts and recurrences (vLLM keeps a block's experts in one kernel), Conv1D
@@ -101,6 +102,7 @@ class SPMLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, config: SPMQuantizationConfig, prefix: str) -> None:
         self.config, self.prefix = config, prefix
+        self.dense = UnquantizedLinearMethod()
 
     def create_weights(
         self,
@@ -138,7 +140,15 @@ class SPMLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if incoming is None:
             return
         layer.served = incoming.finish(layer.bias)
+        for product in layer.served.products():
+            self.dense.process_weights_after_loading(product)
+            product.multiply = self._multiply
         incoming.remove_places_(layer)
+
+    def _multiply(self, product: Any, x: Tensor, bias: Tensor | None) -> Tensor:
+        """As vLLM multiplies on this platform, which may want a bias of its own making in another dtype."""
+        y: Tensor = self.dense.apply(product, x)
+        return y if bias is None else y + bias
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """X [..., in_features] -> [..., out_features], plus a bias [out_features]."""

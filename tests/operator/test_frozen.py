@@ -7,8 +7,9 @@ import torch
 
 from spmconvert.operator.chunks import CHUNK_TOKENS
 from spmconvert.operator.design import Design
-from spmconvert.operator.frozen import DenseProduct, FrozenLinear
+from spmconvert.operator.frozen import FrozenLinear
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.operator.product import DenseProduct
 from spmconvert.operator.terms import sparse24, spm
 
 LOW_RANK = {"kind": "lowrank", "rank": 3}

@@ -21,7 +21,6 @@ from types import ModuleType
 
 import torch
 from torch import nn
-from torch.nn.functional import linear
 
 REGISTERED = {}
 
@@ -100,8 +99,14 @@ class UnquantizedLinearMethod(LinearMethodBase):
         weight.weight_loader = extra_weight_attrs["weight_loader"]
         layer.register_parameter("weight", weight)
 
+    def process_weights_after_loading(self, layer):
+        # as on a CPU: packed for its own product, and nothing left for any other
+        layer.packed = layer.weight.data.t().contiguous()
+        layer.weight = nn.Parameter(torch.empty(0, dtype=layer.packed.dtype), requires_grad=False)
+
     def apply(self, layer, x, bias=None):
-        return linear(x, layer.weight, bias)
+        y = x @ layer.packed
+        return y if bias is None else y + bias
 
 
 class LinearBase(nn.Module):

@@ -22,6 +22,7 @@ from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
 from spmconvert.operator.kept import Merge, can_be_kept
 from spmconvert.operator.merged import MergePlan, apply_blocks, merge_plan, merge_stages, write_blocks
+from spmconvert.operator.product import DenseProduct
 from spmconvert.operator.reference import is_recorded, reference_forward
 from spmconvert.operator.start import can_factorise, hierarchical_start_, random_start_
 from spmconvert.operator.terms.module import LeastSquares, TermModule, root_mean_square
@@ -213,7 +214,8 @@ class StagesModule(TermModule):
         """The merged blocks alone; a diagonal has none and stays as it is."""
         if self.geometry.stages == 0:
             return super().frozen(dtype)
-        return FrozenStages(self._new_blocks(dtype, merge_stages, (self.weight, self.scale_in, self.scale_out)), self.plan)
+        blocks = self._new_blocks(dtype, merge_stages, (self.weight, self.scale_in, self.scale_out))
+        return DenseProduct(blocks[0]) if self.plan.dense else FrozenStages(blocks, self.plan)
 
     def scale_parameter(self) -> nn.Parameter:
         """The diagonal on the outputs' side."""
