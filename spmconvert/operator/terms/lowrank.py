@@ -19,6 +19,7 @@ from torch.nn.functional import linear
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.factors import truncated_svd
+from spmconvert.operator.product import DenseProduct
 from spmconvert.operator.reference import is_transformed
 from spmconvert.operator.terms.module import LeastSquares, TermModule
 from spmconvert.operator.terms.term import Term
@@ -155,6 +156,11 @@ class LowRankModule(TermModule):
         return (down, up) if down.dtype == up.dtype == dtype else (down.to(dtype), up.to(dtype))
 
     @torch.no_grad()
+    def frozen(self, dtype: torch.dtype) -> nn.Module:
+        """Both products, without the bias."""
+        return FrozenLowRank(self.down.weight.to(dtype), self.up.weight.to(dtype))
+
+    @torch.no_grad()
     def solve_(self, problem: LeastSquares) -> None:
         """Whitened truncated SVD."""
         self.set_factors_(*truncated_svd(problem.weight, problem.root, self.term.rank, problem.metric))
@@ -172,6 +178,28 @@ class LowRankModule(TermModule):
         """The factor on the outputs' side."""
         weight: nn.Parameter = self.up.weight  # type: ignore[assignment]
         return weight
+
+
+class FrozenLowRank(nn.Module):
+    """Two products that nothing changes any more.
+
+    Args:
+        down: [rank, in_features].
+        up: [out_features, rank].
+    """
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.down, self.up = DenseProduct(down), DenseProduct(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both: x [tokens, in_features] -> [tokens, out_features]."""
+        return self.biased(x, None)
+
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same plus a bias [out_features]."""
+        y: Tensor = self.up(self.down(x), bias)
+        return y
 
 
 def _is_hooked(module: nn.Module) -> bool:

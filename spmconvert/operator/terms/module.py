@@ -101,6 +101,17 @@ class TermModule(Keeper):
         else:
             torch.add(self(x), bias, out=y)
 
+    def frozen(self, dtype: torch.dtype) -> nn.Module:
+        """What computes the same, ``biased`` included, where nothing is trained any more; the term may become it.
+
+        Here the term itself. A kind that makes something of its parameters at a call makes it once instead: graphs of
+        ``torch.compile`` keep nothing from one call to the next.
+
+        Args:
+            dtype: of the inputs to come.
+        """
+        return self.to(dtype).requires_grad_(False)
+
     def matrix(self) -> Tensor:
         """The matrix that the term multiplies by, [out_features, in_features], differentiable."""
         parameter = next(self.parameters())
