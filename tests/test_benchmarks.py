@@ -119,6 +119,17 @@ def test_scripts_refuse_a_device_that_is_not_there(script):
     assert "no CUDA device" in done.stderr
 
 
+def test_batched_fit(run, tmp_path):
+    options = ["--device", "cpu", "--shape", "12x20", "--members", 2, "--iterations", 8]
+    printed = run("batched_fit", *options, "--json", tmp_path / "result.json")
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert len(rows) == 5
+    for row in rows:
+        assert row["error apart"] <= max(1e-4, 10 * row["error apart by rounding"])
+        assert row["single/batch"] > 0
+    assert "single/batch" in printed
+
+
 @pytest.mark.xdist_group("interpreted")
 def test_fit_time(interpreted):
     out, results = interpreted

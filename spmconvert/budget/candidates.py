@@ -5,7 +5,7 @@ structures as a full fit. The loss is the predicted one where an ``OutputMetric`
 error.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,10 @@ from torch import Tensor
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.calibrate.store import Moments
+from spmconvert.fit.aim import Aim
+from spmconvert.fit.batched_solver import fit_batch_
 from spmconvert.fit.error import measure_error
-from spmconvert.fit.solver import fit_
+from spmconvert.fit.solver import fit_aim_
 from spmconvert.operator.design import Design
 from spmconvert.operator.factors import covariance_root
 from spmconvert.operator.linear import SPMLinear
@@ -69,29 +71,41 @@ class Subject:
     moments: Moments
     recipe: Recipe
 
-    def fitted(self, design: Design, root: Tensor | None = None) -> SPMLinear:
-        """A design, fitted with few iterations."""
+    def aim(self, design: Design, root: Tensor | None = None) -> Aim:
+        """What a fresh layer of a design is fitted to."""
         layer = SPMLinear(
             design.in_features, design.out_features, terms=design.terms, device=self.weight.device, dtype=torch.float32
         )
         metric = self.moments.metric if self.recipe.weights_fits else None
-        iterations = self.recipe.budget.iterations
-        fit_(layer, self.weight, self.bias, self.moments.fitted, iterations=iterations, metric=metric, root=root)
-        return layer
+        return Aim(layer, self.weight, self.bias, self.moments.fitted, metric=metric, root=root)
+
+    def fitted(self, design: Design, root: Tensor | None = None) -> SPMLinear:
+        """A design, fitted with few iterations."""
+        aim = self.aim(design, root)
+        fit_aim_(aim, iterations=self.recipe.budget.iterations)
+        return aim.layer
 
     def measure(self, designs: Iterable[Design]) -> list[Candidate]:
         """Fit and measure designs."""
         root = covariance_root(self.moments.fitted.covariance)
-        return [self._measured(design, self.fitted(design, root)) for design in designs]
+        return [self.measured(design, self.fitted(design, root)) for design in designs]
 
     @torch.no_grad()
-    def _measured(self, design: Design, layer: SPMLinear) -> Candidate:
+    def measured(self, design: Design, layer: SPMLinear) -> Candidate:
+        """What a fitted layer of a design loses."""
         choosing, metric = self.moments.choosing, self.moments.metric
         assert choosing is not None
         dense, other = (self.weight, self.bias), (layer.to_dense(), layer.held_bias)
         error = measure_error(dense, other, choosing).relative
         loss = predicted_loss(metric, dense, other, choosing) if metric is not None and self.recipe.predicts_loss else error
         return Candidate(tuple(design.to_json()), error, loss)
+
+
+def measure_together(subjects: Sequence[tuple[Subject, Design]]) -> list[Candidate]:
+    """Fit and measure a design of every layer, all of one shape, in one batch."""
+    aims = [subject.aim(design) for subject, design in subjects]
+    fit_batch_(aims, iterations=subjects[0][0].recipe.budget.iterations)
+    return [subject.measured(design, aim.layer) for (subject, design), aim in zip(subjects, aims, strict=True)]
 
 
 def predicted_loss(

@@ -2,13 +2,16 @@
 
 Low rank is known at every rank from one decomposition. Other designs are fitted one by one, where a search asks for them
 (``search``), and kept for every later budget.
+
+On a GPU designs of one shape are fitted in batches (``fit/batches``), so the last digits of a loss depend on what it was
+fitted beside: on what was known before, and on the memory that was free.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 from spmconvert.budget.cache import LOW_RANK, RESPONSE, TERMS, CacheIdentity, CurveCache, read_part, write_part
-from spmconvert.budget.candidates import Candidate, Subject
+from spmconvert.budget.candidates import Candidate, Subject, measure_together
 from spmconvert.budget.lowrank import LowRankCurve, low_rank_curve
 from spmconvert.budget.response import Response, between, measured_sample
 from spmconvert.checkpoint.reader import Checkpoint
@@ -143,6 +146,18 @@ def measure_terms(cache: CurveCache, layer: LayerPlan, designs: Sequence[Design]
     """Fit designs of a layer, and keep them beside those that are known."""
     found = [*_known(cache, layer).terms, *subject(layer).measure(designs)]
     write_part(cache.files(layer)[TERMS], [asdict(candidate) for candidate in found])
+
+
+def measure_terms_together(cache: CurveCache, batch: Sequence[tuple[LayerPlan, Design]], subject: SubjectOf) -> None:
+    """Fit a design of each of several layers of one shape in one batch, and keep what is not known yet.
+
+    What is known is fitted again with the others, since a batch rounds by who is in it.
+    """
+    found = measure_together([(subject(layer), design) for layer, design in batch])
+    for (layer, design), candidate in zip(batch, found, strict=True):
+        known = _known(cache, layer)
+        if not known.knows(design):
+            write_part(cache.files(layer)[TERMS], [asdict(one) for one in (*known.terms, candidate)])
 
 
 def _known(cache: CurveCache, layer: LayerPlan) -> LayerCurve:

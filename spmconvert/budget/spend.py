@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
+from spmconvert.budget.batches import waves_of
 from spmconvert.budget.cache import RESPONSE, CacheIdentity, CurveCache, write_part
 from spmconvert.budget.candidates import Subject
 from spmconvert.budget.curves import (
@@ -21,6 +22,7 @@ from spmconvert.budget.curves import (
     known_curves,
     measure_low_rank,
     measure_terms,
+    measure_terms_together,
     spread_responses,
 )
 from spmconvert.budget.response import (
@@ -37,6 +39,7 @@ from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
 from spmconvert.errors import OptionError
+from spmconvert.fit.batches import may_batch
 from spmconvert.model.chain import Chain
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.lowrank import LowRank
@@ -72,6 +75,7 @@ class Spending:
         watch: told how it gets on.
         team: who measures.
         together: has everybody do a kind of ``work`` on an argument, which is for all of them.
+        batch: layers that are fitted together, in place of what ``fit/batches`` finds for the device.
     """
 
     source: Checkpoint
@@ -87,11 +91,12 @@ class Spending:
     watch: Watch
     team: Team = ALONE
     together: Callable[[str, Any], None] | None = None
+    batch: int | None = None
 
     @property
     def work(self) -> dict[str, Callable[[Any], None]]:
         """What processes divide: each takes its share of a list, and keeps what it finds in the cache."""
-        return {"low rank": self._low_rank, "terms": self._terms, "responses": self._responses}
+        return {"low rank": self._low_rank, "terms": self._terms, "batches": self._batches, "responses": self._responses}
 
     def choose(self) -> "Spent":
         """Choose the designs of all layers.
@@ -120,8 +125,12 @@ class Spending:
             self._measure_response(curves)
 
         def measure(trials: Sequence[Trial]) -> None:
-            missing = [(curve.layer, [d for d in designs if not curve.knows(d)]) for curve, designs in trials]
-            self._do("terms", [(layer, designs) for layer, designs in missing if designs])
+            if may_batch(self.device, self.batch):
+                for wave in waves_of(trials, self.device, self.batch):
+                    self._do("batches", [[(curve.layer, design) for curve, design in batch] for batch in wave])
+            else:
+                missing = [(curve.layer, [d for d in designs if not curve.knows(d)]) for curve, designs in trials]
+                self._do("terms", [(layer, designs) for layer, designs in missing if designs])
             curves.read_again()
 
         if whole is None:
@@ -160,6 +169,15 @@ class Spending:
         for done, (layer, designs) in enumerate(share, start=1):
             measure_terms(cache, layer, designs, self._subject)
             self.watch.measured(layer.target.name, done, len(share))
+
+    def _batches(self, batches: Sequence[Sequence[tuple[LayerPlan, Design]]]) -> None:
+        share, cache = self.team.share(batches), self._cache
+        total, done = sum(map(len, share)), 0
+        for batch in share:
+            measure_terms_together(cache, batch, self._subject)
+            for layer, _ in batch:
+                done += 1
+                self.watch.measured(layer.target.name, done, total)
 
     def _responses(self, layers: Sequence[LayerPlan]) -> None:
         share, cache = self.team.share(layers), self._cache

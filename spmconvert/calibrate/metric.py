@@ -8,6 +8,7 @@ makes a weighted fit cost two thin products more than a plain one; a few hundred
 small eigenvalues anyway.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -78,3 +79,19 @@ class OutputMetric:
     def _power(self, outputs: Tensor, exponent: float) -> Tensor:
         other = self.level**exponent
         return other * outputs + (outputs @ self.vectors * (self.values**exponent - other)) @ self.vectors.t()
+
+
+class StackedRoots:
+    """C^(1/2) of several metrics with as many directions each, for as many layers at once."""
+
+    def __init__(self, metrics: Sequence[OutputMetric]) -> None:
+        self._vectors = torch.stack([metric.vectors for metric in metrics])
+        levels = [metric.level**0.5 for metric in metrics]
+        self._gains = torch.stack(
+            [metric.values**0.5 - level for metric, level in zip(metrics, levels, strict=True)]
+        ).unsqueeze(1)
+        self._levels = self._gains.new_tensor(levels).view(-1, 1, 1)
+
+    def of(self, outputs: Tensor) -> Tensor:
+        """Rows times each layer's C^(1/2): [layers, rows, out_features]."""
+        return self._levels * outputs + (outputs @ self._vectors * self._gains) @ self._vectors.mT

@@ -20,6 +20,7 @@ from spmconvert.system.parsing import parse_json
 # what runs keep beside finished layers: a finetune its training state, a conversion to a budget what it chose
 STATE_FILE = "state.bin"
 CHOICE_FILE = "choice.json"
+BATCHES_FILE = "batches.json"
 # the marks of a working directory: which run it is, and that it has begun to put its result in place
 RUN_FILE = "run.json"
 COMMIT_FILE = "commit.json"

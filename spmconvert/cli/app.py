@@ -439,12 +439,19 @@ def export(
     model: Annotated[
         Path | None, typer.Argument(help="Converted checkpoint; without one, the only one in the working directory.")
     ] = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-dense.")] = None,
-    form: Annotated[str, typer.Option("--format", help="dense is the only one.")] = "dense",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Directory to write; default NAME-FORMAT.")] = None,
+    form: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="dense: plain matrices, for any runtime; portable: the same weights with their code, for "
+            "trust_remote_code; onnx; torch: an ExportedProgram.",
+        ),
+    ] = "dense",
     force: Annotated[bool, typer.Option("--force", help="Replace an output that exists.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Write a plain dense checkpoint that computes the same and loads without spmconvert."""
+    """Write what runs without spmconvert and computes the same: a dense or portable checkpoint, or a graph."""
     from spmconvert.checkpoint.converted import only_converted
     from spmconvert.commands.export import export as run
 

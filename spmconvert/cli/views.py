@@ -182,12 +182,18 @@ def show_finetuned(result: "Finetuned", seconds: float) -> None:
 
 def show_export(result: "Export") -> None:
     """What was exported, and how well it matches."""
-    compared = "not compared, the model reads no tokens"
+    compared = f"outputs {result.compared}"
     if result.difference is not None:
-        compared = f"differ by {result.difference:.2g} of the largest at most, {result.tolerance:g} is allowed"
-    out.print(f"{result.layers} layers are dense again, {size(result.bytes)}; outputs {compared}", soft_wrap=True)
+        compared = (
+            f"outputs ({result.compared}) differ by {result.difference:.2g} of the largest at most, "
+            f"{result.tolerance:g} is allowed"
+        )
+    done = "dense again" if result.form == "dense" else f"written as {result.form}"
+    out.print(f"{result.layers} layers are {done}, {size(result.bytes)}; {compared}", soft_wrap=True)
     if result.added_biases:
         out.print(
             f"turned on in config.json: {', '.join(result.added_biases)}, for biases of the conversion", soft_wrap=True
         )
-    out.print(f"wrote {result.output}, which loads without spmconvert", soft_wrap=True)
+    if result.note:
+        out.print(result.note, soft_wrap=True)
+    out.print(f"wrote {result.output}, which runs without spmconvert", soft_wrap=True)

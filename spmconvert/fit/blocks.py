@@ -2,9 +2,14 @@
 
 What a block's refinement changed is stored as one file, its layers and its norms and biases, under the names that they have
 in the output; the layers as they were fitted stay beside it.
+
+On a GPU layers of a block that follow no other (experts, or all where fits are not in sequence) are solved together where
+they have one shape (``batches``). Layers in sequence are not: each needs those before it, and the two or three that read
+the same input, which could go together, are left as they are.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -15,7 +20,7 @@ from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
 from spmconvert.fit.layer import LayerRecord, measured_again
 from spmconvert.fit.refine import refine_
 from spmconvert.fit.sequential import Regression, regress
-from spmconvert.fit.stored import FitRun, dense_tensors, fit_one, moments_of, stored_layer
+from spmconvert.fit.stored import FitRun, dense_tensors, fit_one, fit_together, kept_batches, moments_of, stored_layer
 from spmconvert.fit.streams import Streams, layer_blocks
 from spmconvert.model.architecture import skeleton
 from spmconvert.model.stored import StoredNames
@@ -64,15 +69,16 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
         records.update({name: LayerRecord(**entry) for name, entry in change["layers"].items()})
     if len(records) == len(run.plan.layers) and None not in changes.values():
         return
+    ahead = kept_batches(run, [[layer for layer in block.layers if not _follows(run, layer)] for block in blocks])
     streams = _streams(run)
     for number, block in enumerate(blocks, 1):
+        _fit_ahead(run, records, [batch for batch in ahead if len(batch) > 1 and batch[0] in block.layers])
         while streams.index < block.index:
             streams.advance()
         order = streams.calling_order()
         for layer in sorted(block.layers, key=lambda layer: order.index(layer.target.name)):
             if layer.target.name not in records:
-                follows = run.recipe.fit.sequential and not layer.target.group
-                regression = _regression(run, streams, layer) if follows else None
+                regression = _regression(run, streams, layer) if _follows(run, layer) else None
                 records[layer.target.name] = fit_one(run, layer, regression)
                 run.progress.fitted(records[layer.target.name], len(records), len(run.plan.layers))
             streams.convert(layer.target.name, stored_layer(run, layer).to(run.dense.device).eval())
@@ -83,6 +89,21 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
             _put_back_(run, streams, block)
 
 
+def _follows(run: FitRun, layer: LayerPlan) -> bool:
+    """Whether a layer is fitted on what the layers before it feed it."""
+    # experts see other tokens in each of the two models
+    return bool(run.recipe.fit.sequential) and not layer.target.group
+
+
+def _fit_ahead(run: FitRun, records: dict[str, LayerRecord], batches: Sequence[Sequence[LayerPlan]]) -> None:
+    """Fit batches of layers of the block at work that follow no other, where any of them is missing."""
+    for batch in batches:
+        if any(layer.target.name not in records for layer in batch):
+            for record in fit_together(run, batch):
+                records[record.name] = record
+                run.progress.fitted(record, len(records), len(run.plan.layers))
+
+
 def _streams(run: FitRun) -> Streams:
     """The rows in front of the first block."""
     chain = run.chain()
@@ -90,8 +111,7 @@ def _streams(run: FitRun) -> Streams:
     assert chain is not None
     batches = list(run.rows.batches(run.rows.fitted[:FOLLOWING_ROWS], chain.model, size=BATCH_ROWS))
     names = [layer.target.name for layer in run.plan.layers]
-    # experts see other tokens in each of the two models
-    paired = [layer.target.name for layer in run.plan.layers if run.recipe.fit.sequential and not layer.target.group]
+    paired = [layer.target.name for layer in run.plan.layers if _follows(run, layer)]
     return Streams(chain, batches, names, paired=paired)
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,9 +13,11 @@ from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.errors import FitError
+from spmconvert.fit.aim import Aim, FitResult
+from spmconvert.fit.batched_solver import fit_batch_
 from spmconvert.fit.error import LayerError, measure_error
 from spmconvert.fit.sequential import Regression
-from spmconvert.fit.solver import fit_
+from spmconvert.fit.solver import fit_aim_
 from spmconvert.model.opening import shown_together
 from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.factors import RIDGE, covariance_root, damped_root, rank_at, truncated_svd
@@ -121,33 +123,80 @@ def fit_layer(
     Raises:
         FitError: when weight or statistics are not finite, or rounding to the stored dtype makes the layer worthless.
     """
-    known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
-    statistics = known.fitted
-    layer = layer_from_spec(plan.spec, device=weight.device).float()
-    own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
-    aim = (weight, bias, statistics if plan.spec.bias else statistics.uncentred())
-    if regression is not None:
-        moved = regression.to(weight.device)
-        aim = (moved.weight, moved.bias, moved.inputs)
-    root, ridge = damped_root(aim[2].covariance)
-    result = fit_(layer, *aim, iterations=iterations, seed=own_seed, metric=known.metric, root=root)
-    dense = (weight, bias)
-    unrounded_error = measure_error(dense, (_matrix(layer), layer.held_bias), statistics)
-    layer = layer.to(getattr(torch, plan.stored_dtype))
-    stored = (_matrix(layer), layer.held_bias)
-    left, right, baseline_bias = whitened_svd(plan.spec, weight, bias, statistics)
-    error, baseline_error = (
-        measure_error(dense, replacement, known.held_out) for replacement in (stored, (left @ right, baseline_bias))
-    )
-    fitted_error = measure_error(dense, stored, statistics)
-    if not fitted_error.centred <= max(WORTHLESS, ROUNDING_LOSS * unrounded_error.centred):
-        raise FitError(
-            f"layer {plan.target.name} has an error of {unrounded_error.centred:.3g} and, rounded to {plan.stored_dtype}, "
-            f"of {fitted_error.centred:.3g}; store it with --dtype float32, or leave it out with --ignore"
+    work = _Work.of(plan, weight, bias, moments, seed=seed, regression=regression)
+    return work.finished(fit_aim_(work.aim, iterations=iterations))
+
+
+def fit_layers(
+    layers: Sequence[tuple[LayerPlan, Tensor, Tensor | None, Moments | None]], *, iterations: int, seed: int
+) -> Iterator[tuple[SPMLinear, LayerRecord]]:
+    """The same for layers of one shape that are solved together, one by one; the arguments of each as above."""
+    works = [_Work.of(*layer, seed=seed) for layer in layers]
+    results = fit_batch_([work.aim for work in works], iterations=iterations)
+    for work, result in zip(works, results, strict=True):
+        yield work.finished(result)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """One layer at work.
+
+    Attributes:
+        plan: what to build.
+        dense: weight [out_features, in_features] and bias.
+        known: what calibration says about its inputs.
+        aim: what it is fitted to.
+        ridge: what the second moments took to be factorised.
+    """
+
+    plan: LayerPlan
+    dense: tuple[Tensor, Tensor | None]
+    known: Moments
+    aim: Aim
+    ridge: float
+
+    @classmethod
+    def of(
+        cls,
+        plan: LayerPlan,
+        weight: Tensor,
+        bias: Tensor | None,
+        moments: Moments | None,
+        *,
+        seed: int,
+        regression: Regression | None = None,
+    ) -> "_Work":
+        """With a fresh layer; arguments as for ``fit_layer``."""
+        known = (moments or Moments.isotropic(weight.shape[1])).to(weight.device)
+        layer = layer_from_spec(plan.spec, device=weight.device).float()
+        own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{plan.target.name}".encode()).digest()[:6])
+        wanted = (weight, bias, known.fitted if plan.spec.bias else known.fitted.uncentred())
+        if regression is not None:
+            moved = regression.to(weight.device)
+            wanted = (moved.weight, moved.bias, moved.inputs)
+        root, ridge = damped_root(wanted[2].covariance)
+        return cls(plan, (weight, bias), known, Aim(layer, *wanted, own_seed, known.metric, root), ridge)
+
+    def finished(self, result: FitResult) -> tuple[SPMLinear, LayerRecord]:
+        """The fitted layer as it is stored, and its record."""
+        plan, dense, known, layer = self.plan, self.dense, self.known, self.aim.layer
+        unrounded_error = measure_error(dense, (_matrix(layer), layer.held_bias), known.fitted)
+        layer = layer.to(getattr(torch, plan.stored_dtype))
+        stored = (_matrix(layer), layer.held_bias)
+        left, right, baseline_bias = whitened_svd(plan.spec, *dense, known.fitted)
+        error, baseline_error = (
+            measure_error(dense, replacement, known.held_out) for replacement in (stored, (left @ right, baseline_bias))
         )
-    warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype)
-    warning = warning or (IDLE if known.tokens == 0 else _damped(ridge))
-    return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds, warning)
+        fitted_error = measure_error(dense, stored, known.fitted)
+        if not fitted_error.centred <= max(WORTHLESS, ROUNDING_LOSS * unrounded_error.centred):
+            raise FitError(
+                f"layer {plan.target.name} has an error of {unrounded_error.centred:.3g} and, rounded to "
+                f"{plan.stored_dtype}, of {fitted_error.centred:.3g}; store it with --dtype float32, or leave it out with "
+                "--ignore"
+            )
+        warning = _warning(fitted_error, unrounded_error, error, baseline_error, plan.stored_dtype)
+        warning = warning or (IDLE if known.tokens == 0 else _damped(self.ridge))
+        return layer, _record(plan, fitted_error, error, left.shape[1], baseline_error, result.seconds, warning)
 
 
 def measured_again(

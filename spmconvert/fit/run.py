@@ -2,6 +2,8 @@
 
 Only the weight of the layer at work is in memory while layers are fitted, and one block in each of its two forms where fits
 follow the blocks, see ``blocks``. Where the layers are in no chain of blocks, the whole model is loaded to be calibrated.
+
+On a GPU layers of one shape that follow no other are solved together (``batches``), and as many weights are in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +11,7 @@ from typing import Any
 
 from spmconvert.fit.blocks import fit_in_blocks, is_refined
 from spmconvert.fit.layer import LayerRecord
-from spmconvert.fit.stored import FitRun, fit_one
+from spmconvert.fit.stored import FitRun, fit_together, kept_batches
 from spmconvert.plan.plan import LayerPlan
 
 
@@ -18,7 +20,7 @@ def fit_all(run: FitRun, together: Callable[[str, Any], None]) -> tuple[LayerRec
 
     Args:
         run: what is fitted.
-        together: has everybody do the work ``fits`` on a list of layers.
+        together: has everybody do the work ``fits`` on a list of batches of layers.
 
     Returns:
         The records of all layers in order.
@@ -26,19 +28,23 @@ def fit_all(run: FitRun, together: Callable[[str, Any], None]) -> tuple[LayerRec
     records = _stored_records(run)
     if run.recipe.fit.follows_blocks:
         fit_in_blocks(run, records)
-    elif missing := [layer for layer in run.plan.layers if layer.target.name not in records]:
-        together("fits", missing)
+    elif len(records) < len(run.plan.layers):
+        batches = kept_batches(run, [run.plan.layers])
+        together("fits", [batch for batch in batches if any(layer.target.name not in records for layer in batch)])
         records = _stored_records(run)
     return tuple(records[layer.target.name] for layer in run.plan.layers)
 
 
-def fit_share(run: FitRun, layers: Sequence[LayerPlan]) -> None:
-    """Fit and store this process's share of layers, each on the dense model's activations."""
+def fit_share(run: FitRun, batches: Sequence[Sequence[LayerPlan]]) -> None:
+    """Fit and store this process's share of batches of layers, each layer on the dense model's activations."""
     # these need no model
     run.dense.release()
-    share = run.team.share(layers)
-    for done, layer in enumerate(share, 1):
-        run.progress.fitted(fit_one(run, layer), done, len(share))
+    share, done = run.team.share(batches), 0
+    total = sum(run.target.layers.record(layer.target.name) is None for batch in share for layer in batch)
+    for batch in share:
+        for record in fit_together(run, batch):
+            done += 1
+            run.progress.fitted(record, done, total)
 
 
 def _stored_records(run: FitRun) -> dict[str, LayerRecord]:

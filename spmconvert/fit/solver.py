@@ -15,8 +15,6 @@ L-BFGS needs the loss scaled up: at 1e-6 curvature pairs fall below torch's thre
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,41 +22,23 @@ from torch import Tensor, nn
 
 from spmconvert.calibrate.metric import OutputMetric
 from spmconvert.calibrate.statistics import ActivationStatistics
-from spmconvert.errors import FitError, OptionError
+from spmconvert.fit.aim import Aim, FitResult, Solving, begin
 from spmconvert.fit.problem import Best, Problem
-from spmconvert.operator.factors import covariance_root
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.operator.terms.module import LeastSquares, TermModule
 
 STEP_SIZE = 0.1
 # share of the iterations that L-BFGS gets at the end
 POLISH_SHARE = 0.1
 # a start this close to its target is exact up to rounding
 EXACT = 1e-10
-# iterations that a round of closed forms, each solved on what the others leave, stands for, and one of L-BFGS from a start
-# that is near
-ROUND, NEAR = 32, 4
-# less gain than this share ends rounds and L-BFGS
+# iterations that one of L-BFGS from a start that is near stands for
+NEAR = 4
+# less gain than this share ends L-BFGS
 LEAST_GAIN = 1e-3
 # iterations of L-BFGS after which its gain is looked at
 BURST = 10
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a fit did.
-
-    Attributes:
-        start: relative centred error of the start on the fitted rows, in the metric of the fit.
-        end: the same, of the layer that was kept.
-        iterations: iterations that were run.
-        seconds: time it took.
-    """
-
-    start: float
-    end: float
-    iterations: int
-    seconds: float
+# what its loss is multiplied by
+LOSS_SCALE = 1e6
 
 
 def fit_(
@@ -88,101 +68,37 @@ def fit_(
         FitError: when weight or statistics are not finite.
         OptionError: when the layer is not float32.
     """
+    return fit_aim_(Aim(layer, weight, bias, statistics, seed, metric, root), iterations=iterations)
+
+
+def fit_aim_(aim: Aim, *, iterations: int) -> FitResult:
+    """``fit_`` with its arguments in one piece."""
     began = time.perf_counter()
-    if layer.weight.dtype != torch.float32:
-        raise OptionError(
-            f"the layer to fit is {layer.weight.dtype}; fits are made in float32, store another dtype afterwards"
-        )
-    if not (weight.isfinite().all() and statistics.scatter.isfinite().all() and statistics.mean.isfinite().all()):
-        raise FitError("weight or input statistics are not finite; a least-squares fit needs finite numbers")
-    root = covariance_root(statistics.covariance) if root is None else root
-    wanted = LeastSquares(weight.float(), root, metric)
-    result = _fit_terms(layer, wanted, iterations, seed)
-    layer.drop_cache_()
-    correct_bias_(layer, weight, bias, statistics)
-    return FitResult(*result, seconds=time.perf_counter() - began)
+    solving = begin(aim, iterations)
+    if isinstance(solving, Solving):
+        with torch.enable_grad():
+            done = solve_(solving, iterations)
+        solving = solving.finish(done)
+    return aim.finish(solving, time.perf_counter() - began)
 
 
-def _fit_terms(layer: SPMLinear, wanted: LeastSquares, iterations: int, seed: int) -> tuple[float, float, int]:
-    """Fit all terms; returns the error at the start, at the end, and the iterations."""
-    if not (wanted.weight @ wanted.root.t()).any():
-        with torch.no_grad():
-            for module in layer.term_modules:
-                module.scale_parameter().zero_()
-        return 1.0, 1.0, 0
-    free = [module for module in layer.term_modules if not module.term.closed_form]
-    if not free:
-        return _solve_in_turn(layer.term_modules, wanted, iterations)
-    beside = [module for module in layer.term_modules if module.term.closed_form and module is not layer.low_rank]
-    left = 1.0
-    if beside:
-        with torch.no_grad():
-            for module in (*free, *([] if layer.low_rank is None else [layer.low_rank])):
-                module.scale_parameter().zero_()
-        left = _solve_in_turn(beside, wanted, iterations)[1]
-        with torch.no_grad():
-            wanted = wanted.leaving(wanted.weight - sum(module.matrix() for module in beside))
-    problem = Problem(free, layer.low_rank, wanted)
-    with torch.enable_grad():
-        start, end, done = _solve(problem, iterations, seed)
-    # of the whole weight, not of what closed forms have left
-    return left * start, left * end, done
+def shares(solving: Solving, iterations: int) -> tuple[int, int]:
+    """Iterations of Adam and most iterations of L-BFGS; none of either where the start is exact."""
+    if solving.start <= EXACT or not iterations:
+        return 0, 0
+    near = all(module.starts_near for module in solving.problem.free)
+    polish = max(1, iterations // NEAR if near else round(POLISH_SHARE * iterations))
+    return (0 if near else iterations - polish), polish
 
 
-@torch.no_grad()
-def _solve_in_turn(modules: Sequence[TermModule], wanted: LeastSquares, iterations: int) -> tuple[float, float, int]:
-    """Solve every closed form on what the others leave, and keep the best round."""
-    matrices = [torch.zeros_like(wanted.weight) for _ in modules]
-    errors: list[float] = []
-    for _ in range(max(1, iterations // ROUND) if len(modules) > 1 else 1):
-        before = [{name: tensor.clone() for name, tensor in module.state_dict().items()} for module in modules]
-        for index, module in enumerate(modules):
-            others = sum(matrix for other, matrix in enumerate(matrices) if other != index)
-            module.solve_(wanted.leaving(wanted.weight - others))
-            matrices[index] = module.matrix()
-        errors.append(_relative_error(wanted, sum(matrices)))  # type: ignore[arg-type]
-        if len(errors) > 1 and errors[-1] > errors[-2]:
-            for module, values in zip(modules, before, strict=True):
-                module.load_state_dict(values)
-            errors.pop()
-            break
-        if len(errors) > 1 and errors[-1] > (1 - LEAST_GAIN) * errors[-2]:
-            break
-    return errors[0], errors[-1], 0
-
-
-def _relative_error(wanted: LeastSquares, matrix: Tensor) -> float:
-    """Squared error in the metric, relative to the target."""
-    left, target = ((difference @ wanted.root.t()).t() for difference in (wanted.weight - matrix, wanted.weight))
-    if wanted.metric is not None:
-        left, target = wanted.metric.root(left), wanted.metric.root(target)
-    return (left.square().sum() / target.square().sum()).item()
-
-
-def _solve(problem: Problem, iterations: int, seed: int) -> tuple[float, float, int]:
-    problem.start_(seed)
-    with torch.no_grad():
-        start = problem.error().item()
-        best = Best(problem, problem.loss().item())
-    done = 0
-    if start > EXACT and iterations:
-        near = all(module.starts_near for module in problem.free)
-        polish = max(1, iterations // NEAR if near else round(POLISH_SHARE * iterations))
-        steps = 0 if near else iterations - polish
-        if steps:
-            _adam(problem, best, steps)
-            best.restore_()
-        done = steps + _polish(problem, best, polish)
-    best.restore_()
-    with torch.no_grad():
-        end = problem.error().item()
-    problem.rescale_()
-    if end < 1:
-        problem.set_low_rank_()
-        return start, end, done
-    # nothing found that beats predicting the mean output
-    problem.zero_()
-    return start, 1.0, done
+def solve_(solving: Solving, iterations: int) -> int:
+    """Run the solver; returns its iterations."""
+    problem, best = solving.problem, solving.best
+    steps, polish = shares(solving, iterations)
+    if steps:
+        _adam(problem, best, steps)
+        best.restore_()
+    return steps + (_polish(problem, best, polish) if polish else 0)
 
 
 def _adam(problem: Problem, best: Best, steps: int) -> None:
@@ -217,8 +133,8 @@ def _polish(problem: Problem, best: Best, steps: int) -> int:
         optimizer.zero_grad()
         loss = problem.loss()
         best.offer(loss.item())
-        (loss * 1e6).backward()
-        return loss.item() * 1e6
+        (loss * LOSS_SCALE).backward()
+        return loss.item() * LOSS_SCALE
 
     for done in range(0, steps, BURST):
         before = best.loss
@@ -228,17 +144,6 @@ def _polish(problem: Problem, best: Best, steps: int) -> int:
         if problem.basis is not None:
             problem.settle_()
     return steps
-
-
-@torch.no_grad()
-def correct_bias_(layer: SPMLinear, weight: Tensor, bias: Tensor | None, statistics: ActivationStatistics) -> None:
-    """Set the bias to b + (W - S) μ, in place, so that the mean output is exact."""
-    held = layer.held_bias
-    if held is None:
-        return
-    difference = weight.double() - layer.to_dense().double()
-    corrected = difference @ statistics.mean.double()
-    held.copy_(corrected if bias is None else corrected + bias.double())
 
 
 def fit_linear(

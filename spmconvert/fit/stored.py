@@ -1,14 +1,18 @@
 """What the fits of one conversion share, and one of them: fitted, measured, and stored beside the output that will be."""
 
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from torch import Tensor
 
 from spmconvert.calibrate.store import Moments, MomentStore
+from spmconvert.checkpoint.places import BATCHES_FILE
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.calibration import CalibrationRows
-from spmconvert.fit.layer import LayerRecord, fit_layer
+from spmconvert.fit.batches import in_batches, may_batch
+from spmconvert.fit.layer import LayerRecord, fit_layer, fit_layers
 from spmconvert.fit.progress import Progress
 from spmconvert.fit.sequential import Regression
 from spmconvert.model.architecture import skeleton
@@ -18,6 +22,7 @@ from spmconvert.model.swap import layer_from_spec
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe.recipe import Recipe
+from spmconvert.system.parsing import parse_json
 from spmconvert.system.team import ALONE, Team
 
 
@@ -35,6 +40,7 @@ class FitRun:
         target: where finished layers are stored.
         progress: told how it gets on.
         team: who works on it.
+        batch: layers that are fitted together, in place of what ``batches`` finds for the device.
     """
 
     source: Checkpoint
@@ -46,6 +52,7 @@ class FitRun:
     target: OutputDirectory
     progress: Progress
     team: Team = ALONE
+    batch: int | None = None
 
     def chain(self) -> Chain | None:
         """The dense model's blocks, one in memory at a time; None without data, or where the layers are in no chain."""
@@ -80,9 +87,51 @@ def fit_one(run: FitRun, layer: LayerPlan, regression: Regression | None = None)
     fitted, record = fit_layer(
         layer, weight, bias, moments, iterations=run.recipe.fit.iterations, seed=run.recipe.seed, regression=regression
     )
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.state_dict().items()}
-    run.target.store_layer(layer.target.name, tensors, asdict(record))
+    _store(run, fitted, record)
     return record
+
+
+def _store(run: FitRun, fitted: SPMLinear, record: LayerRecord) -> None:
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in fitted.state_dict().items()}
+    run.target.store_layer(record.name, tensors, asdict(record))
+
+
+def fit_together(run: FitRun, layers: Sequence[LayerPlan]) -> list[LayerRecord]:
+    """Fit a batch, each layer on what the dense model feeds it, and store what is not stored yet; returns that.
+
+    What is stored already is fitted again with the others, since a batch rounds by who is in it.
+    """
+    if len(layers) == 1:
+        return [fit_one(run, layers[0])]
+    work = [(layer, *dense_tensors(run, layer), moments_of(run, layer)) for layer in layers]
+    missing = []
+    for fitted, record in fit_layers(work, iterations=run.recipe.fit.iterations, seed=run.recipe.seed):
+        if run.target.layers.record(record.name) is None:
+            _store(run, fitted, record)
+            missing.append(record)
+    return missing
+
+
+def kept_batches(run: FitRun, groups: Iterable[Sequence[LayerPlan]]) -> list[list[LayerPlan]]:
+    """Batches within groups of layers, those of the run that this one goes on from where it had any.
+
+    Another one may find other room on the device.
+    """
+    layers = [list(group) for group in groups]
+    if not may_batch(run.dense.device, run.batch):
+        return [[layer] for group in layers for layer in group]
+    stored = run.target.load_file(BATCHES_FILE)
+    if stored is not None:
+        by_name = {layer.target.name: layer for group in layers for layer in group}
+        return [[by_name[name] for name in names] for names in parse_json(stored)]
+    found = [
+        batch
+        for group in layers
+        for batch in in_batches(group, lambda layer: layer.spec.design, run.dense.device, run.batch)
+    ]
+    names = [[layer.target.name for layer in batch] for batch in found]
+    run.target.store_file(BATCHES_FILE, json.dumps(names).encode())
+    return found
 
 
 def stored_layer(run: FitRun, layer: LayerPlan) -> SPMLinear:

@@ -88,7 +88,7 @@ def quantised(factor: Tensor, mode: Int8Mode, apart: int) -> Tensor:
     return found
 
 
-def placed(factor: Any, qdata: Tensor) -> Tensor:
+def with_numbers(factor: Any, qdata: Tensor) -> Tensor:
     """The factor [rows, columns] with its numbers at other places of each row, qdata int8 [rows, any]."""
     found: Tensor = type(factor)(
         qdata,

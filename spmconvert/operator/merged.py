@@ -238,10 +238,15 @@ def apply_blocks(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan:
         return linear(x, blocks[0], bias)
     whole = is_recorded() or x.device.type != "cpu" or x.shape[0] <= CHUNK_TOKENS
     if whole or _saved_through_hooks() or is_transformed():
-        y = _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
+        y = apply_whole(x, blocks, plan)
         return y if bias is None else y + bias
     chunked: Tensor = _ChunkedApply.apply(x, bias, plan, torch.is_grad_enabled(), *blocks)
     return chunked
+
+
+def apply_whole(x: Tensor, blocks: Sequence[Tensor], plan: MergePlan) -> Tensor:
+    """``apply_blocks`` of a plan that is not dense on all tokens at once, without a bias: products and views alone."""
+    return _fold_rest(_mix(x, blocks, plan), plan).reshape(x.shape[0], plan.geometry.out_features).contiguous()
 
 
 def _write_pass(x: Tensor, blocks: Sequence[Tensor], bias: Tensor | None, plan: MergePlan, y: Tensor) -> None:

@@ -12,6 +12,7 @@ benchmarks/results/operator-cpu-2026-11-29.json.
 Stages see activations coordinates first, [blocks, block, tokens].
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -139,10 +140,20 @@ def apply_stages(x: Tensor, weight: Tensor, geometry: Geometry, first: int, coun
     Returns:
         [blocks, block, tokens].
     """
+    return run_stages(x, weight, geometry, range(first, first + count), *_closed_forms())
+
+
+def _closed_forms() -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """How a general and a rotation stage are computed: in closed form, unless a transform has to follow them."""
     # for transforms a closed form needs bookkeeping that costs every ordinary call 35 microseconds a stage
-    closed = not is_transformed()
-    rotate, mix = (_RotationStage.apply, _GeneralStage.apply) if closed else (_rotation_stage, _general_stage)
-    for stage in range(first, first + count):
+    return (_general_stage, _rotation_stage) if is_transformed() else (_GeneralStage.apply, _RotationStage.apply)
+
+
+def run_stages(
+    x: Tensor, weight: Tensor, geometry: Geometry, stages: range, mix: Callable[..., Tensor], rotate: Callable[..., Tensor]
+) -> Tensor:
+    """Run stages by two given functions, for general and for rotation ones; x [blocks, block, tokens] -> like x."""
+    for stage in stages:
         if geometry.variant == "rotation":
             lower, upper = rotation_index(stage, geometry.width, x.device)
             angles = weight[stage, 0, : lower.shape[0]]
@@ -181,7 +192,20 @@ def reference_forward(x: Tensor, weight: Tensor, scale_in: Tensor, scale_out: Te
     Returns:
         [tokens, out_features] in the dtype of x, in which all arithmetic is done.
     """
+    return plain_forward(x, weight, scale_in, scale_out, geometry, *_closed_forms())
+
+
+def plain_forward(
+    x: Tensor,
+    weight: Tensor,
+    scale_in: Tensor,
+    scale_out: Tensor,
+    geometry: Geometry,
+    mix: Callable[..., Tensor] = _general_stage,
+    rotate: Callable[..., Tensor] = _rotation_stage,
+) -> Tensor:
+    """``reference_forward`` by two given functions for general and for rotation stages."""
     weight, scale_in, scale_out = (p.to(x.dtype) for p in (weight, scale_in, scale_out))
     coordinates = (expand(x, geometry.width) * scale_in).t().reshape(geometry.blocks, geometry.block, x.shape[0])
-    mixed = apply_stages(coordinates, weight, geometry, 0, geometry.stages)
+    mixed = run_stages(coordinates, weight, geometry, range(geometry.stages), mix, rotate)
     return fold(mixed.reshape(geometry.width, x.shape[0]).t() * scale_out, geometry.out_features)

@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 from spmconvert.checkpoint.converted import open_converted
-from spmconvert.commands import export as exporting
 from spmconvert.commands.convert import convert
 from spmconvert.commands.export import export
 from spmconvert.commands.verify import verify
 from spmconvert.errors import FitError, OptionError, OutputError, UnsupportedLayerError
+from spmconvert.exporting import dense as exporting
 from spmconvert.hf import SPMConfig
 from spmconvert.model.loading import load
 from tests.conftest import SUMS, _save
@@ -138,8 +138,8 @@ def test_an_export_that_differs_does_not_appear(checkpoints, tmp_path, monkeypat
 
 def test_wrong_requests_are_refused(checkpoints, tmp_path):
     convert(checkpoints["gpt2"], tmp_path / "spm", **{"fit.iterations": 1})
-    with pytest.raises(OptionError, match="format is 'onnx'"):
-        export(tmp_path / "spm", tmp_path / "dense", form="onnx")
+    with pytest.raises(OptionError, match="format is 'gguf'"):
+        export(tmp_path / "spm", tmp_path / "dense", form="gguf")
     with pytest.raises(OptionError, match="is the input"):
         export(tmp_path / "spm", tmp_path / "spm", force=True)
     (tmp_path / "dense").mkdir()

@@ -10,7 +10,7 @@ start.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
@@ -21,6 +21,7 @@ from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.factors import truncated_svd
 from spmconvert.operator.int8 import is_int8, numbers
+from spmconvert.operator.product import DenseProduct
 from spmconvert.operator.reference import is_transformed
 from spmconvert.operator.terms.module import LeastSquares, TermModule
 from spmconvert.operator.terms.term import Term
@@ -47,6 +48,10 @@ class LowRank(Term):
     def parameter_count(self) -> int:
         """Both factors."""
         return self.rank * (self.in_features + self.out_features)
+
+    def batch_form(self) -> "LowRank":
+        """Of any rank: a solver eliminates it."""
+        return replace(self, rank=1)
 
     def flops_per_token(self) -> int:
         """Two products."""
@@ -158,6 +163,11 @@ class LowRankModule(TermModule):
         return (down, up) if down.dtype == up.dtype == dtype else (down.to(dtype), up.to(dtype))
 
     @torch.no_grad()
+    def frozen(self, dtype: torch.dtype) -> nn.Module:
+        """Both products, without the bias."""
+        return FrozenLowRank(self.down.weight.to(dtype), self.up.weight.to(dtype))
+
+    @torch.no_grad()
     def solve_(self, problem: LeastSquares) -> None:
         """Whitened truncated SVD."""
         self.set_factors_(*truncated_svd(problem.weight, problem.root, self.term.rank, problem.metric))
@@ -175,6 +185,28 @@ class LowRankModule(TermModule):
         """The factor on the outputs' side."""
         weight: nn.Parameter = self.up.weight  # type: ignore[assignment]
         return weight
+
+
+class FrozenLowRank(nn.Module):
+    """Two products that nothing changes any more.
+
+    Args:
+        down: [rank, in_features].
+        up: [out_features, rank].
+    """
+
+    def __init__(self, down: Tensor, up: Tensor) -> None:
+        super().__init__()
+        self.down, self.up = DenseProduct(down), DenseProduct(up)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both: x [tokens, in_features] -> [tokens, out_features]."""
+        return self.biased(x, None)
+
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same plus a bias [out_features]."""
+        y: Tensor = self.up(self.down(x), bias)
+        return y
 
 
 def _is_hooked(module: nn.Module) -> bool:

@@ -107,6 +107,17 @@ class TermModule(Keeper):
         else:
             torch.add(self(x), bias, out=y)
 
+    def frozen(self, dtype: torch.dtype) -> nn.Module:
+        """What computes the same, ``biased`` included, where nothing is trained any more; the term may become it.
+
+        Here the term itself. A kind that makes something of its parameters at a call makes it once instead: graphs of
+        ``torch.compile`` keep nothing from one call to the next.
+
+        Args:
+            dtype: of the inputs to come.
+        """
+        return self.to(dtype).requires_grad_(False)
+
     def matrix(self) -> Tensor:
         """The matrix that the term multiplies by, [out_features, in_features], differentiable."""
         parameter = next(self.parameters())
@@ -124,6 +135,17 @@ class TermModule(Keeper):
     def start_(self, problem: LeastSquares, seed: int) -> None:
         """Take parameters that a solver may start from, the same for the same seed on any machine; for all others."""
         raise NotImplementedError(f"a {self.term.kind} term has no closed form, and defines no start_ for a solver")
+
+    def padded(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """Tensors of the unknowns, by name, in the sizes of a larger term of the same ``batch_form``.
+
+        What is added is zeros, to which neither outputs nor gradients are due.
+        """
+        return tensors
+
+    def cut(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """The inverse."""
+        return tensors
 
     def unknowns(self) -> list[tuple[nn.Parameter, float]]:
         """Parameters that a solver changes, each with the size that its steps are relative to."""

@@ -19,11 +19,12 @@ blocks, each over all outputs, is the best of the designs in all three, and fewe
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from spmconvert.errors import OptionError
 from spmconvert.operator.blockwise import Blocks, between, fit_blocks
@@ -80,6 +81,10 @@ class Monarch(Term):
         """Both factors of every block."""
         return self.rank * (self.blocks_in * self.out_features + self.blocks_out * self.in_features)
 
+    def batch_form(self) -> "Monarch":
+        """Of any rank."""
+        return replace(self, rank=1)
+
     def flops_per_token(self) -> int:
         """Two products."""
         return 2 * self.parameter_count()
@@ -117,6 +122,14 @@ class Monarch(Term):
         rank = parameters // (blocks_in * out_features + blocks_out * in_features)
         rank = min(rank, in_features // blocks_in - 1, out_features // blocks_out - 1)
         return cls(in_features, out_features, blocks_in, blocks_out, rank) if rank > 0 else None
+
+
+def both_products(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """X [tokens, in_features] through the factors that ``MonarchModule`` has -> [tokens, out_features]."""
+    inner = between(first, x, second.shape[0])
+    # tokens first here: what is left is to copy rows, which is faster than to transpose them
+    y = torch.bmm(inner.mT, second.mT)
+    return y.transpose(0, 1).reshape(x.shape[0], second.shape[0] * second.shape[1])
 
 
 def blocks_of(features: int, size: int) -> int | None:
@@ -158,11 +171,8 @@ class MonarchModule(TermModule):
         """Both products."""
         if is_dynamic(self.first):
             y = batched_product(self._gathered(batched_product(self._chunks(x), self.first)), self.second)
-        else:
-            inner = between(numbers(self.first, x.dtype), x, self.term.blocks_out)
-            # tokens first here: what is left is to copy rows, which is faster than to transpose them
-            y = torch.bmm(inner.mT, numbers(self.second, x.dtype).mT)
-        return y.transpose(0, 1).reshape(x.shape[0], self.term.out_features)
+            return y.transpose(0, 1).reshape(x.shape[0], self.term.out_features)
+        return both_products(x, numbers(self.first, x.dtype), numbers(self.second, x.dtype))
 
     def write_(self, x: Tensor, bias: Tensor | None, y: Tensor) -> None:
         """Write both products, and a bias while they are in cache."""
@@ -215,6 +225,21 @@ class MonarchModule(TermModule):
         """The factors on the outputs' side."""
         return self.second
 
+    def padded(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """With ranks of zeros in both factors behind the others: what one makes of inputs the other takes nothing of."""
+        missing = _rank_of(term) - self.term.rank
+        first = tensors["first"].unflatten(1, (self.term.rank, self.term.blocks_out))
+        second = tensors["second"].unflatten(2, (self.term.blocks_in, self.term.rank))
+        first = pad(first, (0, 0, 0, 0, 0, missing))
+        return {"first": first.flatten(1, 2), "second": pad(second, (0, missing)).flatten(2)}
+
+    def cut(self, tensors: dict[str, Tensor], term: Term) -> dict[str, Tensor]:
+        """Without the ranks that were added."""
+        rank = _rank_of(term)
+        first = tensors["first"].unflatten(1, (rank, self.term.blocks_out))[:, : self.term.rank]
+        second = tensors["second"].unflatten(2, (self.term.blocks_in, rank))[..., : self.term.rank]
+        return {"first": first.flatten(1, 2), "second": second.flatten(2)}
+
     @torch.no_grad()
     def start_(self, problem: LeastSquares, seed: int) -> None:
         """Block coordinate descent; the same for every seed."""
@@ -229,3 +254,8 @@ class MonarchModule(TermModule):
         ratio = ratio.where(ratio.isfinite() & (ratio > 0), 1.0)
         self.first.copy_((blocks.first / ratio[..., None]).flatten(1, 2))
         self.second.copy_((blocks.second * ratio.permute(2, 0, 1)[:, None]).flatten(2))
+
+
+def _rank_of(term: Term) -> int:
+    assert isinstance(term, Monarch)
+    return term.rank

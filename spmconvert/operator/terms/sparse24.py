@@ -28,7 +28,7 @@ from torch.nn.functional import linear
 from spmconvert.errors import OptionError
 from spmconvert.operator.dispatch import Backend
 from spmconvert.operator.geometry import Geometry, stage_period
-from spmconvert.operator.int8 import is_dynamic, numbers, placed
+from spmconvert.operator.int8 import is_dynamic, numbers, with_numbers
 from spmconvert.operator.kept import can_be_kept
 from spmconvert.operator.pruning import GROUP, KEPT, pruned
 from spmconvert.operator.reference import is_recorded
@@ -194,14 +194,7 @@ class Sparse24Module(TermModule):
 
     def core(self) -> Tensor:
         """The weights at their places, [out_features, in_features], differentiable in them."""
-        return self._at_their_places(numbers(self.values))
-
-    def _at_their_places(self, values: Tensor) -> Tensor:
-        term = self.term
-        places = unpack(self.positions, term.groups)
-        inputs = torch.arange(0, GROUP * term.groups, GROUP, device=places.device)[:, None] + places
-        matrix = values.new_zeros(term.out_features, GROUP * term.groups)
-        return matrix.scatter(1, inputs.flatten(1), values)[:, : term.in_features]
+        return placed(numbers(self.values), self.positions, self.term.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """One product: x [tokens, in_features] -> [tokens, out_features]."""
@@ -273,11 +266,11 @@ class Sparse24Module(TermModule):
         values: Any = self.values
 
         def make() -> list[Tensor]:
-            return [placed(values, self._at_their_places(values.qdata).contiguous())]
+            return [with_numbers(values, placed(values.qdata, self.positions, self.term.in_features).contiguous())]
 
         if is_recorded() or not can_be_kept(self, (values,), (self.positions,)):
             return make()[0]
-        return self.keep(values.dtype, placed, (values, self.positions), make)[0]
+        return self.keep(values.dtype, with_numbers, (values, self.positions), make)[0]
 
     def _multiplies_sparsely(self, x: Tensor) -> bool:
         # the sparse product has no gradient with respect to its input, and needs one
@@ -366,8 +359,18 @@ def pack(places: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, groups: int) -> Tensor:
     """The inverse: int64 [rows, groups, 2]."""
+    # first: exporters make int8 of a byte and a number
+    packed = packed.long()
     nibbles = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(1)[:, :groups]
-    return torch.stack([nibbles & 3, nibbles >> 2], dim=-1).long()
+    return torch.stack([nibbles & 3, nibbles >> 2], dim=-1)
+
+
+def placed(values: Tensor, positions: Tensor, in_features: int) -> Tensor:
+    """Kept weights at their places, as ``Sparse24Module`` has both: [out_features, in_features], differentiable."""
+    groups = -(-in_features // GROUP)
+    inputs = torch.arange(0, GROUP * groups, GROUP, device=values.device)[:, None] + unpack(positions, groups)
+    matrix = values.new_zeros(values.shape[0], GROUP * groups)
+    return matrix.scatter(1, inputs.flatten(1), values)[:, :in_features]
 
 
 def identity_(stages: StagesModule) -> None:

@@ -26,7 +26,8 @@ from spmconvert.operator.dispatch import Backend, resolve_backend
 from spmconvert.operator.geometry import Geometry, Variant
 from spmconvert.operator.int8 import numbers
 from spmconvert.operator.kept import Merge, can_be_kept
-from spmconvert.operator.merged import apply_blocks, merge_plan, merge_stages, write_blocks
+from spmconvert.operator.merged import MergePlan, apply_blocks, merge_plan, merge_stages, write_blocks
+from spmconvert.operator.product import DenseProduct
 from spmconvert.operator.reference import is_recorded, reference_forward
 from spmconvert.operator.start import can_factorise, hierarchical_start_, random_start_
 from spmconvert.operator.terms.module import LeastSquares, TermModule, root_mean_square
@@ -216,6 +217,14 @@ class StagesModule(TermModule):
         """Stage by stage."""
         return reference_forward(x, numbers(self.weight), self.scale_in, self.scale_out, self.geometry)
 
+    @torch.no_grad()
+    def frozen(self, dtype: torch.dtype) -> nn.Module:
+        """The merged blocks alone; a diagonal has none and stays as it is."""
+        if self.geometry.stages == 0:
+            return super().frozen(dtype)
+        blocks = self._new_blocks(dtype, merge_stages, (self.weight, self.scale_in, self.scale_out))
+        return DenseProduct(blocks[0]) if self.plan.dense else FrozenStages(blocks, self.plan)
+
     def scale_parameter(self) -> nn.Parameter:
         """The diagonal on the outputs' side."""
         return self.scale_out
@@ -236,3 +245,25 @@ class StagesModule(TermModule):
         """Mixers are stepped relative to their size; diagonals and angles have size one by construction."""
         mixers = root_mean_square(self.weight) * 2**0.5 if self.geometry.variant == "general" else 1.0
         return [(self.weight, mixers), (self.scale_in, 1.0), (self.scale_out, 1.0)]
+
+
+class FrozenStages(nn.Module):
+    """Stages as merged blocks that nothing changes any more.
+
+    Attributes:
+        blocks: as ``merge_stages`` gives them, in the dtype of the inputs.
+        plan: merged form of the stages.
+    """
+
+    def __init__(self, blocks: list[Tensor], plan: MergePlan) -> None:
+        super().__init__()
+        self.blocks = nn.ParameterList(nn.Parameter(block, requires_grad=False) for block in blocks)
+        self.plan = plan
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the stages to x [tokens, in_features] -> [tokens, out_features]."""
+        return self.biased(x, None)
+
+    def biased(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """The same plus a bias [out_features]."""
+        return apply_blocks(x, list(self.blocks), bias, self.plan)

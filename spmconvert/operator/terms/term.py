@@ -86,6 +86,10 @@ class Term(ABC):
         """Whether a CPU runs the term as a dense product; a layer with it then keeps its whole matrix, all terms in it."""
         return False
 
+    def batch_form(self) -> "Term":
+        """What terms have in common whose layers are solved together: all of it, or all that their modules do not pad."""
+        return self
+
     def index_bytes(self) -> int:
         """Bytes of stored numbers that are no parameters, such as positions."""
         return 0

@@ -1,0 +1,1 @@
+"""How vLLM serves a converted checkpoint: a plugin that it finds by its entry point."""
