@@ -76,7 +76,8 @@ class Watch:
         if event == "open":
             path, _, flags = arguments
             if isinstance(path, str | bytes | os.PathLike) and isinstance(flags, int) and flags & WRITING:
-                self.step("open", os.fsdecode(path))
+                # a file without a name is opened by its directory
+                self.step("open" if not flags & os.O_TMPFILE & ~os.O_DIRECTORY else "tmpfile", os.fsdecode(path))
         elif event in CHANGES:
             path = arguments[CHANGES[event]]
             if isinstance(path, str | bytes | os.PathLike):
