@@ -115,7 +115,7 @@ def _check_design(table: LayerDesign | Override) -> None:
         if given:
             raise ValueError(f"terms and {', '.join(given)} are both given; name one or the other")
         for term in table.terms:
-            if term.get("kind") not in KINDS:
+            if not isinstance(term.get("kind"), str) or term["kind"] not in KINDS:
                 raise ValueError(f"a term has kind {term.get('kind')!r}; choose among {', '.join(KINDS)}")
     if table.variant == "rotation" and table.block not in (None, 1):
         raise ValueError(f"variant rotation needs block 1, found block {table.block}")

@@ -4,8 +4,9 @@ Python tells audit hooks of every file that it opens, renames, makes or removes 
 the files that safetensors writes are told of here. A hook cannot be taken out again, so a command runs in a child that is
 forked once everything is imported: a kill then costs what the command itself does, and not the seconds of imports.
 
-``kill`` ends the process before a step. ``tear`` ends it with a file open whose first bytes alone were written, which is what
-a kill in the middle of a write leaves. ``fill`` lets a step, and everything after it that needs room, fail for want of space.
+``kill`` ends the process before a step. ``tear`` ends it with a file open whose first bytes alone were written, which is
+what a kill in the middle of a write leaves. ``fill`` lets a step, and everything after it that needs room, fail for want of
+space.
 """
 
 import errno
@@ -60,7 +61,7 @@ class Watch:
         sync, save = os.fsync, safetensors.torch.save_file
 
         def synced(descriptor: int) -> None:
-            self.step("fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+            self.step("fsync", os.fspath(Path(f"/proc/self/fd/{descriptor}").readlink()))
             sync(descriptor)
 
         def saved(tensors: Any, file: Any, *rest: Any) -> None:
@@ -86,8 +87,8 @@ class Watch:
     def step(self, name: str, path: str) -> None:
         """Take one step, unless it is the one to stop at."""
         # names beside a descriptor, as rmtree has them, are below what was opened
-        place = os.path.abspath(path)
-        inside = place.startswith(self.root + os.sep) or (not os.path.isabs(path) and name in FREE)
+        place = os.path.abspath(path)  # noqa: PTH100 - links stay as they are
+        inside = place.startswith(self.root + os.sep) or (not Path(path).is_absolute() and name in FREE)
         if not inside or self._is_ours:
             return
         self.steps.append(Step(name, os.path.relpath(place, self.root)))
@@ -100,8 +101,7 @@ class Watch:
             return
         if self.how == "tear" and name == "open":
             self._is_ours = True
-            with open(place, "wb") as file:
-                file.write(b'{"')
+            Path(place).write_bytes(b'{"')
         os._exit(KILLED)
 
 
