@@ -3,8 +3,9 @@
     python -m tests.robustness.fuzz --count 1000000 header recipe
 
 Structures are changed and not bytes, since a parser refuses nearly all changed bytes before a line of ours sees them:
-values are replaced, taken out, doubled, wrapped and swapped with others, anywhere inside of a file that was good. Prints a line of
-JSON for each reader, with how many inputs it was given, how many it refused, and every place where another exception began.
+values are replaced, taken out, doubled, wrapped and swapped with others, anywhere inside of a file that was good. Prints a
+line of JSON for each reader, with how many inputs it was given, how many it refused, and every place where another
+exception began.
 """
 
 import argparse
@@ -107,8 +108,7 @@ def attempt(reader: Reader, content: Any) -> str | None:
     try:
         reader.read()
     except SpmconvertError as error:
-        said = str(error)
-        return "refused" if said and "\x1b" not in said else f"escape in: {said[:80]!r}"
+        return "refused" if str(error) else "refused without a word"
     except Exception as error:
         return site(error)
     return None if time.monotonic() - began < LONGEST else "hangs"
