@@ -60,7 +60,8 @@ def model_card(
     table = ["| layer | in x out | kept | error | whitened SVD of equal size |", "|---|---|---|---|---|"]
     table += [
         f"| {code(row.name, cell=True)} | {row.in_features} x {row.out_features} "
-        f"| {row.parameters / row.dense_parameters:.1%} | {row.error:.4f} | {row.baseline_error:.4f} (rank {row.baseline_rank}) |"
+        f"| {row.parameters / row.dense_parameters:.1%} | {row.error:.4f} "
+        f"| {row.baseline_error:.4f} (rank {row.baseline_rank}) |"
         for row in rows
     ]
     body = [

@@ -78,7 +78,7 @@ class Watch:
             path, _, flags = arguments
             if isinstance(path, str | bytes | os.PathLike) and isinstance(flags, int) and flags & WRITING:
                 # a file without a name is opened by its directory
-                self.step("open" if not flags & os.O_TMPFILE & ~os.O_DIRECTORY else "tmpfile", os.fsdecode(path))
+                self.step("tmpfile" if Path(os.fsdecode(path)).is_dir() else "open", os.fsdecode(path))
         elif event in CHANGES:
             path = arguments[CHANGES[event]]
             if isinstance(path, str | bytes | os.PathLike):
