@@ -155,9 +155,9 @@ class Campaign:
                 break
         if _content(place / self.output) != self.reference:
             self._wrong(what, " -> ".join(said))
-        # a kill right before a folder would be removed leaves an empty one
+        # a kill right before a working directory would be removed leaves its mark, which is no work
         hidden = [path for path in place.iterdir() if path.name.startswith(".") and path.is_dir()]
-        left = [path.name for path in hidden if any(path.iterdir())]
+        left = [path.name for path in hidden if any(inner.name != "run.json" for inner in path.iterdir())]
         if left:
             self._wrong(what, f"leaves {left}: {' -> '.join(said)}")
 

@@ -101,7 +101,9 @@ class Watch:
             return
         if self.how == "tear" and name == "open":
             self._is_ours = True
-            Path(place).write_bytes(b'{"')
+            # what was there before a line was begun stays, where lines are added
+            before = Path(place).read_bytes() if place.endswith(".jsonl") and Path(place).exists() else b""
+            Path(place).write_bytes(before + b'{"')
         os._exit(KILLED)
 
 
