@@ -6,9 +6,9 @@ from typing import Any, Protocol
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import UnsupportedLayerError
+from spmconvert.escaping import code, markdown
 from spmconvert.exporting.comparison import Comparison
 from spmconvert.model.opening import opened_names
-from spmconvert.escaping import code, markdown
 from spmconvert.version import __version__
 
 
