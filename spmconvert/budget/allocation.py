@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from spmconvert.budget.candidates import Candidate
 from spmconvert.budget.curves import Curves
 from spmconvert.budget.knapsack import Choice, check_budget, choose
@@ -87,6 +89,11 @@ class Limit:
         return self.times.at(max(1, round(layer.target.share * self.times.tokens))), 1
 
 
+_PICKED: TypeAdapter[tuple[Candidate | None, ...]] = TypeAdapter(tuple[Candidate | None, ...])
+_CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
+_DROPPED: TypeAdapter[tuple[int, int]] = TypeAdapter(tuple[int, int])
+
+
 @dataclass(frozen=True)
 class Allocation:
     """What a budget is spent on.
@@ -110,13 +117,14 @@ class Allocation:
 
     @classmethod
     def from_json(cls, plan: ConversionPlan, record: dict[str, Any]) -> "Allocation":
-        """The allocation that was written for the same targeted layers."""
-        picked = tuple(
-            None if fields is None else Candidate(**{**fields, "terms": tuple(fields["terms"])})
-            for fields in record["picked"]
-        )
-        choice = Choice(**{**record["choice"], "chosen": tuple(record["choice"]["chosen"])})
-        return cls(_planned(plan, picked), choice, picked, tuple(record["dropped"]))
+        """The allocation that was written for the same targeted layers.
+
+        Raises:
+            ValueError: when it is none.
+        """
+        picked = _PICKED.validate_python(record.get("picked"))
+        choice = _CHOICE.validate_python(record.get("choice"))
+        return cls(_planned(plan, picked), choice, picked, _DROPPED.validate_python(record.get("dropped")))
 
 
 def check_reachable(limit: Limit) -> None:

@@ -8,13 +8,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.tokens import tokenizer_hash
+from spmconvert.operator.terms.registry import KINDS
 from spmconvert.outputs.objective import objective_of
 from spmconvert.plan.plan import LayerPlan
 from spmconvert.recipe.recipe import Recipe
@@ -28,7 +29,7 @@ LOW_RANK, TERMS, RESPONSE = "lowrank", "terms", "response"
 
 
 class _Curve(BaseModel):
-    ranks: list[int]
+    ranks: list[Annotated[int, Field(ge=1)]]
     errors: list[float]
     losses: list[float]
 
@@ -39,8 +40,13 @@ class _Curve(BaseModel):
         return self
 
 
+class _Term(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    kind: Literal[tuple(KINDS)]  # type: ignore[valid-type]
+
+
 class _Fitted(BaseModel):
-    terms: list[dict[str, Any]]
+    terms: list[_Term]
     error: float
     loss: float
 

@@ -167,6 +167,10 @@ def _known(cache: CurveCache, layer: LayerPlan) -> LayerCurve:
     response = read_part(files[RESPONSE], RESPONSE) if RESPONSE in files else None
     wanted = set(cache.structures)
     fitted = [Candidate(tuple(entry["terms"]), entry["error"], entry["loss"]) for entry in terms]
+    # a rank that the layer has no room for would be no design of it
+    if low_rank and not _is_design_of(layer, Candidate(({"kind": "lowrank", "rank": max(low_rank["ranks"])},), 0.0, 0.0)):
+        low_rank = None
+    fitted = fitted if all(_is_design_of(layer, candidate) for candidate in fitted) else []
     return LayerCurve(
         layer,
         LowRankCurve(**{key: tuple(values) for key, values in low_rank.items()})
@@ -175,3 +179,12 @@ def _known(cache: CurveCache, layer: LayerPlan) -> LayerCurve:
         [candidate for candidate in fitted if set(candidate.kinds) <= wanted],
         Response.of(response) if response else None,
     )
+
+
+def _is_design_of(layer: LayerPlan, candidate: Candidate) -> bool:
+    """Whether a layer can be built so; what a damaged file names is measured again."""
+    try:
+        candidate.design(layer.target.in_features, layer.target.out_features)
+    except OptionError:
+        return False
+    return True

@@ -10,7 +10,9 @@ from dataclasses import dataclass, replace
 from hashlib import sha256
 from typing import Any, Protocol
 
+from pydantic import TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate, budget_row, check_reachable, smallest_designs
 from spmconvert.budget.batches import waves_of
@@ -36,9 +38,10 @@ from spmconvert.budget.search import Search, Trial
 from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model, whole_model
 from spmconvert.budget.times import TimeTable
 from spmconvert.calibrate.store import Moments
+from spmconvert.checkpoint.places import CHOICE_FILE
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.calibration import CalibrationRows
-from spmconvert.errors import OptionError
+from spmconvert.errors import CorruptCheckpointError, OptionError
 from spmconvert.fit.batches import may_batch
 from spmconvert.model.chain import Chain
 from spmconvert.operator.design import Design
@@ -219,6 +222,21 @@ class Spending:
         return [list(zip(predicted[name], measured[name], strict=True)) for name in by_name]
 
 
+class _Speeds(TypedDict):
+    predicted: float | None
+    measured: float | None
+
+
+class _Record(TypedDict):
+    allocation: dict[str, Any]
+    speedup: _Speeds
+    instead: bool
+
+
+# what the file of a choice has to be
+_FORM: TypeAdapter[_Record] = TypeAdapter(_Record)
+
+
 @dataclass(frozen=True)
 class Spent:
     """What a budget was spent on.
@@ -243,10 +261,20 @@ class Spent:
 
     @classmethod
     def from_json(cls, plan: ConversionPlan, content: bytes) -> "Spent":
-        """What was written for the same targeted layers."""
-        record = parse_json(content)
+        """What was written for the same targeted layers.
+
+        Raises:
+            CorruptCheckpointError: when it is none of them.
+        """
+        try:
+            record = _FORM.validate_python(parse_json(content))
+            allocation = Allocation.from_json(plan, record["allocation"])
+        except (ValueError, OverflowError):
+            # what pydantic and a design refuse are ValueErrors
+            raise CorruptCheckpointError(
+                f"{CHOICE_FILE} of the unfinished run is damaged; discard the run with --force"
+            ) from None
         speeds = record["speedup"]
-        allocation = Allocation.from_json(plan, record["allocation"])
         return cls(allocation, speeds["predicted"], speeds["measured"], record["instead"])
 
 

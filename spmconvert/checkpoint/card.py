@@ -7,6 +7,8 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError
 
+from spmconvert.escaping import code, markdown
+
 # what of the source's metadata is true of the converted model, too
 INHERITED = ("license", "license_name", "license_link", "language", "datasets", "pipeline_tag", "tags")
 # what a finetune replaces
@@ -57,14 +59,15 @@ def model_card(
     header = ["---", ModelCardData(ignore_metadata_errors=True, **metadata).to_yaml(), "---"]
     table = ["| layer | in x out | kept | error | whitened SVD of equal size |", "|---|---|---|---|---|"]
     table += [
-        f"| `{row.name}` | {row.in_features} x {row.out_features} | {row.parameters / row.dense_parameters:.1%} "
-        f"| {row.error:.4f} | {row.baseline_error:.4f} (rank {row.baseline_rank}) |"
+        f"| {code(row.name, cell=True)} | {row.in_features} x {row.out_features} "
+        f"| {row.parameters / row.dense_parameters:.1%} | {row.error:.4f} "
+        f"| {row.baseline_error:.4f} (rank {row.baseline_rank}) |"
         for row in rows
     ]
     body = [
-        f"# {source}, converted by spmconvert",
+        f"# {markdown(source)}, converted by spmconvert",
         "",
-        f"{len(rows)} dense layers of `{source}` (content hash `{source_sha256[:16]}`) are replaced by SPM layers",
+        f"{len(rows)} dense layers of {code(source)} (content hash `{source_sha256[:16]}`) are replaced by SPM layers",
         "(Stagewise Pairwise Mixers, arXiv 2512.23905). All other tensors are byte for byte those of the source.",
         "",
         "```python",

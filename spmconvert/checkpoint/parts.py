@@ -52,7 +52,9 @@ class Parts:
         if not self._file(name).exists():
             return None
         with self._opened(name) as part:
-            found: dict[str, Any] = parse_json(part.metadata()["record"])
+            found = parse_json(part.metadata()["record"])
+            if not isinstance(found, dict):
+                raise TypeError("a record is a table")
             return found
 
     def keys(self, name: str) -> list[str]:
@@ -77,4 +79,4 @@ class Parts:
         except FileNotFoundError:
             raise OutputError(f"{file} of the unfinished run is gone; start again without --resume") from None
         except (SafetensorError, TypeError, KeyError, ValueError):
-            raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
+            raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; discard the run with --force") from None

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spmconvert.checkpoint.manifest import PROVENANCE_FILE
 from spmconvert.errors import CorruptCheckpointError
+from spmconvert.system.validation import finding
 
 
 class _Part(BaseModel):
@@ -91,7 +92,7 @@ def check_provenance(directory: Path, provenance: dict[str, Any], layers: set[st
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise CorruptCheckpointError(
-            f"{file} does not say what it should at {where!r} ({first['msg'].lower()}); download it or convert again"
+            f"{file} does not say what it should at {where!r} ({finding(first)}); download it or convert again"
         ) from None
     recorded = {layer.name for layer in checked.layers}
     if recorded != layers:

@@ -38,6 +38,10 @@ HUB_PATTERNS = (
 ADAPTER_FILE = "adapter_config.json"
 # keys of a config that say how many there are of something that has tensors
 COUNTED = re.compile(r"n_layers?|n_blocks|depth|\w*num_(\w+_)?(layers|blocks|experts)|\w*(encoder|decoder)_layers")
+# of a model in a browser, with or without the owner; what follows is a page of it
+ADDRESS = re.compile(
+    r"(https?://)?(www\.)?(huggingface\.co|hf\.co)/(?P<name>[\w.-]+(/(?!tree/|blob/|resolve/|raw/)[\w.-]+)?)|https?://"
+)
 # of classes, which a base model has no tensor for
 MOST_LABELS = 1_000_000
 CHAT_TEMPLATES = "additional_chat_templates"
@@ -317,6 +321,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
 
 def _download(model: str, revision: str | None) -> Path:
     looks_local = not model or model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.endswith("/")
+    if (address := ADDRESS.match(model)) is not None:
+        name = address["name"]
+        remedy = f"give the hub id: {name}" if name else "give a hub id such as gpt2, or a directory"
+        raise ModelNotFoundError(f"{model} is an address, which is not what models are named by; {remedy}")
     if looks_local:
         raise ModelNotFoundError(f"there is no directory {model!r}; check the path")
     from huggingface_hub import snapshot_download
@@ -332,6 +340,8 @@ def _download(model: str, revision: str | None) -> Path:
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    if isinstance(error, FileNotFoundError):
+        return CheckpointError(f"{path} cannot be read (gone); restore it, then repeat the command, with --resume")
     # safetensors raises system errors of one argument
     reason = error.strerror or str(error)
     return CheckpointError(f"{path} cannot be read ({reason}); check that it is there and its permissions")

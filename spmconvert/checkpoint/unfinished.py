@@ -53,6 +53,7 @@ def _record(file: Path) -> dict[str, Any]:
 
     try:
         with safe_open(file, "pt") as opened:
-            return parse_json(opened.metadata()["record"])
+            found: dict[str, Any] = parse_json(opened.metadata()["record"])
+            return {"name": found["name"], **found}
     except (SafetensorError, TypeError, KeyError, ValueError):
-        raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; start over without --resume") from None
+        raise CorruptCheckpointError(f"{file} of the unfinished run is damaged; discard the run with --force") from None

@@ -316,7 +316,7 @@ def _read_fingerprint(run: Path) -> object:
     try:
         return parse_json(run.read_text(encoding="utf-8"))["fingerprint"]
     except (ValueError, KeyError, TypeError):
-        raise OutputError(f"{run} of the unfinished run is damaged; start over without --resume") from None
+        raise OutputError(f"{run} of the unfinished run is damaged; discard the run with --force") from None
 
 
 def _umask() -> int:

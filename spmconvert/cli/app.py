@@ -21,19 +21,20 @@ from spmconvert.cli.panels import PanelCommand
 from spmconvert.cli.preview import dry_run_of
 from spmconvert.cli.processes import run_in_processes
 from spmconvert.cli.push import push
+from spmconvert.cli.usage import check_empty, usage_error
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertError, VerificationError
 from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.recipe.recipe import AUTO_TEXT, Recipe, Training
+from spmconvert.system.interrupts import LINE, at_work
 from spmconvert.system.team import is_first
 from spmconvert.version import __version__
 
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
 PROCESSES = typer.Option(min=1, help="Processes on this machine.")
-# what stands for a text where none is given
 
 app = typer.Typer(
     add_completion=True,
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     help="Replace dense layers of pretrained models by near-linear Stagewise Pairwise Mixers.",
 )
@@ -42,10 +43,19 @@ app = typer.Typer(
 def main() -> None:
     """Run the command line; errors become one line and an exit code."""
     try:
-        app()
+        check_empty(sys.argv[1:])
+        # a number where a command ended early, as after --help; None where it ran through
+        code = app(standalone_mode=False)
     except SpmconvertError as error:
         console.error(str(error))
         raise SystemExit(error.exit_code) from None
+    except typer.TyperException as error:
+        refused = usage_error(error)
+        console.error(str(refused))
+        raise SystemExit(refused.exit_code) from None
+    if code == INTERRUPTED_EXIT_CODE:
+        console.note("interrupted; run the command again")
+    raise SystemExit(code or 0)
 
 
 def _show_version(value: bool) -> None:
@@ -56,11 +66,15 @@ def _show_version(value: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Accept the options that belong to no command."""
+    """Show the help where no command is named; accept the options that belong to none."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help(), err=True)
+        raise typer.Exit(OptionError.exit_code)
 
 
 @app.command(cls=PanelCommand)
@@ -176,7 +190,7 @@ def _say_interrupted(output: Path, kept: str) -> None:
     if (partial_directory(Path(os.path.realpath(output))) / RUN_FILE).is_file():
         console.note(f"interrupted; {kept}. Continue with the same command and --resume")
     else:
-        console.note("interrupted before anything was kept; start again")
+        console.note(LINE)
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -200,7 +214,7 @@ def _convert(
     began = time.monotonic()
     console.silence_libraries()
     try:
-        with progress.ConversionProgress() as watch:
+        with at_work(), progress.ConversionProgress() as watch:
             conversion = run(
                 model, output, recipe=recipe, device=device, resume=resume, force=force, bare=True, progress=watch
             )
@@ -293,11 +307,12 @@ def finetune(
     began = time.monotonic()
     where = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_device": teacher_device, "device": device}
     how = {"shard": shard, "tracker": tracker, "in_place": in_place, "force": force, "resume": resume}
-    try:
-        if store_logits is not None:
+    if store_logits is not None:
+        with at_work():
             _store_logits(chosen, store_logits, data, training, teacher, device)
-            return console.data({"output": str(store_logits)}) if as_json else None
-        with progress.TrainingProgress(training.most_steps) as watch:
+        return console.data({"output": str(store_logits)}) if as_json else None
+    try:
+        with at_work(), progress.TrainingProgress(training.most_steps) as watch:
             result = run(chosen, output, data=data, recipe=training, report=watch.show, **where, **how)
     except KeyboardInterrupt:
         _say_interrupted(finetuned_output(chosen, output, in_place=in_place), "the last checkpoint is kept")
@@ -380,7 +395,7 @@ def report(
     check_place(directories[0] if len(directories) == 1 else Path(COMPARISON_DIRECTORY), output)
     names = tuple(name.strip() for name in tasks.split(",")) if tasks else ()
     console.silence_libraries()
-    with progress.Steps() as steps:
+    with at_work(), progress.Steps() as steps:
         reports = [
             run(
                 directory,
@@ -421,7 +436,8 @@ def verify(
     from spmconvert.commands.verify import verify as run
 
     directory = model or only_converted(Path.cwd())
-    checks = run(directory, teacher=teacher)
+    with at_work():
+        checks = run(directory, teacher=teacher)
     if as_json:
         console.data([asdict(check) for check in checks])
     else:
@@ -457,7 +473,8 @@ def export(
 
     directory = model or only_converted(Path.cwd())
     console.silence_libraries()
-    result = run(directory, output, form=form, force=force)
+    with at_work():
+        result = run(directory, output, form=form, force=force)
     if as_json:
         console.data({**asdict(result), "output": str(result.output)})
     else:
@@ -484,6 +501,7 @@ def demo(
     from spmconvert.reporting.terminal import report_view
 
     console.silence_libraries()
-    page = run(output, force=force, step=console.note, **_given(steps=steps))
+    with at_work():
+        page = run(output, force=force, step=console.note, **_given(steps=steps))
     console.show(report_view(read_report(page.with_suffix(".json"))))
     console.show(f"open {page} in a browser")

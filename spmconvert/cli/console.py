@@ -6,19 +6,29 @@ Results go to standard output; progress, notes and errors go to standard error, 
 import json
 import logging
 import sys
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 from rich.text import Text
 
-if TYPE_CHECKING:
-    pass
+from spmconvert.escaping import visible
+
+
+class _Visible(Console):
+    """A console that shows what would move its cursor or change its colours: the text of everything goes through here."""
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """As rich does; what rich itself sends to the terminal is in segments of another kind, or no text."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(visible(segment.text), segment.style)
 
 
 # a pipe or a file has no width; wide enough that no name is folded
 # names and paths may hold brackets and colons, which are not markup
-out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
-err = Console(stderr=True, highlight=False, markup=False, emoji=False)
+out = _Visible(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 160)
+err = _Visible(stderr=True, highlight=False, markup=False, emoji=False)
 
 
 def error(message: str) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from spmconvert.cli import console, progress
-from spmconvert.errors import SpmconvertError
+from spmconvert.errors import INTERRUPTED_EXIT_CODE, SpmconvertError
+from spmconvert.system.interrupts import at_work
 from spmconvert.units import size
 
 ROWS, SECONDS = 32, 2.0
@@ -40,8 +41,11 @@ def show_outcome(directory: Path, data: str | Path, device: str, *, dense_bytes:
     from spmconvert.reporting.terminal import outcome_view
 
     try:
-        with progress.Steps() as steps:
+        with at_work(), progress.Steps() as steps:
             found = report(directory, data=data, rows=ROWS, seconds=SECONDS, brief=True, device=device, progress=steps)
+    except KeyboardInterrupt:
+        console.note(f"interrupted while the whole model was measured; {directory} is complete")
+        raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except SpmconvertError as error:
         console.note(f"the whole model is not measured: {error}")
         return {"outcome": []}

@@ -59,7 +59,9 @@ def run_in_processes(arguments: Sequence[str], count: int) -> int:
         if failed:
             with open(f"{quiet}/{failed}") as stream:  # noqa: PTH123 - written by the child
                 sys.stderr.write(stream.read())
-        return abs(workers[failed].returncode)
+        code = workers[failed].returncode
+        # as a shell says which signal it was
+        return code if code >= 0 else 128 - code
 
 
 def _ends(worker: subprocess.Popen[bytes]) -> bool:

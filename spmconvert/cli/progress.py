@@ -72,6 +72,13 @@ class ConversionProgress:
         elif recipe.calibration.file is None:
             note("no calibration data: layers are fitted in the Frobenius norm, which is far worse; give --calib")
 
+    def reading_few(self, tokens: int, width: int) -> None:
+        """Say what errors that are measured on them are worth."""
+        note(
+            f"warning: the calibration text gives {tokens:,} tokens to fit, fewer than the {width:,} inputs of a layer; so "
+            "few say next to nothing about it, nor do their errors; give a longer text"
+        )
+
     def taking(self, budget: "Budget") -> None:
         """Say which."""
         taken = f"--keep {budget.keep:g}" if budget.speedup is None else f"--speedup {budget.speedup:g}"

@@ -137,6 +137,9 @@ def _convert(
         listener.taking(budget)
         resolved = resolved.model_copy(update={"budget": budget})
     rows = calibration_rows(source.directory, config, resolved)
+    width = max(layer.target.in_features for layer in plan.layers)
+    if rows is not None and rows.fitted_tokens is not None and rows.fitted_tokens < width:
+        listener.reading_few(rows.fitted_tokens, width)
     budgeted = bool(resolved.budget.limits)
     if budgeted:
         check_measurable(resolved)

@@ -16,6 +16,7 @@ from spmconvert.commands.report import report
 from spmconvert.data.library import library_text
 from spmconvert.errors import OptionError
 from spmconvert.fit.progress import Progress
+from spmconvert.recipe.loading import training_from_keywords
 from spmconvert.recipe.recipe import AUTO_TEXT
 from spmconvert.reporting.files import write_report
 
@@ -53,12 +54,13 @@ def demo(
     """
     model = demo_model()
     directory = Path(output)
+    # before a minute of conversion
+    training = training_from_keywords({**({"minutes": MINUTES} if steps is None else {"steps": steps}), **FINETUNING})
     step(f"converting the feed-forward layers of {MODEL_PACKAGE}")
     converted, tuned = directory / "minilm-spm", directory / "minilm-spm-ft"
     convert(model, converted, calib=AUTO_TEXT, bare=True, force=force, progress=progress, **CONVERSION)
     step("finetuning against the dense model")
-    length = {"minutes": MINUTES} if steps is None else {"steps": steps}
-    finetune(converted, tuned, force=force, **length, **FINETUNING)
+    finetune(converted, tuned, force=force, recipe=training)
     step("measuring")
     tuned_report = report(
         tuned, data=AUTO_TEXT, other_data=library_text("code"), baselines=True, seconds=SECONDS, progress=step

@@ -239,10 +239,11 @@ def _training(run: ReportRun) -> tuple[FinetuneRecord, ...]:
             )
             for record in recorded
         )
-    except (ValidationError, KeyError) as error:
+    except (ValidationError, KeyError, TypeError, AttributeError) as error:
+        where = ".".join(map(str, error.errors()[0]["loc"])) if isinstance(error, ValidationError) else "history"
         raise CheckpointError(
-            f"{run.converted.directory} has a finetune in its provenance that is not understood ({error!r:.80}); "
-            "finetune again with this version"
+            f"{run.converted.directory} has a finetune in its provenance that is not understood at {where!r}; finetune "
+            "again with this version"
         ) from None
 
 

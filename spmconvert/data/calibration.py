@@ -46,6 +46,13 @@ class CalibrationRows:
     batch_size: int
     file_sha256: str
 
+    @property
+    def fitted_tokens(self) -> int | None:
+        """Tokens of the rows that are fitted; None for pictures and sounds, of which the model makes its own number."""
+        if any(isinstance(row, MediaRow) for row in self.fitted):
+            return None
+        return sum(len(row) for row in self.fitted)
+
     def batches(self, rows: list[Row], model: Any, *, size: int | None = None) -> Iterator[dict[str, Any]]:
         """Padded batches as keyword arguments of the model, on its device; ``batch_size`` rows unless a size is given."""
         size = size or self.batch_size

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from spmconvert.distill.state import read_snapshot
 from spmconvert.errors import BackendError, OptionError
 from spmconvert.recipe.recipe import Training
 
@@ -70,15 +71,14 @@ def share_snapshot(accelerator: Any, file: Path | None) -> dict[str, Any] | None
         accelerator: of the run.
         file: where the first process keeps it; None in all others.
     """
-    import torch
     from accelerate.utils import broadcast_object_list
 
     content = file.read_bytes() if file is not None and file.exists() and accelerator.num_processes > 1 else None
     if accelerator.num_processes > 1:
         box = [content]
         broadcast_object_list(box)
-        return None if box[0] is None else torch.load(io.BytesIO(box[0]), weights_only=True)
-    return torch.load(file, weights_only=True) if file is not None and file.exists() else None
+        return None if box[0] is None else read_snapshot(io.BytesIO(box[0]))
+    return read_snapshot(file) if file is not None and file.exists() else None
 
 
 def prepare_student(

@@ -14,7 +14,7 @@ from typing import IO, Any, Self
 
 from spmconvert.errors import OutputError
 from spmconvert.recipe.recipe import Training
-from spmconvert.system.files import write_errors
+from spmconvert.system.files import write_errors, write_whole
 from spmconvert.system.parsing import parse_json
 
 MARK = {"log": "spmconvert finetune"}
@@ -80,11 +80,11 @@ class RunLog:
         if self._accelerator.log_with:
             self._accelerator.init_trackers("spmconvert", config=self._training.model_dump(mode="json"))
         if self._accelerator.is_main_process:
-            before = [line for line in self._lines() if parse_json(line).get("step", 0) <= self._last_step]
+            before = [line for line in self._lines() if 0 <= _step(line) <= self._last_step]
             with self._writing():
-                self._stream = self._file.open("w", encoding="utf-8")
-                self._stream.writelines(f"{line}\n" for line in (json.dumps(MARK), *before))
-                self._stream.flush()
+                # whole or not at all: half of a mark would be somebody else's file
+                write_whole(self._file, "".join(f"{line}\n" for line in (json.dumps(MARK), *before)))
+                self._stream = self._file.open("a", encoding="utf-8")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
@@ -114,5 +114,15 @@ class RunLog:
     def _lines(self) -> list[str]:
         if self._last_step < 0 or not self._file.exists():
             return []
-        written = self._file.read_text(encoding="utf-8").splitlines()[1:]
-        return [line for line in written if line.endswith("}")]
+        written = self._file.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+        return written
+
+
+def _step(line: str) -> int:
+    """The step that a line is of, 0 for one of no step; below that for one that a kill cut short."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return -1
+    step = record.get("step", 0) if isinstance(record, dict) else -1
+    return step if isinstance(step, int) else -1

@@ -8,11 +8,16 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from typing_extensions import TypedDict
+
+from spmconvert.checkpoint.places import STATE_FILE
+from spmconvert.errors import CorruptCheckpointError
 
 
 @dataclass
@@ -75,6 +80,34 @@ class State:
             _assign(trained, parameters)
 
 
+_EXACT = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
+
+
+@with_config(_EXACT)
+class _Values(TypedDict):
+    step: Annotated[int, Field(ge=0)]
+    planned: Annotated[int, Field(ge=0)]
+    tokens: Annotated[int, Field(ge=0)]
+    matched: Annotated[int, Field(ge=0)]
+    history: list[dict[str, Any]]
+    curve: list[float]
+    best_loss: float
+    best: dict[str, Tensor]
+    average: dict[str, Tensor]
+    stopped: str
+
+
+@with_config(_EXACT)
+class _Snapshot(TypedDict):
+    state: _Values
+    parameters: dict[str, Tensor]
+    moments: dict[str, dict[str, Tensor]] | None
+
+
+# what the file of a snapshot has to be
+_FORM: TypeAdapter[_Snapshot] = TypeAdapter(_Snapshot)
+
+
 def snapshot(state: State, trained: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None) -> dict[str, Any]:
     """Everything a run needs to go on, as whole CPU tensors; all processes have to call it.
 
@@ -88,13 +121,36 @@ def snapshot(state: State, trained: dict[str, nn.Parameter], optimizer: torch.op
     return {"state": values, "parameters": _whole(trained), "moments": moments}
 
 
+def read_snapshot(file: Any) -> dict[str, Any]:
+    """A snapshot as a run has kept it.
+
+    Args:
+        file: its path, or a stream of its bytes.
+
+    Raises:
+        CorruptCheckpointError: when it is damaged.
+    """
+    try:
+        return _FORM.dump_python(_FORM.validate_python(torch.load(file, weights_only=True)))
+    except Exception as error:
+        # whatever torch, its unpickler and the archive in the file raise
+        raise CorruptCheckpointError(
+            f"{STATE_FILE} of the unfinished run is damaged; discard the run with --force"
+        ) from error
+
+
 def restore(
     earlier_snapshot: dict[str, Any],
     state: State,
     trained: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer | None,
 ) -> None:
-    """Put a snapshot back; with an optimizer also its moments."""
+    """Put a snapshot back; with an optimizer also its moments.
+
+    Raises:
+        CorruptCheckpointError: when it is of other parameters.
+    """
+    _check_parameters(earlier_snapshot, trained)
     vars(state).update(earlier_snapshot["state"])
     for values in (state.best, state.average):
         for name, value in values.items():
@@ -107,6 +163,17 @@ def restore(
             key: _like(value, parameter) if value.shape == parameter.shape else value.clone()
             for key, value in earlier_snapshot["moments"][name].items()
         }
+
+
+def _check_parameters(found: dict[str, Any], trained: dict[str, nn.Parameter]) -> None:
+    moments = {} if found["moments"] is None else found["moments"]
+    held = [found["parameters"], *(found["state"].get(name, {}) for name in ("best", "average"))]
+    fits = all(set(values) <= set(trained) for values in (*held, moments)) and set(found["parameters"]) == set(trained)
+    fits = fits and all(value.shape == trained[name].shape for values in held for name, value in values.items())
+    if not fits or (found["moments"] is not None and set(moments) != set(trained)):
+        raise CorruptCheckpointError(
+            f"{STATE_FILE} of the unfinished run is of other parameters; discard the run with --force"
+        )
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.training import Rows, TokenRows, TrainingData
-from spmconvert.errors import CheckpointError, OptionError, OutputError
+from spmconvert.errors import CheckpointError, OptionError, OutputError, first_line
 from spmconvert.outputs.probe import vocabulary_size
 from spmconvert.system.parsing import parse_json
 
@@ -50,9 +50,13 @@ class StoredLogits:
             self._words, self._values, ends, keys = (
                 np.load(directory / f"{name}.npy", mmap_mode="r") for name in ("words", "log_probabilities", "ends", "keys")
             )
-        except (OSError, ValueError) as error:
-            first = str(error).splitlines()[0]
-            raise CheckpointError(f"{directory} holds no stored logits ({first}); write them with --store-logits") from None
+        except (OSError, ValueError, EOFError) as error:
+            reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+            raise CheckpointError(
+                f"{directory} holds no stored logits ({reason}); write them with --store-logits"
+            ) from None
+        if not isinstance(about, dict) or not _fit(self._words, self._values, ends, keys):
+            raise CheckpointError(f"{directory} holds stored logits that are damaged; write them again with --store-logits")
         if about.get("format_version") != FORMAT_VERSION or about.get("teacher_sha256") != teacher_sha256:
             raise CheckpointError(
                 f"{directory} holds logits of another teacher or in another format; write them again with --store-logits"
@@ -155,6 +159,17 @@ def _write_words(
     words.flush()
     values.flush()
     return keys
+
+
+def _fit(words: Any, values: Any, ends: Any, keys: Any) -> bool:
+    """Whether arrays are those of stored logits: words and values a token, an end and a key a row."""
+    if not (words.ndim == 2 and words.shape == values.shape and ends.ndim == 1 and keys.ndim == 2):
+        return False
+    if words.dtype.kind not in "iu" or values.dtype.kind != "f" or ends.dtype.kind != "i" or keys.dtype.kind != "u":
+        return False
+    return (
+        len(keys) == len(ends) > 0 and int(ends[0]) > 0 and bool((np.diff(ends) > 0).all()) and int(ends[-1]) == len(words)
+    )
 
 
 def _plain(rows: Rows) -> TokenRows:

@@ -7,6 +7,7 @@ from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.manifest import dense_config
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import UnsupportedLayerError
+from spmconvert.escaping import code, markdown
 from spmconvert.exporting.comparison import Comparison
 from spmconvert.model.opening import opened_names
 from spmconvert.version import __version__
@@ -75,4 +76,5 @@ def plain_config(converted: Converted) -> dict[str, Any]:
 def card(converted: Converted, title: str, text: str) -> str:
     """The model card of an export."""
     name = converted.directory.resolve().name
-    return f"# {name}, {title}\n\nWritten by spmconvert {__version__} from the converted checkpoint `{name}`: {text}\n"
+    by = f"Written by spmconvert {__version__} from the converted checkpoint {code(name)}"
+    return f"# {markdown(name)}, {title}\n\n{by}: {text}\n"

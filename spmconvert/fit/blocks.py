@@ -12,11 +12,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
+from spmconvert.errors import CorruptCheckpointError
 from spmconvert.fit.layer import LayerRecord, measured_again
 from spmconvert.fit.refine import refine_
 from spmconvert.fit.sequential import Regression, regress
@@ -66,7 +69,7 @@ def fit_in_blocks(run: FitRun, records: dict[str, LayerRecord]) -> None:
     blocks = _blocks(run)
     changes = {block.name: run.target.blocks.record(block.name) for block in blocks} if run.recipe.fit.refine else {}
     for change in filter(None, changes.values()):
-        records.update({name: LayerRecord(**entry) for name, entry in change["layers"].items()})
+        records.update(_change(change).layers)
     if len(records) == len(run.plan.layers) and None not in changes.values():
         return
     ahead = kept_batches(run, [[layer for layer in block.layers if not _follows(run, layer)] for block in blocks])
@@ -195,15 +198,36 @@ class Refined:
     vectors: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Change:
+    """What is recorded of a refined block: its error before and after, and its layers' records."""
+
+    before: float
+    after: float
+    layers: dict[str, LayerRecord]
+
+
+_FORM: TypeAdapter[_Change] = TypeAdapter(_Change)
+
+
+def _change(record: dict[str, Any] | None) -> _Change:
+    try:
+        return _FORM.validate_python(record)
+    except ValidationError:
+        raise CorruptCheckpointError(
+            "the record of a refined block is damaged; discard the unfinished run with --force"
+        ) from None
+
+
 def refined(run: FitRun) -> Refined:
     """What refinement changed, from what is stored; nothing where there is none."""
     found = Refined({}, {}, ())
     for block in _blocks(run) if run.recipe.fit.refine else ():
         record, names = run.target.blocks.record(block.name), run.target.blocks.keys(block.name)
-        assert record is not None
+        stored = _change(record)
         prefixes = tuple(f"{layer.prefix}." for layer in block.layers)
         vectors = tuple(name for name in names if not name.startswith(prefixes))
-        change = {key: record[key] for key in ("before", "after")}
+        change = {"before": stored.before, "after": stored.after}
         places = dict.fromkeys(names, block.name)
         found = Refined({**found.blocks, block.name: change}, {**found.places, **places}, (*found.vectors, *vectors))
     return found

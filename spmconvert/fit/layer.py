@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from spmconvert.calibrate.statistics import ActivationStatistics
 from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.manifest import LayerSpec
-from spmconvert.errors import FitError
+from spmconvert.errors import CorruptCheckpointError, FitError
 from spmconvert.fit.aim import Aim, FitResult
 from spmconvert.fit.batched_solver import fit_batch_
 from spmconvert.fit.error import LayerError, measure_error
@@ -73,6 +74,24 @@ class LayerRecord:
     baseline_centred_error: float
     seconds: float
     warning: str = ""
+
+
+_FORM: TypeAdapter[LayerRecord] = TypeAdapter(LayerRecord)
+
+
+def stored_record(entry: Any) -> LayerRecord:
+    """A record as an unfinished run keeps it.
+
+    Raises:
+        CorruptCheckpointError: when it is none.
+    """
+    try:
+        return _FORM.validate_python(entry)
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise CorruptCheckpointError(
+            f"the record of a finished layer is damaged at {where!r}; discard the unfinished run with --force"
+        ) from None
 
 
 def shown(records: Sequence[LayerRecord]) -> list[LayerRecord]:

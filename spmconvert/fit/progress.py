@@ -14,6 +14,9 @@ class Progress(Protocol):
     def reading(self, recipe: Recipe, standing_in: StandIn | None) -> None:
         """It is settled what the layers are calibrated on, and what of it stands in for what nobody gave."""
 
+    def reading_few(self, tokens: int, width: int) -> None:
+        """The rows that are fitted have fewer tokens than a layer has inputs."""
+
     def taking(self, budget: Budget) -> None:
         """A budget is taken, since neither designs nor one were named."""
 
@@ -40,6 +43,9 @@ class Silent:
     """Nobody listens."""
 
     def reading(self, recipe: Recipe, standing_in: StandIn | None) -> None:
+        """Nobody listens."""
+
+    def reading_few(self, tokens: int, width: int) -> None:
         """Nobody listens."""
 
     def taking(self, budget: Budget) -> None:

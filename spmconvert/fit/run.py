@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from spmconvert.fit.blocks import fit_in_blocks, is_refined
-from spmconvert.fit.layer import LayerRecord
+from spmconvert.fit.layer import LayerRecord, stored_record
 from spmconvert.fit.stored import FitRun, fit_together, kept_batches
 from spmconvert.plan.plan import LayerPlan
 
@@ -49,7 +49,7 @@ def fit_share(run: FitRun, batches: Sequence[Sequence[LayerPlan]]) -> None:
 
 def _stored_records(run: FitRun) -> dict[str, LayerRecord]:
     found = {layer.target.name: run.target.layers.record(layer.target.name) for layer in run.plan.layers}
-    return {name: LayerRecord(**record) for name, record in found.items() if record is not None}
+    return {name: stored_record(record) for name, record in found.items() if record is not None}
 
 
 def is_finished(run: FitRun) -> bool:

@@ -1,10 +1,12 @@
 """Recipes from TOML files, options and keywords; what is wrong with one is said in one line, before torch is imported."""
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from spmconvert.errors import RecipeError, first_line
 from spmconvert.recipe.recipe import (
@@ -18,6 +20,7 @@ from spmconvert.recipe.recipe import (
     Recipe,
     Training,
 )
+from spmconvert.system.validation import complaint, shown
 
 
 def load_recipe(path: Path | None, changes: dict[str, Any], *, text: str | None = None) -> Recipe:
@@ -39,7 +42,7 @@ def load_recipe(path: Path | None, changes: dict[str, Any], *, text: str | None 
     try:
         return Recipe.model_validate(table)
     except ValidationError as error:
-        raise RecipeError(_first_line(error, path)) from None
+        raise RecipeError(_first_line(error, path, changes)) from None
 
 
 def recorded_recipe(table: object) -> Recipe:
@@ -75,6 +78,16 @@ _SHORT_KEYS = {
     "output_weighting": "fit.output_weighting",
     "refine": "fit.refine",
 }
+# what the options are called whose values end up under these keys
+_OPTIONS = {
+    **{key: f"--{short.replace('_', '-')}" for short, key in _SHORT_KEYS.items() if short != "output_weighting"},
+    **{key: f"--{key}" for key in ("targets", "ignore", "layers", "seed", "dtype")},
+    **{f"finetune.{key}": f"--{key.replace('_', '-')}" for key in ("steps", "minutes", "batch_size", "block_size")},
+    "finetune.train": "--train",
+    "finetune.seed": "--seed",
+    "finetune.learning_rate": "--lr",
+}
+_FINETUNE = "finetune."
 
 
 def recipe_from_keywords(keywords: dict[str, Any], path: Path | None = None, *, text: str | None = None) -> Recipe:
@@ -99,7 +112,11 @@ def training_from_keywords(keywords: dict[str, Any], path: Path | None = None) -
     Raises:
         RecipeError: when a key is unknown or a value outside its range.
     """
-    return load_recipe(path, {f"finetune.{key}": value for key, value in keywords.items()}).finetune
+    for key in keywords:
+        if key.startswith(_FINETUNE):
+            alone = key.removeprefix(_FINETUNE)
+            raise RecipeError(f"--set {key} names the only table there is; leave the prefix out: --set {alone}=VALUE")
+    return load_recipe(path, {f"{_FINETUNE}{key}": value for key, value in keywords.items()}).finetune
 
 
 def parse_assignment(text: str) -> tuple[str, Any]:
@@ -129,8 +146,10 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"recipe {path} does not exist; give the path of a TOML file") from None
     except RecursionError:
         raise RecipeError(f"recipe {path} cannot be read: it is nested too deeply; fix the file") from None
-    except (ValueError, OSError) as error:
-        # TOML, text and numbers that are none are ValueErrors
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}; give the path of a TOML file") from None
+    except ValueError as error:
+        # TOML, text and numbers that are none
         raise RecipeError(f"recipe {path} cannot be read: {first_line(error)}; fix the file") from None
     calibration = table.get("calibration")
     if isinstance(calibration, dict) and isinstance(text := calibration.get("file"), str):
@@ -148,24 +167,58 @@ def _assign(table: dict[str, Any], key: str, value: Any) -> None:
     table[last] = value
 
 
-def _first_line(error: ValidationError, path: Path | None) -> str:
-    source = "options" if path is None else f"recipe {path}"
-    problems = []
+def _first_line(error: ValidationError, path: Path | None, given: Collection[str] = ()) -> str:
+    """What is wrong with a recipe, in one line.
+
+    Args:
+        error: pydantic's.
+        path: file of the recipe, or None.
+        given: dotted keys that options replaced in it.
+    """
     items = error.errors()
     # a list whose items are all wrong is called too short besides
     containers = {item["loc"][:-1] for item in items} - {()}
-    for item in items:
-        if item["loc"] in containers:
-            continue
-        key = ".".join(str(part) for part in item["loc"])
-        if item["type"] == "extra_forbidden":
-            problems.append(f"unknown key {key!r}; known keys are {', '.join(_known_keys(item['loc'][:-1]))}")
-        elif item["type"] == "value_error":
-            # of several keys together, so the input would be a whole table
-            problems.append(": ".join(part for part in (key, str(item["ctx"]["error"])) if part))
-        else:
-            problems.append(f"{key} = {item['input']!r}: {item['msg'].lower()}")
-    return f"{source}: " + " | ".join(problems)
+    problems = [_problem(item, path, given) for item in items if item["loc"] not in containers]
+    return " | ".join(problems)
+
+
+def _problem(item: ErrorDetails, path: Path | None, given: Collection[str]) -> str:
+    key = ".".join(map(str, item["loc"]))
+    in_file = path is not None and not any(key == name or key.startswith(f"{name}.") for name in given)
+    where = f"recipe {path}: " if in_file else ""
+    name = key if in_file else _OPTIONS.get(key, key)
+    kind, value = item["type"], item["input"]
+    if kind == "extra_forbidden":
+        return f"{where}unknown key {key!r}; known keys are {', '.join(_known_keys(item['loc'][:-1]))}"
+    if kind == "value_error" and isinstance(value, dict | BaseModel):
+        # of several keys together, which the message names
+        return where + ": ".join(part for part in (key, str(item["ctx"]["error"])) if part)
+    if kind in ("model_type", "dict_type", "tuple_type", "list_type"):
+        return f"{where}{name} is {_form(item['loc'])}, found {shown(value)}; {_form_remedy(key, item)}"
+    return f"{where}{name} {complaint(item)}"
+
+
+def _form(location: tuple[int | str, ...]) -> str:
+    """What a key that holds several values is."""
+    last = location[-1]
+    return f"a list of {_LISTS[last]}" if last in _LISTS else "a table"
+
+
+def _form_remedy(key: str, item: ErrorDetails) -> str:
+    if _form(item["loc"]) != "a table":
+        return 'write it in brackets, such as ["mlp"]' if key in ("targets", "ignore") else "write it in brackets"
+    names = _known_keys(item["loc"]) if len(item["loc"]) == 1 else []
+    return f"set a key of it: {key}.{names[0]}=VALUE" if names else "write keys and values in braces"
+
+
+# what the lists of a recipe are of
+_LISTS: dict[int | str, str] = {
+    "targets": "patterns",
+    "ignore": "patterns",
+    "terms": "tables",
+    "overrides": "tables",
+    "structures": "kinds of terms",
+}
 
 
 def _known_keys(location: tuple[int | str, ...]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from spmconvert.errors import OptionError
 from spmconvert.operator.geometry import Variant
 from spmconvert.operator.terms.registry import KINDS
 from spmconvert.units import parse_size
@@ -24,8 +25,24 @@ DEFAULT_STRUCTURES = ("monarch", "sparse24", "lowrank")
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
+def _share(value: float) -> float:
+    if not 0 < value < 1:
+        raise ValueError("is not a share; give one between 0 and 1, such as 0.25")
+    return value
+
+
+def _file(value: Any) -> Any:
+    if isinstance(value, str) and not value.strip():
+        raise ValueError("is empty; name a file, or none")
+    return value
+
+
+# of something that is neither kept nor left out as a whole
+Share = Annotated[float, AfterValidator(_share)]
+
+
 class _Table(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class LayerDesign(_Table):
@@ -98,7 +115,7 @@ def _check_design(table: LayerDesign | Override) -> None:
         if given:
             raise ValueError(f"terms and {', '.join(given)} are both given; name one or the other")
         for term in table.terms:
-            if term.get("kind") not in KINDS:
+            if not isinstance(term.get("kind"), str) or term["kind"] not in KINDS:
                 raise ValueError(f"a term has kind {term.get('kind')!r}; choose among {', '.join(KINDS)}")
     if table.variant == "rotation" and table.block not in (None, 1):
         raise ValueError(f"variant rotation needs block 1, found block {table.block}")
@@ -118,11 +135,11 @@ class Calibration(_Table):
             drawn to choose designs on.
     """
 
-    file: Path | None = None
+    file: Annotated[Path | None, BeforeValidator(_file)] = None
     rows: Annotated[int, Field(ge=2)] = 256
     tokens: Annotated[int, Field(ge=2)] = 128
     batch_size: Annotated[int, Field(ge=1)] = 16
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.125
+    held_out: Share = 0.125
 
     @property
     def is_dataset(self) -> bool:
@@ -169,12 +186,15 @@ class Fit(_Table):
 
 def _known_kind(kind: str) -> str:
     if kind not in KINDS:
-        raise ValueError(f"{kind!r} is no kind of term; choose among {', '.join(KINDS)}")
+        raise ValueError(f"is no kind of term; choose among {', '.join(KINDS)}")
     return kind
 
 
 def _bytes(value: Any) -> Any:
-    return parse_size(value) if isinstance(value, str) else value
+    try:
+        return parse_size(value) if isinstance(value, str) else value
+    except OptionError:
+        raise ValueError("is no size; write one such as 40MB, 1.5GB or 300000") from None
 
 
 class Budget(_Table):
@@ -197,10 +217,10 @@ class Budget(_Table):
         iterations: most solver iterations of each candidate that is measured.
     """
 
-    keep: Annotated[float, Field(gt=0, lt=1)] | None = None
+    keep: Share | None = None
     keep_bytes: Annotated[int, BeforeValidator(_bytes), Field(gt=0)] | None = None
-    keep_flops: Annotated[float, Field(gt=0, lt=1)] | None = None
-    max_error: Annotated[float, Field(gt=0, lt=1)] | None = None
+    keep_flops: Share | None = None
+    max_error: Share | None = None
     speedup: Annotated[float, Field(gt=1)] | None = None
     tokens: Annotated[int, Field(ge=1)] = 512
     rows: Annotated[int, Field(ge=1)] = 1
@@ -286,7 +306,7 @@ class Training(_Table):
     """
 
     steps: Annotated[int, Field(ge=1)] | None = None
-    minutes: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    minutes: Annotated[float, Field(gt=0)] | None = None
     layerwise: Annotated[int, Field(ge=0)] = 0
     guided: Annotated[float, Field(ge=0, le=1)] = 0.0
     train: Literal["spm", "norms", "all"] = "spm"
@@ -307,7 +327,7 @@ class Training(_Table):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     compile: bool = False
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.05
+    held_out: Share = 0.05
     evaluation_rows: Annotated[int, Field(ge=1)] = 256
     evaluate_every: Annotated[int, Field(ge=1)] = 50
     save_every: Annotated[int, Field(ge=1)] = 100

@@ -34,9 +34,14 @@ def check_place(directory: Path, output: Path | None) -> None:
 
     Raises:
         OutputError: when there is such a file.
+        NotWritableError: when a file is where the directory would be.
     """
+    place = output or directory
+    existing = next((path for path in (place, *place.parents) if os.path.lexists(path)), Path.cwd())
+    if not existing.is_dir():
+        raise NotWritableError(f"{place} cannot be written ({existing} is no directory); choose another output with -o")
     for name in (JSON_NAME, HTML_NAME, MARKDOWN_NAME):
-        file = (output or directory) / name
+        file = place / name
         if os.path.lexists(file) and not _is_report(file):
             raise OutputError(f"{file} is no report of spmconvert; move it away or choose another place with -o")
 

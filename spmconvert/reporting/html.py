@@ -14,6 +14,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from spmconvert import units
+from spmconvert.escaping import visible
 from spmconvert.reporting import comparison, summary
 from spmconvert.reporting.plots import plots
 from spmconvert.reporting.schema import Quantity, Report, shown
@@ -24,7 +25,9 @@ TEMPLATE = "report.html.j2"
 
 def render(reports: Sequence[Report]) -> str:
     """One page for one report, or for several side by side."""
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        finalize=_visible, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
     environment.filters.update(
         count=units.count,
         ms=units.milliseconds,
@@ -54,7 +57,7 @@ def amount(quantity: Quantity, number: int) -> str:
 
 def _part(report: Report, prefix: str) -> dict[str, Any]:
     # the drawings are ours and escape their own text
-    drawn = {name: Markup(svg) for name, svg in plots(report, prefix).items()}
+    drawn = {name: Markup(visible(svg)) for name, svg in plots(report, prefix).items()}
     return {
         "id": prefix,
         "report": report,
@@ -63,6 +66,11 @@ def _part(report: Report, prefix: str) -> dict[str, Any]:
         "findings": summary.findings(report),
         "plots": drawn,
     }
+
+
+def _visible(value: Any) -> Any:
+    """What the template is given, before jinja escapes its markup; our own markup stays as it is."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _pretty_json(value: Any) -> str:

@@ -44,5 +44,5 @@ def test_what_is_not_there_is_none_and_what_went_is_an_error(parts, tmp_path):
 def test_a_damaged_part_is_named(parts, tmp_path, read):
     file = next((tmp_path / "parts").iterdir())
     file.write_bytes(file.read_bytes()[:20])
-    with pytest.raises(CorruptCheckpointError, match="damaged; start over without --resume"):
+    with pytest.raises(CorruptCheckpointError, match="damaged; discard the run with --force"):
         read(parts, "block 0")

@@ -214,8 +214,8 @@ def test_conflicting_or_malformed_options(run, checkpoints, options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (("--variant", "skew"), ("design.variant", "skew")),
-        (("--stages", "-1"), ("design.stages",)),
+        (("--variant", "skew"), ("--variant skew", "general, rotation")),
+        (("--stages", "-1"), ("--stages -1",)),
         (("--variant", "rotation", "--block", "2"), ("rotation needs block 1",)),
         (("--set", "fit.iteration=3"), ("unknown key 'fit.iteration'", "iterations")),
         (("--set", "nonsense"), ("key=value",)),

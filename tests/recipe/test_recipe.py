@@ -34,11 +34,17 @@ def test_unknown_key_names_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"),
-    [("design.stages", -1), ("design.variant", "skew"), ("seed", "x"), ("calibration.held_out", 1.5), ("dtype", "int8")],
+    ("key", "value", "words"),
+    [
+        ("design.stages", -1, "--stages -1"),
+        ("design.variant", "skew", "--variant skew"),
+        ("seed", "x", "--seed x"),
+        ("calibration.held_out", 1.5, "calibration.held_out 1.5 is not a share"),
+        ("dtype", "int8", "--dtype int8"),
+    ],
 )
-def test_value_out_of_range(key, value):
-    with pytest.raises(RecipeError, match=key):
+def test_value_out_of_range(key, value, words):
+    with pytest.raises(RecipeError, match=words):
         load_recipe(None, {key: value})
 
 
@@ -70,7 +76,7 @@ def test_terms_are_read_from_a_file(tmp_path):
         ({"design.terms": [{"kind": "24"}]}, r"kind '24'; choose among spm, .*sparse24, lowrank"),
         ({"design.terms": [{"kind": "sparse24"}], "design.block": 2, "design.rank": 3}, "terms and block, rank are both"),
         ({"budget.keep": 0.5, "design.terms": [{"kind": "sparse24"}]}, "keep chooses the design of every layer"),
-        ({"budget.keep": 0.5, "budget.structures": ["companion"]}, "'companion' is no kind of term; choose among spm"),
+        ({"budget.keep": 0.5, "budget.structures": ["companion"]}, "companion is no kind of term; choose among spm"),
     ],
     ids=str,
 )

@@ -77,7 +77,7 @@ def choose(
         device = _describe(x.device)
         options = tiles.candidates(kernel, passes, x.element_size(), device.shared_memory)
         file = _file(device, problem, options)
-        times = _read(file) if len(options) > 1 else [0.0]
+        times = _read(file, len(options)) if len(options) > 1 else [0.0]
         if times is None:
             if _captures(x.device):
                 return options[0]
@@ -137,13 +137,14 @@ def _source_hash() -> str:
     return hashlib.sha256(Path(__file__).with_name("kernels.py").read_bytes()).hexdigest()
 
 
-def _read(file: Path) -> list[float] | None:
+def _read(file: Path, count: int) -> list[float] | None:
     """Milliseconds of the candidates, or None where they have to be timed: there is no file, or none that can be read."""
     try:
         times: list[float] = parse_json(file.read_text(encoding="utf-8"))["milliseconds"]
     except (OSError, ValueError, LookupError, TypeError):
         return None
-    return times
+    whole = isinstance(times, list) and len(times) == count and all(isinstance(time, float) for time in times)
+    return times if whole and min(times) < math.inf else None
 
 
 def _write(file: Path, options: list[Tiles], times: list[float]) -> None:
