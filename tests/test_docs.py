@@ -39,7 +39,7 @@ NOT_RUN = {
     "mypy": "is a check of its own",
     "python -m tests": "is compared by a test of its own",
     "spmconvert demo": "has a test of its own",
-    "spmconvert convert MODEL --recipe": "is a budget in time, which a busy machine misses; recipes have tests of their own",
+    "spmconvert convert MODEL --recipe": "is a budget in time, which a busy machine misses; recipes have their own tests",
     "spmconvert eval": "reads every task of lm_eval, and has a test of its own",
     "spmconvert push": "needs the hub, which a test of its own stands in for",
 }
