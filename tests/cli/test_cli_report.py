@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -109,7 +110,8 @@ def test_a_dense_model_is_one_line(run, checkpoints, tmp_path, monkeypatch):
     assert_refused(run("report"), errors.OptionError, "no converted checkpoint")
 
 
-def test_wrong_options_of_report(run, place, tmp_path):
+def test_wrong_options_of_report(run, place, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     assert_refused(run("report", "--tasks", "hellaswag"), errors.OptionError, "spmconvert[eval]")
     assert_refused(run("report", "--rows", "0"), errors.OptionError, "rows is 0")
     assert_refused(run("report", "--data", tmp_path / "none.txt", *FAST), errors.CalibrationError, "none.txt")

@@ -33,5 +33,12 @@ def test_demo_ends_with_a_report_of_unseen_text(tmp_path, monkeypatch):
     assert found.quality[1].text.startswith("code-")
     assert found.model.finetuned
     assert found.training[0].steps == 1
-    assert [candidate.key for candidate in found.candidates] == ["dense", "spm", "svd", "2:4"]
+    assert [candidate.key for candidate in found.candidates] == [
+        "dense",
+        "spm",
+        "svd",
+        "2:4",
+        "int8-weight-only",
+        "int8-dynamic",
+    ]
     assert steps[-1].startswith("measuring")

@@ -358,7 +358,8 @@ def test_outputs_that_are_not_finite_are_an_error(gpt2_spm, tmp_path):
         report(broken, seconds=0)
 
 
-def test_wrong_numbers_and_a_missing_harness_are_refused(gpt2_spm):
+def test_wrong_numbers_and_a_missing_harness_are_refused(gpt2_spm, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(OptionError, match="rows is 0"):
         report(gpt2_spm, rows=0)
     with pytest.raises(OptionError, match=r"spmconvert\[eval\]"):

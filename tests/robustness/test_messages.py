@@ -162,7 +162,9 @@ run()
 )
 def test_an_interrupt_while_modules_are_imported(module):
     code = INTERRUPTED.format(module=module)
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    # a suite that runs in the background ignores interrupts, and so would its children
+    heard = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+    ended = subprocess.run([sys.executable, "-c", heard + code], capture_output=True, text=True, check=False)
     assert (ended.returncode, ended.stderr) == (130, "interrupted before anything was kept; start again\n")
 
 
@@ -176,7 +178,10 @@ def test_an_interrupted_worker_gives_the_code_of_an_interrupt(tmp_path, monkeypa
     from spmconvert.cli.processes import run_in_processes
 
     file = tmp_path / "python"
-    file.write_text("#!/bin/sh\nkill -INT $$\n")
+    # one that this process may ignore cannot be heard by a shell of it
+    file.write_text(
+        f"#!{sys.executable}\nimport os, signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )
     file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", os.fspath(file))
     assert run_in_processes(["finetune"], 1) == 128 + signal.SIGINT
