@@ -319,6 +319,10 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+# characters of what the hub's client says that are worth a line
+REASON = 60
+
+
 def _download(model: str, revision: str | None) -> Path:
     looks_local = not model or model.startswith((".", "~", os.sep)) or model.count("/") > 1 or model.endswith("/")
     if (address := ADDRESS.match(model)) is not None:
@@ -334,8 +338,8 @@ def _download(model: str, revision: str | None) -> Path:
     # the client lets errors of its HTTP library through, and which library that is differs between its versions
     except Exception as error:
         raise ModelNotFoundError(
-            f"there is no directory {model!r}, and the hub has no such model within reach ({first_line(error)}); "
-            "check the name, the network and HF_HUB_OFFLINE"
+            f"there is no directory {model!r}, and the hub has no such model within reach ({first_line(error)[:REASON]}); "
+            "give a local directory of the checkpoint, or check the name, the network and HF_HUB_OFFLINE"
         ) from error
 
 

@@ -179,9 +179,8 @@ def test_an_interrupted_worker_gives_the_code_of_an_interrupt(tmp_path, monkeypa
 
     file = tmp_path / "python"
     # one that this process may ignore cannot be heard by a shell of it
-    file.write_text(
-        f"#!{sys.executable}\nimport os, signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nos.kill(os.getpid(), signal.SIGINT)\n"
-    )
+    heard = "import os, signal\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\n"
+    file.write_text(f"#!{sys.executable}\n{heard}os.kill(os.getpid(), signal.SIGINT)\n")
     file.chmod(0o755)
     monkeypatch.setattr(sys, "executable", os.fspath(file))
     assert run_in_processes(["finetune"], 1) == 128 + signal.SIGINT
