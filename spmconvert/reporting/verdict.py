@@ -151,7 +151,8 @@ def _relative_bytes(mine: MethodResult, other: MethodResult) -> float:
 def _better_method(report: Report) -> str:
     """What is said where another method that was measured is better in quality, and no slower."""
     for mine, other, outcomes in compared_methods(report):
-        no_slower = mine.latency is None or other.latency is None or other.latency.p50 <= mine.latency.p50
+        # slower is what no part of the noise explains
+        no_slower = mine.latency is None or other.latency is None or other.latency.p20 <= mine.latency.p80
         size = _relative_bytes(mine, other)
         if no_slower and size <= SAME_SIZE and outcomes[0] == "worse":
             smaller = "smaller" if size < 1 / SAME_SIZE else "of the same size"

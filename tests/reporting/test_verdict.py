@@ -105,7 +105,7 @@ def rivals(report, quality, *, size, time):
     changed_report = changed(report, 0.1)
     (metric,) = changed_report.quality[0].metrics
     metric = metric.model_copy(update={"standard_error": None})
-    latency = spm.latency.model_copy(update={"p50": time * spm.latency.p50})
+    latency = spm.latency.model_copy(update={key: time * getattr(spm.latency, key) for key in ("p20", "p50", "p80")})
     spm = spm.model_copy(update={"metrics": (metric,), "bytes": 1000})
     its = {"metrics": (metric.model_copy(update={"converted": quality}),), "bytes": round(1000 * size), "latency": latency}
     return changed_report.model_copy(update={"candidates": (spm, int8.model_copy(update=its))})
