@@ -21,6 +21,7 @@ from spmconvert.checkpoint.converted import Converted
 from spmconvert.data.tokens import keeps_cache, reads_tokens
 from spmconvert.errors import BackendError, FitError, UnsupportedLayerError, first_line
 from spmconvert.exporting.comparison import TOLERANCE, Comparison, checked, sample_batch
+from spmconvert.exporting.form import refuse_opened
 from spmconvert.exporting.frozen import freeze_
 from spmconvert.exporting.sentences import with_sentence_modules
 from spmconvert.model.architecture import load_config, skeleton
@@ -162,9 +163,21 @@ class Recorded:
                 ) from error
 
 
-def recorded_bytes(converted: Converted, item_bytes: int) -> int:
-    """About the most that a graph takes: all layers dense."""
-    return sum(parameter.numel() for parameter in skeleton(load_config(converted.directory)).parameters()) * item_bytes
+class GraphForm:
+    """What the forms of a converted checkpoint that are graphs share.
+
+    Raises:
+        UnsupportedLayerError: when layers are those of experts or of a recurrence.
+    """
+
+    def __init__(self, converted: Converted) -> None:
+        refuse_opened(converted, COUNTED)
+        self.converted = converted
+
+    @property
+    def needed_bytes(self) -> int:
+        """About the most that it takes: all layers dense, in float32."""
+        return 4 * sum(parameter.numel() for parameter in skeleton(load_config(self.converted.directory)).parameters())
 
 
 def _batches(directory: Path, model: Any) -> list[Batch]:

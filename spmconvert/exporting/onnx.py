@@ -14,8 +14,8 @@ import torch
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.errors import BackendError
-from spmconvert.exporting.form import Written, add_companions, card, plain_config, refuse_opened
-from spmconvert.exporting.graph import COUNTED, Batch, Recorded, recorded_bytes
+from spmconvert.exporting.form import Written, add_companions, card, plain_config
+from spmconvert.exporting.graph import Batch, GraphForm, Recorded
 
 FILE = "model.onnx"
 # protobuf ends at two
@@ -32,7 +32,7 @@ outputs = session.run(None, {{"input_ids": ids, "attention_mask": mask}})
 Any number of rows and tokens; no cache; float32. Layers are the products that they are made of, 2:4 ones dense matrices."""
 
 
-class Onnx:
+class Onnx(GraphForm):
     """The ONNX form of a converted checkpoint.
 
     Raises:
@@ -46,13 +46,7 @@ class Onnx:
             import onnxruntime  # noqa: F401
         except ImportError as error:
             raise BackendError(f"{error.name} is not installed; pip install 'spmconvert[onnx]'") from None
-        refuse_opened(converted, COUNTED)
-        self.converted = converted
-
-    @property
-    def needed_bytes(self) -> int:
-        """About the most that it takes."""
-        return recorded_bytes(self.converted, 4)
+        super().__init__(converted)
 
     def write(self, target: OutputDirectory) -> Written:
         """Record, save, run by onnxruntime and compare."""

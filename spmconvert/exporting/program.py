@@ -7,10 +7,9 @@ import json
 
 import torch
 
-from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.writer import OutputDirectory
-from spmconvert.exporting.form import Written, add_companions, card, plain_config, refuse_opened
-from spmconvert.exporting.graph import COUNTED, Batch, Recorded, recorded_bytes
+from spmconvert.exporting.form import Written, add_companions, card, plain_config
+from spmconvert.exporting.graph import Batch, GraphForm, Recorded
 
 FILE = "model.pt2"
 _CARD = f"""`{FILE}`, a program that torch runs
@@ -24,21 +23,12 @@ outputs = program(input_ids=ids, attention_mask=mask)
 Any number of rows and tokens; no cache. Outputs are a dictionary."""
 
 
-class Program:
+class Program(GraphForm):
     """The program of a converted checkpoint.
 
     Raises:
         UnsupportedLayerError: when layers are those of experts or of a recurrence.
     """
-
-    def __init__(self, converted: Converted) -> None:
-        refuse_opened(converted, COUNTED)
-        self.converted = converted
-
-    @property
-    def needed_bytes(self) -> int:
-        """About the most that it takes."""
-        return recorded_bytes(self.converted, 4)
 
     def write(self, target: OutputDirectory) -> Written:
         """Record, save, load again and compare."""

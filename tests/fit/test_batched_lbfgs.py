@@ -17,17 +17,22 @@ from tests.fit.test_solver import dense, inputs
 UNKNOWNS = 12
 
 
-def by_torch(loss, start, bursts, iterations):
-    """Points after every burst, and all points at which the loss was asked for."""
-    values, asked, ends = start.clone().requires_grad_(), [], []
-    optimizer = torch.optim.LBFGS(
-        [values],
+def torchs(parameters, iterations):
+    """torch's own, as a single fit uses it."""
+    return torch.optim.LBFGS(
+        parameters,
         max_iter=iterations,
         history_size=10,
         line_search_fn="strong_wolfe",
         tolerance_grad=0,
         tolerance_change=0,
     )
+
+
+def by_torch(loss, start, bursts, iterations):
+    """Points after every burst, and all points at which the loss was asked for."""
+    values, asked, ends = start.clone().requires_grad_(), [], []
+    optimizer = torchs([values], iterations)
 
     def closure():
         optimizer.zero_grad()
@@ -198,14 +203,7 @@ def test_a_real_problem_is_solved_as_torch_solves_it(name):
     alone = real_problem(DESIGNS[name])
     batch = BatchedProblem([real_problem(DESIGNS[name])])
     ends, _ = together(lambda values: batch.losses(values) * 1e6, batch.start, 2, 10)
-    optimizer = torch.optim.LBFGS(
-        alone.parameters,
-        max_iter=10,
-        history_size=10,
-        line_search_fn="strong_wolfe",
-        tolerance_grad=0,
-        tolerance_change=0,
-    )
+    optimizer = torchs(alone.parameters, 10)
 
     def closure():
         optimizer.zero_grad()
