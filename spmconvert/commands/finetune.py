@@ -27,7 +27,7 @@ from spmconvert.checkpoint.places import STATE_FILE, check_apart, finish_commit
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.training import TrainingData, load_training_data
-from spmconvert.distill.distributed import make_accelerator, prepare_student, share_snapshot
+from spmconvert.distill.distributed import make_accelerator, prepare_student, settled_precision, share_snapshot
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.length import settled_rate
 from spmconvert.distill.loop import TrainingRun, held_out_losses, match_layers, train
@@ -159,6 +159,7 @@ def finetune(
     """
     options, training = _resolve(recipe, changes)
     check_device(options.device)
+    training = settled_precision(training, options.device)
     if options.teacher_device is not None:
         check_device(options.teacher_device)
     destination = finetuned_output(Path(directory), output, in_place=options.in_place)

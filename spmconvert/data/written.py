@@ -20,6 +20,7 @@ from spmconvert.data.library import library_text
 from spmconvert.data.tokens import load_tokenizer, reads_packed, row_length
 from spmconvert.model.loading import load_dense_model
 from spmconvert.system.caches import cache_directory, check_cache, keep
+from spmconvert.system.devices import multiplies_bfloat16
 
 ROWS, TOKENS, BATCH_ROWS = 320, 160, 64
 COMMON_WORDS = 1000
@@ -29,7 +30,7 @@ MOST_PARAMETERS = 200_000_000
 QUESTION_SHARE = 4
 PLACE = "what a user says"
 # changes with anything that changes what is written
-VERSION = 2
+VERSION = 3
 
 
 def written_file(sha256: str) -> Path:
@@ -63,7 +64,11 @@ def write_text(directory: Path, sha256: str, config: Any, device: str, report: C
     if file.exists():
         return file
     check_cache("texts")
-    writer = _Writer(load_dense_model(directory, config, device), load_tokenizer(directory), row_length(config, TOKENS))
+    model = load_dense_model(directory, config, device)
+    if multiplies_bfloat16(device):
+        # half the time on a CPU, and a word in a few is another one, of about the same probability
+        model = model.to(torch.bfloat16)
+    writer = _Writer(model, load_tokenizer(directory), row_length(config, TOKENS))
     prompts = _prompts(writer.tokenizer)
     lines: list[str] = []
     with torch.random.fork_rng():

@@ -14,15 +14,28 @@ from torch import nn
 from spmconvert.distill.state import read_snapshot
 from spmconvert.errors import BackendError, OptionError
 from spmconvert.recipe.recipe import Training
+from spmconvert.system.devices import multiplies_bfloat16
 
 _PRECISIONS = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+def settled_precision(training: Training, device: str) -> Training:
+    """The numbers of a run with a precision that is named, so that what resumes it elsewhere has the same one.
+
+    Args:
+        training: numbers that may leave it to the device.
+        device: of the student.
+    """
+    if training.precision != "auto":
+        return training
+    return training.model_copy(update={"precision": "bf16" if multiplies_bfloat16(device) else "fp32"})
 
 
 def make_accelerator(training: Training, device: str, *, shard: bool, tracker: str | None, output: Path) -> Any:
     """The accelerator of a run.
 
     Args:
-        training: precision and batch size.
+        training: settled precision and batch size.
         device: of the student; with several processes each takes the one of its rank.
         shard: whether parameters are to be sharded.
         tracker: name of an experiment tracker, or None.

@@ -294,7 +294,7 @@ class Training(_Table):
         layer_outputs: weight of matching the outputs of the converted layers.
         pooled_states: weight of matching a row's mean hidden state, for encoders without a head.
         ema: decay of an average of the trained parameters that is measured and kept in their place; 0 for none.
-        precision: of the products; parameters stay in float32.
+        precision: of the products; parameters stay in float32. ``auto`` is bf16 where the device multiplies it natively.
         gradient_checkpointing: compute activations again in the backward pass.
         compile: compile the student by torch.compile.
         held_out: share of the documents that only measure.
@@ -324,7 +324,7 @@ class Training(_Table):
     layer_outputs: Annotated[float, Field(ge=0)] = 0.0
     pooled_states: Annotated[float, Field(ge=0)] = 0.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     compile: bool = False
     held_out: Share = 0.05

@@ -97,6 +97,13 @@ def test_products_in_half_precision_give_about_the_same_loss(converted, text, tm
     assert {p.dtype for p in spmconvert.load(tmp_path / "o").parameters()} == {torch.float32}
 
 
+@pytest.mark.parametrize(("native", "settled"), [(True, "bf16"), (False, "fp32")])
+def test_precision_is_what_the_device_multiplies_and_is_recorded(converted, text, tmp_path, monkeypatch, native, settled):
+    monkeypatch.setattr("spmconvert.distill.distributed.multiplies_bfloat16", lambda device: native)
+    Watched(converted, text, tmp_path / "o")
+    assert json.loads((tmp_path / "o" / "spm.json").read_text())["finetune"][0]["recipe"]["precision"] == settled
+
+
 def test_gradient_checkpointing_computes_twice_what_comes_out_the_same(converted, text, tmp_path, plain, monkeypatch):
     forward, calls = GPT2MLP.forward, []
 
