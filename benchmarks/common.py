@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.data.calibration import load_rows
 from spmconvert.data.training import TrainingData
-from spmconvert.distill.distributed import make_accelerator
+from spmconvert.distill.distributed import make_accelerator, settled_precision
 from spmconvert.distill.guide import Guide
 from spmconvert.distill.loop import TrainingRun, match_layers, train
 from spmconvert.distill.loss import Distillation
@@ -202,6 +202,7 @@ def distil(
     report: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> State:
     """Train a student as ``spmconvert finetune`` does, whatever its layers are; the best state is left in it."""
+    training = settled_precision(training, "cpu")
     trained = {}
     for name, parameter in student.named_parameters():
         parameter.requires_grad_(

@@ -35,15 +35,6 @@ from spmconvert.commands.report import report
 VOCABULARY = 96
 
 
-@pytest.fixture(autouse=True, scope="session")
-def float32_products():
-    """Runs that leave their precision to the device have the same one on every machine, and figures that can be compared."""
-    with pytest.MonkeyPatch.context() as patch:
-        for module in ("distill.distributed", "data.written"):
-            patch.setattr(f"spmconvert.{module}.multiplies_bfloat16", lambda _: False)
-        yield
-
-
 def _tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -9,8 +9,9 @@ from spmconvert.checkpoint.headers import read_headers
 
 # a conversion of a tiny model that takes about a second
 QUICK = {"fit.iterations": 8, "calibration.rows": 24, "fit.refine": 0}
-# a finetune of one
+# a finetune of one, in the precision that every machine has
 SHORT = {"steps": 12, "batch_size": 4, "block_size": 32, "evaluate_every": 6, "save_every": 4, "evaluation_rows": 8}
+SHORT |= {"precision": "fp32"}
 
 # a module in a checkpoint that shows that it ran
 CODE_OF_ITS_OWN = """

@@ -100,7 +100,7 @@ def test_products_in_half_precision_give_about_the_same_loss(converted, text, tm
 @pytest.mark.parametrize(("native", "settled"), [(True, "bf16"), (False, "fp32")])
 def test_precision_is_what_the_device_multiplies_and_is_recorded(converted, text, tmp_path, monkeypatch, native, settled):
     monkeypatch.setattr("spmconvert.distill.distributed.multiplies_bfloat16", lambda device: native)
-    Watched(converted, text, tmp_path / "o")
+    finetune(converted["gpt2"], tmp_path / "o", data=text, **{**SHORT, "precision": "auto"})
     assert json.loads((tmp_path / "o" / "spm.json").read_text())["finetune"][0]["recipe"]["precision"] == settled
 
 

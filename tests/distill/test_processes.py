@@ -18,7 +18,7 @@ from tests.support import files_of
 
 # one worker runs them all, so that the processes are started once
 pytestmark = pytest.mark.xdist_group("processes")
-OPTIONS = {"steps": 6, "batch_size": 6, "block_size": 32, "evaluate_every": 3, "save_every": 2}
+OPTIONS = {"steps": 6, "batch_size": 6, "block_size": 32, "evaluate_every": 3, "save_every": 2, "precision": "fp32"}
 # what accelerate's launcher runs where there are GPUs; on CPUs it would start a single process
 LAUNCHER = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "tests.distill.session"]
 # a torch that sees one thread a process
