@@ -78,19 +78,25 @@ def test_a_speedup_out_of_reach_is_refused_and_the_largest_one_named():
 
 
 @pytest.mark.parametrize(
-    ("measured", "aims", "found"),
+    ("measured", "aims", "chosen", "found"),
     [
-        ([1.6], [1.53], 1.6),
+        ([1.55], [1.53], 0, 1.55),
         # within 5 % of what is wanted
-        ([1.43], [1.53], 1.43),
+        ([1.43], [1.53], 0, 1.43),
         # disturbed once
-        ([1.2, 1.5], [1.53], 1.5),
-        ([1.4, 1.3, 1.5], [1.53, 1.53 * 1.5 / 1.4], 1.5),
+        ([1.2, 1.5], [1.53], 0, 1.5),
+        ([1.4, 1.3, 1.5], [1.53, 1.53 * 1.5 / 1.4], 1, 1.5),
         # a machine that is busy all the time does not ruin the model
-        ([0.9, 0.8, 0.7], [1.53, 1.53 * speed.TIGHTENING], 0.7),
+        ([0.9, 0.8, 0.7], [1.53, 1.53 * speed.TIGHTENING], 1, 0.7),
+        # too fast in one measurement alone
+        ([1.9, 1.55], [1.53], 0, 1.55),
+        ([1.6, 1.65, 1.52], [1.53, 1.53 * 1.5 / 1.6], 1, 1.52),
+        ([2.2, 2.3, 1.9], [1.53, 1.53 / speed.TIGHTENING], 1, 1.9),
+        # what was given more is too slow: the first choice stays
+        ([1.6, 1.65, 1.49], [1.53, 1.53 * 1.5 / 1.6], 0, 1.6),
     ],
 )
-def test_a_search_is_made_again_where_it_missed_twice(monkeypatch, measured, aims, found):
+def test_a_search_is_made_again_where_it_missed_or_passed_the_target_twice(monkeypatch, measured, aims, chosen, found):
     whole, given = WholeModel(dense=10.0, rest=4.0, layers=6.0), []
 
     def search(seconds):
@@ -103,7 +109,7 @@ def test_a_search_is_made_again_where_it_missed_twice(monkeypatch, measured, aim
     _, predicted, last = search_for_speed(torch.nn.Identity, limit(1.5), whole, 2.4, search, "cpu")
     assert given == pytest.approx([whole.allowed(aim) for aim in aims])
     assert last == found
-    assert predicted == pytest.approx(aims[-1])
+    assert predicted == pytest.approx(aims[chosen])
     assert not queue
 
 
