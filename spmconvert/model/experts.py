@@ -7,12 +7,15 @@ fitted, replaced and measured like any other; the gate and what it gates are one
 layers of an opened model are views of the fused parameters until they are replaced (``opened_module``).
 
 Which parameters there are, how they lie and how a gate is applied is asked of the module, by the flags that transformers
-sets on it, and not looked up by the name of a model.
+sets on it, its shapes and what it is called with, and not looked up by the name of a model. A norm behind each expert is kept
+under its own name. Experts that hand a token on as it is (LongCat-Flash) have no layers; rows of a fused parameter that
+nothing multiplies by, which such models have, are kept as they are (``Part.idle``).
 
-What it gives up: experts run in a loop, as in the eager implementation; the grouped products of a GPU are not used.
-Experts with a norm behind each stay fused.
+What it gives up: experts run in a loop, as in the eager implementation; the grouped products of a GPU are not used. Fused
+experts that do not say how they apply a gate stay fused.
 """
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +28,8 @@ from spmconvert.operator.reference import is_recorded
 
 # experts that transformers does not decorate: they get all tokens for every expert, zeros where it was not chosen
 _BATCHED = ("Llama4TextExperts",)
+# what fused experts are called with
+_CALL = ["hidden_states", "top_k_index", "top_k_weights"]
 # how many experts a token is given to, as configs call it
 _CHOSEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 
@@ -45,29 +50,48 @@ class Projection:
     bias: str | None
     transposed: bool
 
-    def parts(self, count: int) -> Iterator[Part]:
-        """The tensors of so many experts."""
+    def parts(self, count: int, experts: int) -> Iterator[Part]:
+        """The tensors of so many entries of the parameter; those behind the experts are idle."""
         for index in range(count):
-            yield Part(f"{index}.{self.name}.weight", self.parameter, index, self.transposed)
+            yield Part(f"{index}.{self.name}.weight", self.parameter, index, self.transposed, idle=index >= experts)
             if self.bias is not None:
                 yield Part(f"{index}.{self.name}.bias", self.bias, index)
 
 
 def projections(module: nn.Module) -> tuple[Projection, ...]:
     """The projections of fused experts, in the order in which they are called; none for any other module."""
-    batched = type(module).__name__ in _BATCHED
-    if not batched and (not hasattr(module, "is_transposed") or getattr(module, "has_post_expert_norm", False)):
+    first = ("up", "up_proj") if getattr(module, "has_gate", True) is False else ("gate_up", "gate_up_proj")
+    names = (first, ("down", "down_proj"))
+    fused = [getattr(module, parameter, None) for _, parameter in names]
+    if not all(isinstance(parameter, nn.Parameter) and parameter.dim() == 3 for parameter in fused):
         return ()
-    transposed = batched or bool(module.is_transposed)
-    first = ("gate_up", "gate_up_proj") if batched or module.has_gate else ("up", "up_proj")
-    found = []
-    for name, parameter in (first, ("down", "down_proj")):
-        fused = getattr(module, parameter, None)
-        if not isinstance(fused, nn.Parameter) or fused.dim() != 3:
-            return ()
-        bias = f"{parameter}_bias" if getattr(module, "has_bias", False) else None
-        found.append(Projection(name, parameter, bias, transposed))
-    return tuple(found)
+    transposed = _is_transposed(module, *fused)
+    if transposed is None:
+        return ()
+    has_bias = getattr(module, "has_bias", False)
+    return tuple(
+        Projection(name, parameter, f"{parameter}_bias" if has_bias else None, transposed) for name, parameter in names
+    )
+
+
+def _is_transposed(module: nn.Module, gate_up: Tensor, down: Tensor) -> bool | None:
+    """Whether the parameters of fused experts are [experts, in_features, out_features]; None for what cannot be opened."""
+    if type(module).__name__ in _BATCHED:
+        return True
+    if hasattr(module, "is_transposed"):
+        return bool(module.is_transposed)
+    # not decorated: the call and the shapes have to be those of all others, and the gate a known one
+    if list(inspect.signature(module.forward).parameters) != _CALL or not (
+        hasattr(module, "_apply_gate") or _zeros(module)
+    ):
+        return None
+    hidden, inner = down.shape[1:]
+    return False if gate_up.shape[1:] == (2 * inner, hidden) else None
+
+
+def _zeros(module: nn.Module) -> int:
+    """How many experts behind those with parameters hand a token on as it is."""
+    return getattr(module, "zero_expert_num", 0)
 
 
 class OpenedExperts(OpenedModule):
@@ -82,16 +106,21 @@ class OpenedExperts(OpenedModule):
 
     def __init__(self, fused: nn.Module, chosen: int | None) -> None:
         form = projections(fused)
-        count = len(getattr(fused, form[0].parameter))
-        super().__init__(fused, tuple(part for one in form for part in one.parts(count)))
-        self.share = min(1.0, (chosen or count) / count)
+        entries = [len(getattr(fused, one.parameter)) for one in form]
+        count = min(entries)
+        super().__init__(fused, tuple(p for one, own in zip(form, entries, strict=True) for p in one.parts(own, count)))
+        self._count, self._zeros = count, _zeros(fused)
+        self.share = min(1.0, (chosen or count) / (count + self._zeros))
+        self._norm = "post_expert_norm" if getattr(fused, "has_post_expert_norm", False) else None
+        if self._norm is not None:
+            self.add_module(self._norm, getattr(fused, self._norm))
         self._names = tuple(projection.name for projection in form)
         self._batched = type(fused).__name__ in _BATCHED
 
     @property
     def experts(self) -> list[nn.Module]:
         """One module an expert, in order."""
-        return list(self._modules.values())  # type: ignore[arg-type]
+        return list(self._modules.values())[: self._count]  # type: ignore[arg-type]
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -117,20 +146,23 @@ class OpenedExperts(OpenedModule):
     def _chosen(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tokens, chosen = index.shape
         order = index.reshape(-1).argsort(stable=True)
-        counts = index.reshape(-1).bincount(minlength=len(self.experts)).tolist()
-        routed = hidden_states[order // chosen].split(counts)
+        counts = index.reshape(-1).bincount(minlength=self._count + self._zeros).tolist()
+        passed_on = sum(counts[self._count : self._count + self._zeros])
+        *routed, passed = hidden_states[order // chosen].split([*counts[: self._count], passed_on])
         outputs = [self._run(expert, rows) for expert, rows in zip(self.experts, routed, strict=True) if len(rows)]
-        weighted = torch.cat(outputs) * weights.reshape(-1)[order, None]
+        weighted = torch.cat([*outputs, passed]) * weights.reshape(-1)[order, None]
         # back to the order of the tokens, and added up in it: the same on every run
         return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, chosen, -1).sum(1)
 
     def _all(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same with every token through every expert: what is written down must not depend on values."""
-        given = weights.new_zeros(len(index), len(self.experts)).scatter_add(1, index, weights)
+        given = weights.new_zeros(len(index), self._count + self._zeros).scatter_add(1, index, weights)
         outputs = [
             self._run(expert, hidden_states) * share[:, None]
-            for expert, share in zip(self.experts, given.unbind(1), strict=True)
+            for expert, share in zip(self.experts, given[:, : self._count].unbind(1), strict=True)
         ]
+        if self._zeros:
+            outputs.append(hidden_states * given[:, self._count :].sum(1, keepdim=True))
         return torch.stack(outputs).sum(0)
 
     def _each_its_own(self, hidden_states: Tensor) -> Tensor:
@@ -147,7 +179,7 @@ class OpenedExperts(OpenedModule):
     def _run(self, expert: nn.Module, rows: Tensor) -> Tensor:
         first, down = (getattr(expert, name) for name in self._names)
         output: Tensor = down(self._gated(first(rows)))
-        return output
+        return output if self._norm is None else self.get_submodule(self._norm)(output)
 
     def _gated(self, outputs: Tensor) -> Tensor:
         """What goes into the last projection."""

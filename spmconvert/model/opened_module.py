@@ -25,12 +25,14 @@ class Part:
         parameter: of the fused module.
         index: on the first axis of the parameter; None for all of it.
         transposed: whether the matrix lies the other way round in it.
+        idle: whether nothing multiplies by it: it is kept, and is no layer.
     """
 
     name: str
     parameter: str
     index: int | None = None
     transposed: bool = False
+    idle: bool = False
 
     def of(self, parameter: Tensor) -> Tensor:
         """The tensor, as a view of the parameter."""
@@ -40,6 +42,10 @@ class Part:
     def fused(self, tensor: Tensor) -> Tensor:
         """The tensor as it lies in the parameter, without its index."""
         return tensor.t() if self.transposed else tensor
+
+
+class Kept(nn.Module):
+    """The parameters of a layer that is never called."""
 
 
 class OpenedModule(nn.Module):
@@ -78,7 +84,7 @@ class OpenedModule(nn.Module):
         bias = next((other for other in self.parts if other.name == f"{name}.bias"), None)
         parameter = getattr(fused, part.parameter)
         weight = part.of(parameter.data)
-        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+        layer: nn.Module = Kept() if part.idle else nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
         layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         if bias is not None:
             layer.bias = nn.Parameter(bias.of(getattr(fused, bias.parameter).data), requires_grad=parameter.requires_grad)

@@ -9,15 +9,17 @@ from torch import nn
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.model.experts import OpenedExperts, chosen_experts, projections
 from spmconvert.model.opened_module import OpenedModule
+from spmconvert.model.other_experts import OpenedProjection, OpenedSharedExperts
 from spmconvert.model.recurrence import OpenedRecurrence
 
-_EXPERT = re.compile(r"(.+)\.\d+\.(gate_up|up|down)")
+_EXPERT = re.compile(r"(.+)\.\d+\.(gate_up|gating|up|down|expert)")
 _RECURRENCE = re.compile(r"(.+)\.l\d+(?:_reverse)?\.(?:input|recurrent|projection)")
 
 
 def can_be_opened(module: nn.Module) -> bool:
     """Whether a module has fused parameters that can be opened."""
-    return type(module) in OpenedRecurrence.kinds or bool(projections(module))
+    kinds = (OpenedProjection, OpenedSharedExperts)
+    return type(module) in OpenedRecurrence.kinds or bool(projections(module)) or any(kind.opens(module) for kind in kinds)
 
 
 def group_of(name: str) -> str | None:
@@ -60,13 +62,17 @@ def open_(model: nn.Module, names: Iterable[str] | None = None, *, config: Any =
     for name in found:
         parent, _, child = name.rpartition(".")
         around, module = model.get_submodule(parent), model.get_submodule(name)
-        opened: OpenedModule
-        if type(module) in OpenedRecurrence.kinds:
-            opened = OpenedRecurrence(module)
-        else:
-            opened = OpenedExperts(module, chosen_experts(around, config or getattr(model, "config", None)))
-        setattr(around, child, opened)
+        setattr(around, child, _opened(module, around, config or getattr(model, "config", None)))
     return found
+
+
+def _opened(module: nn.Module, around: nn.Module, config: Any) -> OpenedModule:
+    if type(module) in OpenedRecurrence.kinds:
+        return OpenedRecurrence(module)
+    if OpenedSharedExperts.opens(module):
+        return OpenedSharedExperts(module)
+    kind = OpenedProjection if OpenedProjection.opens(module) else OpenedExperts
+    return kind(module, chosen_experts(around, config))
 
 
 def close_(model: nn.Module) -> None:

@@ -9,7 +9,7 @@
   both are square, it must be the block or hold nothing but linear layers and norms, which tells them from a recurrent
   mixer. A fused gate (hidden -> 2 inner) counts where its parent holds nothing but linear layers, which tells it from
   the projections of a state-space mixer.
-- Experts that were opened (``model.experts``) are feed-forward, and one group a projection.
+- Experts that were opened (``model.experts``) are feed-forward outside of an attention, and one group a projection.
 
 What it gives up: an architecture that hides its blocks in something other than a ModuleList has no presets; its layers
 can still be named one by one. The bottlenecks around MobileBERT's blocks have the shapes of a feed-forward and count as it.
@@ -86,11 +86,13 @@ def find_linears(model: nn.Module) -> list[Linear]:
         fan_in, fan_out = (second, first) if kind == "linear" else (first, second)
         stack, index = stack_of(name, modules)
         bias, opened = module.bias is not None, _opened(name, modules)
+        in_attention = _in_attention(name, stack, modules)
         if opened is not None and modules[opened].alike:
             group, share = f"{opened}.{name.rpartition('.')[2]}", modules[opened].share
-            placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, "mlp", group, share))
+            role: Role = "attn" if in_attention else "mlp"
+            placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role, group, share))
             continue
-        role: Role = "attn" if _in_attention(name, stack, modules) else "other"
+        role = "attn" if in_attention else "other"
         stepwise = opened is not None and modules[opened].is_stepwise(name.rpartition(".")[2])
         placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role, stepwise=stepwise))
     peers: dict[tuple[str | None, int | None], list[Linear]] = {}

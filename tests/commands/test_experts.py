@@ -37,6 +37,8 @@ SIZES = {
 }
 LATENT = {"kv_lora_rank": 8, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16}
 
+TOWER = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+
 
 @dataclass(frozen=True)
 class Family:
@@ -47,6 +49,18 @@ class Family:
     own: dict = field(default_factory=dict)
     experts: int = 4
     chosen: int = 2
+    passed_on: int = 0
+    targets: str = "*.experts.*"
+    without: tuple[str, ...] = ()
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, that an expert sees."""
+        return self.chosen / (self.experts + self.passed_on)
+
+    def sizes(self) -> dict:
+        """What its config is made of."""
+        return {key: value for key, value in {**SIZES, **self.own}.items() if key not in self.without}
 
 
 FAMILIES = {
@@ -103,15 +117,97 @@ FAMILIES = {
             "n_group": 1,
             "topk_group": 1,
         },
+        without=("num_hidden_layers",),
+    ),
+    # two experts hand tokens on as they are
+    "longcat-flash": Family(
+        "LongcatFlashConfig",
+        "LongcatFlashForCausalLM",
+        {
+            **LATENT,
+            "num_layers": 2,
+            "head_dim": 8,
+            "ffn_hidden_size": 48,
+            "moe_topk": 3,
+            "n_routed_experts": 4,
+            "zero_expert_num": 2,
+            "expert_ffn_hidden_size": 24,
+        },
+        chosen=3,
+        passed_on=2,
+        without=("num_hidden_layers", "intermediate_size"),
+    ),
+    # a projection of all experts is a module of its own, in attentions as well
+    "jetmoe": Family(
+        "JetMoeConfig",
+        "JetMoeForCausalLM",
+        {"kv_channels": 16, "num_local_experts": 4, "num_experts_per_tok": 2},
+        targets="*put_linear.*",
+        without=("num_attention_heads",),
+    ),
+    # what its gates let through is clamped in the first block
+    "step": Family(
+        "Step3p7Config",
+        "Step3p7ForConditionalGeneration",
+        {
+            "text_config": {
+                **SIZES,
+                "head_dim": 16,
+                "moe_intermediate_size": 24,
+                "n_routed_experts": 4,
+                "num_experts_per_tok": 2,
+                "share_expert_dim": 24,
+                "sliding_window": 16,
+                "mlp_layer_types": ["sparse", "sparse"],
+                "layer_types": ["full_attention", "full_attention"],
+                "swiglu_limits": [0.05, 0.0],
+            },
+            "vision_config": {**TOWER, "image_size": 28, "patch_size": 14},
+        },
+        without=tuple(SIZES),
+    ),
+    # every expert's output goes through a norm
+    "muse-spark": Family(
+        "MuseSparkConfig",
+        "MuseSparkForConditionalGeneration",
+        {
+            "text_config": {
+                **SIZES,
+                "head_dim": 16,
+                "moe_intermediate_size": 24,
+                "moe_hidden_size": 20,
+                "num_local_experts": 4,
+                "num_experts_per_tok": 2,
+            },
+            "vision_config": TOWER,
+            "audio_config": {"hidden_sizes": (8, 8, 8, 8), "out_hidden_size": 32},
+        },
+        without=tuple(SIZES),
+    ),
+    # beside routed experts some that every token goes through, fused as well
+    "inkling": Family(
+        "InklingTextConfig",
+        "InklingForCausalLM",
+        {
+            "head_dim": 16,
+            "swa_num_attention_heads": 2,
+            "swa_num_key_value_heads": 2,
+            "swa_head_dim": 16,
+            "d_rel": 4,
+            "rel_extent": 32,
+            "moe_intermediate_size": 24,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 2,
+            "logits_mup_width_multiplier": 1.0,
+        },
+        targets="*experts.*",
     ),
 }
 
 
 def built(family: Family):
-    own = {**SIZES, **family.own}
-    if family.config == "NemotronHConfig":
-        del own["num_hidden_layers"]
-    config = getattr(transformers, family.config)(**own)
+    config = getattr(transformers, family.config)(**family.sizes())
     torch.manual_seed(0)
     return getattr(transformers, family.model)(config)
 
@@ -140,7 +236,7 @@ def test_opened_experts_compute_what_fused_ones_do(name):
     fused, other = (built(FAMILIES[name]).eval() for _ in range(2))
     names = open_(other)
     assert names
-    assert other.get_submodule(names[0]).share == FAMILIES[name].chosen / FAMILIES[name].experts
+    assert other.get_submodule(names[0]).share == FAMILIES[name].share
     torch.testing.assert_close(logits(other), logits(fused), rtol=1e-4, atol=1e-5)
 
 
@@ -148,14 +244,14 @@ def test_opened_experts_compute_what_fused_ones_do(name):
 def test_a_family_is_converted_and_used(mixtures, text, tmp_path, name):
     out = tmp_path / "o"
     options = {**QUICK, "stages": 0, "rank": 6, "fit.refine": 1}
-    conversion = spmconvert.convert(mixtures[name], out, calib=text, targets="*.experts.*", **options)
+    conversion = spmconvert.convert(mixtures[name], out, calib=text, targets=FAMILIES[name].targets, **options)
     assert conversion.bytes_after == sum(
         t.numel() * t.element_size() for t in load_file(out / "model.safetensors").values()
     )
     model = spmconvert.load(out).eval()
     layers = [module for module in model.modules() if isinstance(module, spmconvert.SPMLinear)]
     assert len(layers) == len(conversion.layers)
-    assert len(layers) % (2 * FAMILIES[name].experts) == 0
+    assert len(layers) % FAMILIES[name].experts == 0
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False).shape == (1, 7)
     model.save_pretrained(tmp_path / "again")
     again = spmconvert.load(tmp_path / "again").eval()
@@ -169,7 +265,8 @@ def test_a_family_is_converted_and_used(mixtures, text, tmp_path, name):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_family_is_finetuned(mixtures, text, tmp_path, name):
-    spmconvert.convert(mixtures[name], tmp_path / "o", calib=text, targets="*.experts.*", stages=0, rank=6, **QUICK)
+    options = {"calib": text, "targets": FAMILIES[name].targets, "stages": 0, "rank": 6, **QUICK}
+    spmconvert.convert(mixtures[name], tmp_path / "o", **options)
     trained = finetune(tmp_path / "o", tmp_path / "t", data=text, **{**SHORT, "steps": 5})
     assert trained.steps == 5
     assert {check.outcome for check in verify(tmp_path / "t")} <= {"ok", "skipped"}
