@@ -31,8 +31,8 @@ class Piece:
     Attributes:
         module: opened, that it belongs to, as the file's names have it.
         sources: tensors of the file that it is made of, by the pattern under which they are merged.
-        fused: its index in the one fused source, or None where it is all of the sources.
-        merged: makes one entry of a fused parameter of the sources.
+        fused: its index on the first axis of every source, or None where it is all of the sources.
+        merged: makes one entry of a fused parameter of the sources, or of that index of each, with the axis.
         transposed: whether that is the wrong way round.
     """
 
@@ -65,10 +65,10 @@ class OpenedCheckpoint(Checkpoint):
         piece = self.pieces.get(name)
         if piece is None:
             return self.base.read(name)
-        if piece.fused is not None:
-            ((source,),) = piece.sources.values()
-            return piece.made_of({"": [self.base.read_part(source, piece.fused)]})
-        return piece.made_of({key: [self.base.read(name) for name in names] for key, names in piece.sources.items()})
+        return piece.made_of({key: [self._source(own, piece) for own in names] for key, names in piece.sources.items()})
+
+    def _source(self, name: str, piece: Piece) -> Tensor:
+        return self.base.read(name) if piece.fused is None else self.base.read_part(name, piece.fused)[None]
 
     def sha256(self) -> str:
         """Content hash of the files."""
@@ -141,13 +141,19 @@ def _sources_of(names: StoredNames, parameter: str, parts: list[Part]) -> _Fused
     known = resolve_name(parameter, names.by_model, names.prefix)
     if known is not None:
         sources: dict[str, list[str]] = {"": [names.by_model[known]]}
-        return _Fused(known, [(sources, part.index) for part in parts], lambda tensors: tensors[""][0][None])
+        whole = parts[0].index is None
+        return _Fused(
+            known,
+            [(sources, part.index) for part in parts],
+            lambda tensors: tensors[""][0][None] if whole else tensors[""][0],
+        )
     target, merging = names.merged(parameter)
     if merging is None:
         return None
     converter, by_pattern = merging
     apart = {pattern: sorted(found, key=_naturally) for pattern, found in by_pattern.items()}
-    if any(len(found) != len(parts) for found in apart.values()):
+    fused = all(len(found) == 1 for found in apart.values()) and len(parts) > 1
+    if not fused and any(len(found) != len(parts) for found in apart.values()):
         return None
 
     def merged(tensors: dict[str, list[Tensor]]) -> Tensor:
@@ -160,6 +166,8 @@ def _sources_of(names: StoredNames, parameter: str, parts: list[Part]) -> _Fused
         found: Tensor = whole[0] if isinstance(whole, list) else whole
         return found
 
+    if fused:
+        return _Fused(target, [(apart, part.index) for part in parts], merged)
     by_part = [{pattern: [own[index]] for pattern, own in apart.items()} for index in range(len(parts))]
     return _Fused(target, [(sources, None) for sources in by_part], merged)
 
@@ -210,7 +218,7 @@ def _entries(checkpoint: Checkpoint, pieces: Mapping[str, Piece]) -> Iterator[tu
 
 
 def _shape(entry: TensorEntry, piece: Piece) -> tuple[int, ...]:
-    return entry.shape if piece.fused is None else entry.shape[1:]
+    return entry.shape if piece.fused is None else (1, *entry.shape[1:])
 
 
 def _nbytes(entry: TensorEntry, shape: tuple[int, ...]) -> int:
