@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax, normalize
 
-from spmconvert.calibrate.statistics import attended
+from spmconvert.calibrate.statistics import attended, routing
 from spmconvert.errors import CalibrationError
+from spmconvert.model.opened_module import Routed
 from spmconvert.operator.factors import gram
 from spmconvert.outputs.objective import (
     Objective,
@@ -88,8 +89,8 @@ class Curvatures:
             batch: its keyword arguments.
         """
 
-        def take(inside: str, gradient: Tensor) -> None:
-            _add(self._sums, names[inside], gradient, batch)
+        def take(inside: str, routed: Routed | None, gradient: Tensor) -> None:
+            _add(self._sums, names[inside], attended(gradient, batch.get("attention_mask"), routed))
 
         with _differentiated(module, list(names), take):
             yield
@@ -201,7 +202,7 @@ def _frozen(model: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _differentiated(model: Any, names: Sequence[str], take: Callable[[str, Tensor], None]) -> Iterator[None]:
+def _differentiated(model: Any, names: Sequence[str], take: Callable[[str, Routed | None, Tensor], None]) -> Iterator[None]:
     """Have the gradients with respect to the outputs of layers taken when a backward pass comes by; none is kept."""
 
     def hook_for(name: str) -> Any:
@@ -209,17 +210,18 @@ def _differentiated(model: Any, names: Sequence[str], take: Callable[[str, Tenso
             if not output.requires_grad:
                 # where the graph begins; not a leaf, since models may write into it
                 output = output.detach().requires_grad_() * 1
-            output.register_hook(partial(take, name))
+            output.register_hook(partial(take, name, routed(name)))
             return output
 
         return hook
 
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    with routing(model, names) as routed:
+        handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 def _probe(output: Any, objective: Objective, batch: dict[str, Any], numbers: RowNumbers) -> tuple[Tensor, int]:
@@ -261,8 +263,8 @@ def _drawn(log_probabilities: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(below, wanted, right=True).clamp_max(below.shape[1] - 1)
 
 
-def _add(sums: dict[str, Tensor], name: str, gradient: Tensor, batch: dict[str, Any]) -> None:
-    rows = attended(gradient, batch.get("attention_mask")).float()
+def _add(sums: dict[str, Tensor], name: str, gradients: Tensor) -> None:
+    rows = gradients.float()
     norms = rows.norm(dim=1, keepdim=True)
     if norms.any():
         rows = rows * (CLIP * norms[norms > 0].median() / norms.clamp_min(1e-30)).clamp_max(1.0)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from spmconvert.errors import CalibrationError
+from spmconvert.model.opened_module import OpenedModule, Routed
 from spmconvert.operator.factors import gram
 
 
@@ -111,42 +112,69 @@ def recording(
     Yields:
         Statistics by layer name, on the CPU, filled while the model runs.
     """
-    recorder = _Recorder(mask)
-    handles = [model.get_submodule(name).register_forward_pre_hook(partial(recorder.record, name)) for name in names]
-    try:
-        yield recorder.gathered
-    finally:
-        for handle in handles:
-            handle.remove()
+    with routing(model, names) as routed:
+        recorder = _Recorder(mask, routed)
+        handles = [model.get_submodule(name).register_forward_pre_hook(partial(recorder.record, name)) for name in names]
+        try:
+            yield recorder.gathered
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _Recorder:
     """Adds up what goes into layers; one that is called with the tensor of the call before it computes nothing anew."""
 
-    def __init__(self, mask: Callable[[], Tensor | None]) -> None:
+    def __init__(self, mask: Callable[[], Tensor | None], routed: Callable[[str], Routed | None]) -> None:
         self.gathered: dict[str, ActivationStatistics] = {}
-        self.mask = mask
+        self.mask, self.routed = mask, routed
         self.last: tuple[TensorWeakRef, int, ActivationStatistics] | None = None
 
     def record(self, name: str, _: nn.Module, arguments: tuple[Any, ...]) -> None:
-        batch = self._statistics(arguments[0])
+        batch = self._statistics(arguments[0], self.routed(name))
         if name not in self.gathered:
             self.gathered[name] = ActivationStatistics.empty(len(batch.mean))
         self.gathered[name].merge_(batch)
 
-    def _statistics(self, inputs: Tensor) -> ActivationStatistics:
+    def _statistics(self, inputs: Tensor, routed: Routed | None) -> ActivationStatistics:
         if self.last is None or self.last[0]() is not inputs or self.last[1] != inputs._version:
-            batch = ActivationStatistics.of(attended(inputs, self.mask())).to("cpu")
+            batch = ActivationStatistics.of(attended(inputs, self.mask(), routed)).to("cpu")
             self.last = (TensorWeakRef(inputs), inputs._version, batch)
         return self.last[2]
 
 
-def attended(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Rows of x [..., in_features] that are not padding; layers off the masked sequence count in full."""
+@contextmanager
+def routing(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[str], Routed | None]]:
+    """Tell which tokens a layer of the model is given, while it is called; None for all, or where that is not known."""
+    modules = dict(model.named_modules())
+    owners = {name: modules.get(name.rpartition(".")[0].rpartition(".")[0]) for name in names}
+    opened = {name: owner for name, owner in owners.items() if isinstance(owner, OpenedModule)}
+    handles = [
+        handle
+        for name, module in modules.items()
+        if module in opened.values() and isinstance(module, OpenedModule)
+        for handle in module.watch(modules[name.rpartition(".")[0]])
+    ]
+    try:
+        yield lambda name: opened[name].routed if name in opened else None
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def attended(x: Tensor, mask: Tensor | None, routed: Routed | None = None) -> Tensor:
+    """Rows of x [..., in_features] that are not padding; layers off the masked sequence count in full.
+
+    Args:
+        x: what goes into a layer, or comes out of it.
+        mask: [rows, tokens], or None when every token counts.
+        routed: which tokens the rows are; None for all in order.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    if mask is None or mask.numel() != rows.shape[0]:
+    if mask is None or mask.numel() != (len(rows) if routed is None else routed.tokens):
         return rows
-    return rows[mask.reshape(-1).bool().to(rows.device)]
+    kept = mask.reshape(-1).bool().to(rows.device)
+    return rows[kept if routed is None else kept[routed.positions]]
 
 
 def collect(

@@ -7,9 +7,9 @@ fitted, replaced and measured like any other; the gate and what it gates are one
 layers of an opened model are views of the fused parameters until they are replaced (``opened_module``).
 
 Which parameters there are, how they lie and how a gate is applied is asked of the module, by the flags that transformers
-sets on it, its shapes and what it is called with, and not looked up by the name of a model. A norm behind each expert is kept
-under its own name. Experts that hand a token on as it is (LongCat-Flash) have no layers; rows of a fused parameter that
-nothing multiplies by, which such models have, are kept as they are (``Part.idle``).
+sets on it, its shapes and what it is called with, and not looked up by the name of a model. A norm behind each expert is
+kept under its own name. Experts that hand a token on as it is (LongCat-Flash) have no layers; what nothing multiplies by,
+which such models have in a fused parameter, is kept as it is (``Part.idle``).
 
 What it gives up: experts run in a loop, as in the eager implementation; the grouped products of a GPU are not used. Fused
 experts that do not say how they apply a gate stay fused.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from spmconvert.model.opened_module import OpenedModule, Part
+from spmconvert.model.opened_module import OpenedModule, Part, Routed
 from spmconvert.operator.reference import is_recorded
 
 # experts that transformers does not decorate: they get all tokens for every expert, zeros where it was not chosen
@@ -61,21 +61,21 @@ class Projection:
 def projections(module: nn.Module) -> tuple[Projection, ...]:
     """The projections of fused experts, in the order in which they are called; none for any other module."""
     first = ("up", "up_proj") if getattr(module, "has_gate", True) is False else ("gate_up", "gate_up_proj")
-    names = (first, ("down", "down_proj"))
-    fused = [getattr(module, parameter, None) for _, parameter in names]
-    if not all(isinstance(parameter, nn.Parameter) and parameter.dim() == 3 for parameter in fused):
-        return ()
-    transposed = _is_transposed(module, *fused)
+    transposed = _is_transposed(module, first[1], "down_proj")
     if transposed is None:
         return ()
     has_bias = getattr(module, "has_bias", False)
     return tuple(
-        Projection(name, parameter, f"{parameter}_bias" if has_bias else None, transposed) for name, parameter in names
+        Projection(name, parameter, f"{parameter}_bias" if has_bias else None, transposed)
+        for name, parameter in (first, ("down", "down_proj"))
     )
 
 
-def _is_transposed(module: nn.Module, gate_up: Tensor, down: Tensor) -> bool | None:
+def _is_transposed(module: nn.Module, first: str, second: str) -> bool | None:
     """Whether the parameters of fused experts are [experts, in_features, out_features]; None for what cannot be opened."""
+    gate_up, down = (getattr(module, name, None) for name in (first, second))
+    if not all(isinstance(parameter, nn.Parameter) and parameter.dim() == 3 for parameter in (gate_up, down)):
+        return None
     if type(module).__name__ in _BATCHED:
         return True
     if hasattr(module, "is_transposed"):
@@ -85,6 +85,8 @@ def _is_transposed(module: nn.Module, gate_up: Tensor, down: Tensor) -> bool | N
         hasattr(module, "_apply_gate") or _zeros(module)
     ):
         return None
+    assert gate_up is not None
+    assert down is not None
     hidden, inner = down.shape[1:]
     return False if gate_up.shape[1:] == (2 * inner, hidden) else None
 
@@ -120,7 +122,7 @@ class OpenedExperts(OpenedModule):
     @property
     def experts(self) -> list[nn.Module]:
         """One module an expert, in order."""
-        return list(self._modules.values())[: self._count]  # type: ignore[arg-type]
+        return list(self.children())[: self._count]
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -148,9 +150,11 @@ class OpenedExperts(OpenedModule):
         order = index.reshape(-1).argsort(stable=True)
         counts = index.reshape(-1).bincount(minlength=self._count + self._zeros).tolist()
         passed_on = sum(counts[self._count : self._count + self._zeros])
-        *routed, passed = hidden_states[order // chosen].split([*counts[: self._count], passed_on])
-        outputs = [self._run(expert, rows) for expert, rows in zip(self.experts, routed, strict=True) if len(rows)]
-        weighted = torch.cat([*outputs, passed]) * weights.reshape(-1)[order, None]
+        *routed, passed = (order // chosen).split([*counts[: self._count], passed_on])
+        outputs = [
+            self._run(expert, hidden_states, own) for expert, own in zip(self.experts, routed, strict=True) if len(own)
+        ]
+        weighted = torch.cat([*outputs, hidden_states[passed]]) * weights.reshape(-1)[order, None]
         # back to the order of the tokens, and added up in it: the same on every run
         return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, chosen, -1).sum(1)
 
@@ -171,12 +175,15 @@ class OpenedExperts(OpenedModule):
             if is_recorded():
                 outputs.append(self._run(expert, rows))
                 continue
-            routed = rows.any(1)
-            found = self._run(expert, rows[routed])
-            outputs.append(found.new_zeros(len(rows), found.shape[1]).index_copy(0, routed.nonzero()[:, 0], found))
+            routed = rows.any(1).nonzero()[:, 0]
+            found = self._run(expert, rows, routed)
+            outputs.append(found.new_zeros(len(rows), found.shape[1]).index_copy(0, routed, found))
         return torch.cat(outputs)
 
-    def _run(self, expert: nn.Module, rows: Tensor) -> Tensor:
+    def _run(self, expert: nn.Module, hidden_states: Tensor, positions: Tensor | None = None) -> Tensor:
+        """What an expert makes of the tokens at some positions, or of all."""
+        rows = hidden_states if positions is None else hidden_states[positions]
+        self.routed = None if positions is None else Routed(positions, len(hidden_states))
         first, down = (getattr(expert, name) for name in self._names)
         output: Tensor = down(self._gated(first(rows)))
         return output if self._norm is None else self.get_submodule(self._norm)(output)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # no parameter: a program that does not know opened modules fails on its shape instead of drawing something at random
 MARK_SHAPE = (1, 1, 1)
@@ -44,6 +45,19 @@ class Part:
         return tensor.t() if self.transposed else tensor
 
 
+@dataclass(frozen=True)
+class Routed:
+    """Which tokens the rows of a layer are.
+
+    Attributes:
+        positions: of each row among the tokens, [rows].
+        tokens: how many there are.
+    """
+
+    positions: Tensor
+    tokens: int
+
+
 class Kept(nn.Module):
     """The parameters of a layer that is never called."""
 
@@ -60,6 +74,7 @@ class OpenedModule(nn.Module):
         mark: name of a buffer that is no parameter, one that the fused module would look for in a checkpoint.
         share: of the tokens, that each layer sees.
         alike: whether the layers of one name, such as those of all experts, have one design.
+        routed: which tokens the layer that is being called is given; None for all of them, or where that is not known.
     """
 
     alike = False
@@ -67,6 +82,7 @@ class OpenedModule(nn.Module):
     def __init__(self, fused: nn.Module, parts: tuple[Part, ...]) -> None:
         super().__init__()
         self.parts, self.mark, self.share = parts, parts[-1].parameter, 1.0
+        self.routed: Routed | None = None
         for part in parts:
             if part.name.endswith(".weight"):
                 self._add(fused, part)
@@ -96,6 +112,10 @@ class OpenedModule(nn.Module):
     def is_stepwise(self, layer: str) -> bool:
         """Whether layers of a name are called for every token by itself."""
         return False
+
+    def watch(self, around: nn.Module) -> list[RemovableHandle]:
+        """Find out which tokens come to which layer while these hooks are there, where a call does not say so."""
+        return []
 
     def by_parameter(self) -> Iterator[tuple[str, list[Part]]]:
         """Fused parameters, and their parts in order."""

@@ -4,17 +4,19 @@ JetMoE holds each projection of its experts, of feed-forward and attention alike
 tokens sorted by expert. Inkling holds its shared experts fused, with gates apart from what they gate. As with other experts
 it is the parameters and the call that tell them, not the name of a model.
 
-What it gives up: that a projection by itself is not told which tokens its rows are. Padding counts in its moments where
-rows are padded, which those of texts are not.
+A projection by itself is not told which tokens its rows are; the router beside it says so, and is asked while moments
+are gathered.
 """
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from spmconvert.model.opened_module import OpenedModule, Part
+from spmconvert.model.opened_module import OpenedModule, Part, Routed
 
 # layers of shared experts and the parameters that they are fused in
 _SHARED = {"gating": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -34,6 +36,7 @@ class OpenedProjection(OpenedModule):
         count = len(fused.get_parameter("weight"))
         super().__init__(fused, tuple(Part(f"{index}.expert.weight", "weight", index) for index in range(count)))
         self.share = min(1.0, (chosen or count) / count)
+        self._sorted: Routed | None = None
 
     @staticmethod
     def opens(module: nn.Module) -> bool:
@@ -50,8 +53,26 @@ class OpenedProjection(OpenedModule):
         Returns:
             [rows, out_features], in the same order.
         """
-        routed = zip(self.children(), inputs.split(list(expert_size)), strict=True)
-        return torch.cat([expert.get_submodule("expert")(rows) for expert, rows in routed if len(rows)])
+        sizes, outputs = list(expert_size), list[Tensor]()
+        routed: list[Routed | None] = [None] * len(sizes)
+        if self._sorted is not None:
+            routed = [Routed(part, self._sorted.tokens) for part in self._sorted.positions.split(sizes)]
+            # of the next call nothing is known until the router has run again
+            self._sorted = None
+        for expert, rows, own in zip(self.children(), inputs.split(sizes), routed, strict=True):
+            if len(rows):
+                self.routed = own
+                outputs.append(expert.get_submodule("expert")(rows))
+        return torch.cat(outputs)
+
+    def watch(self, around: nn.Module) -> list[RemovableHandle]:
+        """Ask the router in the module around for the tokens that rows are."""
+
+        def note(_: nn.Module, arguments: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+            # order of choices, tokens in that order, their weights, how many each expert has, logits
+            self._sorted = Routed(output[1], len(arguments[0]))
+
+        return [around.get_submodule("router").register_forward_hook(note)]
 
 
 class OpenedSharedExperts(OpenedModule):
@@ -90,7 +111,7 @@ class OpenedSharedExperts(OpenedModule):
             As ``hidden_states``.
         """
         rows, (fused,) = hidden_states.flatten(0, -2), self._fused
-        weights, outputs = gammas.reshape(len(rows), -1), []
+        weights, outputs = gammas.reshape(len(rows), -1), list[Tensor]()
         for number, expert in enumerate(self.children()):
             gating, up, down = (expert.get_submodule(name) for name in _SHARED)
             outputs.append(down(fused.act_fn(gating(rows)) * up(rows) * weights[:, number, None]).float())
