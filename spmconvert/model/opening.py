@@ -13,6 +13,8 @@ from spmconvert.model.other_experts import OpenedProjection, OpenedSharedExperts
 from spmconvert.model.recurrence import OpenedRecurrence
 
 _EXPERT = re.compile(r"(.+)\.\d+\.(gate_up|gating|up|down|expert)")
+# of experts that are modules in a list to begin with
+_LISTED = re.compile(r"(.+\.experts)\.(?:[a-z]+_)?\d+(?:\.(.+))?")
 _RECURRENCE = re.compile(r"(.+)\.l\d+(?:_reverse)?\.(?:input|recurrent|projection)")
 
 
@@ -24,17 +26,24 @@ def can_be_opened(module: nn.Module) -> bool:
 
 def group_of(name: str) -> str | None:
     """Experts and projection that a layer would belong to by its name; None where it has no name of an expert's layer."""
-    found = _EXPERT.fullmatch(name)
-    return None if found is None else f"{found[1]}.{found[2]}"
+    place = _place_of(name)
+    return None if place is None else ".".join(filter(None, place))
 
 
 def shown_together(names: Sequence[str]) -> dict[str, list[int]]:
     """Positions of layers by what to call them where they are shown: the experts of a projection are one line."""
     found: dict[str, list[int]] = {}
     for position, name in enumerate(names):
-        match = _EXPERT.fullmatch(name)
-        found.setdefault(name if match is None else f"{match[1]}.*.{match[2]}", []).append(position)
+        place = _place_of(name)
+        shown = name if place is None else ".*.".join(filter(None, place))
+        found.setdefault(shown, []).append(position)
     return found
+
+
+def _place_of(name: str) -> tuple[str, str] | None:
+    """Experts and projection, empty where an expert is a layer itself."""
+    match = _EXPERT.fullmatch(name) or _LISTED.fullmatch(name)
+    return None if match is None else (match[1], match[2] or "")
 
 
 def opened_names(names: Iterable[str]) -> set[str]:

@@ -9,7 +9,8 @@
   both are square, it must be the block or hold nothing but linear layers and norms, which tells them from a recurrent
   mixer. A fused gate (hidden -> 2 inner) counts where its parent holds nothing but linear layers, which tells it from
   the projections of a state-space mixer.
-- Experts that were opened (``model.experts``) are feed-forward outside of an attention, and one group a projection.
+- Experts that were opened (``model.experts``) are feed-forward outside of an attention, and one group a projection. Those
+  that are modules in a list called ``experts`` are one group, too, where they are of one shape.
 
 What it gives up: an architecture that hides its blocks in something other than a ModuleList has no presets; its layers
 can still be named one by one. The bottlenecks around MobileBERT's blocks have the shapes of a feed-forward and count as it.
@@ -24,7 +25,9 @@ from typing import Literal
 
 from torch import nn
 
+from spmconvert.model.experts import chosen_experts
 from spmconvert.model.opened_module import OpenedModule
+from spmconvert.model.opening import group_of
 
 Kind = Literal["linear", "conv1d"]
 Role = Literal["attn", "mlp", "other"]
@@ -95,6 +98,7 @@ def find_linears(model: nn.Module) -> list[Linear]:
         role = "attn" if in_attention else "other"
         stepwise = opened is not None and modules[opened].is_stepwise(name.rpartition(".")[2])
         placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role, stepwise=stepwise))
+    placed = _with_groups(model, placed, modules)
     peers: dict[tuple[str | None, int | None], list[Linear]] = {}
     for linear in placed:
         if linear.role == "other":
@@ -105,6 +109,23 @@ def find_linears(model: nn.Module) -> list[Linear]:
         else linear
         for linear in placed
     ]
+
+
+def _with_groups(model: nn.Module, placed: list[Linear], modules: dict[str, nn.Module]) -> list[Linear]:
+    """The layers with those of experts that are modules in a list put in groups, where all of a group are of one shape."""
+    shapes: dict[str, list[tuple[int, int, bool]]] = {}
+    for linear in placed:
+        if not linear.group and (group := group_of(linear.name)) is not None:
+            shapes.setdefault(group, []).append((linear.in_features, linear.out_features, linear.bias))
+    found = []
+    for linear in placed:
+        own = shapes.get(group_of(linear.name) or "", [])
+        if not linear.group and len(own) > 1 and len(set(own)) == 1:
+            around = linear.name[: linear.name.rindex(".experts.")]
+            chosen = chosen_experts(modules[around], getattr(model, "config", None)) or len(own)
+            linear = replace(linear, group=group_of(linear.name) or "", share=min(1.0, chosen / len(own)))
+        found.append(linear)
+    return found
 
 
 def _opened(name: str, modules: dict[str, nn.Module]) -> str | None:
