@@ -127,6 +127,10 @@ def _shapes(converted: Converted) -> Check:
         if entry is None or entry.shape != shape:
             what = "is missing" if entry is None else f"is {entry.shape}"
             return Check("shapes", "FAILED", f"tensor {name} {what}, the layer map says {shape}")
+    inside = tuple(f"{prefix}." for prefix in prefixes.values())
+    odd = sorted(name for name in converted.tensors if name not in expected and name.startswith(inside))
+    if odd:
+        return Check("shapes", "FAILED", f"tensor {odd[0]} is in a replaced layer, and the layer map has none there")
     return Check("shapes", "ok", f"{len(expected)} tensors of {len(converted.layers)} layers are as the layer map says")
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import spmconvert
 from spmconvert.budget.times import TimeTable
+from spmconvert.checkpoint.checksums import write_checksums
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.commands.export import export
 from spmconvert.commands.finetune import finetune
@@ -342,6 +343,34 @@ def test_what_is_left_dense_beside_replaced_projections_is_what_it_was(mixtures,
     export(out, tmp_path / "dense")
     dense = transformers.MixtralForCausalLM.from_pretrained(tmp_path / "dense").model.layers[1].mlp.experts
     torch.testing.assert_close(dense.gate_up_proj, fused.gate_up_proj, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        # dense beside what was replaced, the router in front of it, and what stands for the dense parameter
+        ("mixtral", ".mlp.experts.2.gate_up.weight"),
+        ("mixtral", ".gate.weight"),
+        ("mixtral", ".mlp.experts.down_proj"),
+        # nothing multiplies by it
+        ("longcat-flash", ".mlp.experts.5.gate_up.weight"),
+        ("muse-spark", ".mlp.experts.post_expert_norm.weight"),
+        ("jetmoe", ".mlp.input_linear.weight"),
+    ],
+)
+def test_a_change_outside_of_replaced_experts_is_found(mixtures, tmp_path, monkeypatch, name, tensor):
+    monkeypatch.setattr("spmconvert.commands.verify.run_fresh", lambda *_: {"architecture": "", "layers": 0})
+    targets = {"jetmoe": "*.mlp.output_linear.*"}.get(name, "*.experts.*.down")
+    spmconvert.convert(mixtures[name], tmp_path / "o", targets=targets, stages=0, rank=6, **QUICK)
+    assert {check.outcome for check in verify(tmp_path / "o")} == {"ok", "skipped"}
+    tensors = load_file(tmp_path / "o" / "model.safetensors")
+    changed = next(key for key in tensors if key.endswith(tensor))
+    tensors[changed] += 1
+    save_file(tensors, tmp_path / "o" / "model.safetensors", {"format": "pt"})
+    write_checksums(tmp_path / "o")
+    (failed,) = [check for check in verify(tmp_path / "o") if check.outcome == "FAILED"]
+    assert failed.name == "untouched tensors"
+    assert changed in failed.detail
 
 
 def test_experts_that_are_no_targets_stay_as_the_file_has_them(mixtures, text, tmp_path):

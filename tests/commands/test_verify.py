@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from spmconvert.commands import verify as verification
@@ -74,6 +75,17 @@ def test_shapes_of_every_tensor_are_compared_with_the_map(sums, tmp_path, no_pro
     name = change(
         copy, lambda name: name.endswith(f"up_proj.{part}"), lambda tensor: tensor.repeat(2, *[1] * (tensor.ndim - 1))
     )
+    found = {check.name: check for check in verify(copy)}
+    assert found["shapes"].outcome == "FAILED"
+    assert name in found["shapes"].detail
+
+
+def test_a_tensor_more_in_a_replaced_layer_is_named(sums, tmp_path, no_process):
+    copy = tmp_path / "copy"
+    shutil.copytree(sums["lowrank"], copy)
+    tensors = load_file(copy / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("lowrank.up.weight")).replace("lowrank.up.weight", "bias")
+    save_file({**tensors, name: torch.ones(3)}, copy / "model.safetensors", {"format": "pt"})
     found = {check.name: check for check in verify(copy)}
     assert found["shapes"].outcome == "FAILED"
     assert name in found["shapes"].detail
