@@ -58,7 +58,7 @@ class Routed:
     tokens: int
 
 
-class Kept(nn.Module):
+class Uncalled(nn.Module):
     """The parameters of a layer that is never called."""
 
 
@@ -100,7 +100,9 @@ class OpenedModule(nn.Module):
         bias = next((other for other in self.parts if other.name == f"{name}.bias"), None)
         parameter = getattr(fused, part.parameter)
         weight = part.of(parameter.data)
-        layer: nn.Module = Kept() if part.idle else nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+        layer: nn.Module = (
+            Uncalled() if part.idle else nn.Linear(weight.shape[1], weight.shape[0], bias is not None, "meta")
+        )
         layer.weight = nn.Parameter(weight, requires_grad=parameter.requires_grad)
         if bias is not None:
             layer.bias = nn.Parameter(bias.of(getattr(fused, bias.parameter).data), requires_grad=parameter.requires_grad)

@@ -40,10 +40,15 @@ def shown_together(names: Sequence[str]) -> dict[str, list[int]]:
     return found
 
 
-def _place_of(name: str) -> tuple[str, str] | None:
-    """Experts and projection, empty where an expert is a layer itself."""
-    match = _EXPERT.fullmatch(name) or _LISTED.fullmatch(name)
+def place_in_list(name: str) -> tuple[str, str] | None:
+    """Experts that are modules in a list, and the projection, empty where an expert is a layer itself; None for others."""
+    match = _LISTED.fullmatch(name)
     return None if match is None else (match[1], match[2] or "")
+
+
+def _place_of(name: str) -> tuple[str, str] | None:
+    match = _EXPERT.fullmatch(name)
+    return place_in_list(name) if match is None else (match[1], match[2])
 
 
 def opened_names(names: Iterable[str]) -> set[str]:

@@ -27,7 +27,7 @@ from torch import nn
 
 from spmconvert.model.experts import chosen_experts
 from spmconvert.model.opened_module import OpenedModule
-from spmconvert.model.opening import group_of
+from spmconvert.model.opening import group_of, place_in_list
 
 Kind = Literal["linear", "conv1d"]
 Role = Literal["attn", "mlp", "other"]
@@ -113,19 +113,17 @@ def find_linears(model: nn.Module) -> list[Linear]:
 
 def _with_groups(model: nn.Module, placed: list[Linear], modules: dict[str, nn.Module]) -> list[Linear]:
     """The layers with those of experts that are modules in a list put in groups, where all of a group are of one shape."""
-    shapes: dict[str, list[tuple[int, int, bool]]] = {}
+    members: dict[tuple[str, str], list[Linear]] = {}
     for linear in placed:
-        if not linear.group and (group := group_of(linear.name)) is not None:
-            shapes.setdefault(group, []).append((linear.in_features, linear.out_features, linear.bias))
-    found = []
-    for linear in placed:
-        own = shapes.get(group_of(linear.name) or "", [])
-        if not linear.group and len(own) > 1 and len(set(own)) == 1:
-            around = linear.name[: linear.name.rindex(".experts.")]
-            chosen = chosen_experts(modules[around], getattr(model, "config", None)) or len(own)
-            linear = replace(linear, group=group_of(linear.name) or "", share=min(1.0, chosen / len(own)))
-        found.append(linear)
-    return found
+        if not linear.group and (place := place_in_list(linear.name)) is not None:
+            members.setdefault(place, []).append(linear)
+    grouped: dict[str, Linear] = {}
+    for (experts, _), own in members.items():
+        if len(own) > 1 and len({(linear.in_features, linear.out_features, linear.bias) for linear in own}) == 1:
+            around = modules[_parent_of(experts)]
+            share = min(1.0, (chosen_experts(around, getattr(model, "config", None)) or len(own)) / len(own))
+            grouped |= {linear.name: replace(linear, group=group_of(linear.name) or "", share=share) for linear in own}
+    return [grouped.get(linear.name, linear) for linear in placed]
 
 
 def _opened(name: str, modules: dict[str, nn.Module]) -> str | None:
@@ -268,13 +266,18 @@ def is_router(model: nn.Module, linear: Linear) -> bool:
     return "router" in linear.name or linear.out_features == 1 or linear.out_features in counts
 
 
-def fused_experts(model: nn.Module) -> list[str]:
-    """Names of expert weights that are one three-dimensional parameter for all experts, and were not opened."""
-    return [
-        name
-        for name, parameter in model.named_parameters()
-        if parameter.ndim == 3 and "expert" in name.lower() and not isinstance(_owner(model, name), nn.modules.conv._ConvNd)
-    ]
+def fused_experts(model: nn.Module) -> dict[str, str]:
+    """Expert weights that are one parameter for all experts and were not opened, by name, and how they are fused."""
+    found = {}
+    for name, parameter in model.named_parameters():
+        if "expert" not in name.lower() or isinstance(_owner(model, name), nn.modules.conv._ConvNd):
+            continue
+        if parameter.ndim == 3:
+            found[name] = "fused three-dimensional expert parameter, not convertible"
+        elif parameter.ndim == 2 and not name.endswith(("weight", "bias")):
+            # DBRX
+            found[name] = "matrices of all experts one below the other in one parameter, not convertible"
+    return found
 
 
 def unsupported_forms(model: nn.Module) -> dict[str, str]:

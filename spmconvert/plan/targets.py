@@ -204,9 +204,7 @@ class _Survey:
                 reasons[linear.name] = "the model's code reads its weight itself"
         for name, kind in unsupported_forms(self.model).items():
             reasons[name] = f"of type {kind}, not a plain linear layer"
-        for name in self.experts:
-            reasons[name] = "fused three-dimensional expert parameter, not convertible"
-        return reasons
+        return {**reasons, **self.experts}
 
     def resolve(self, pattern: str) -> list[str]:
         """Names that a preset or pattern selects."""
@@ -268,7 +266,7 @@ class _Survey:
             if linear.role in roles and linear.name not in kept_out and _is_in(place, linear.name)
         ]
         if not names:
-            hint = f"; its experts are fused parameters, {self.experts[0]} for example" if self.experts else ""
+            hint = f"; its experts are fused parameters, {next(iter(self.experts))} for example" if self.experts else ""
             raise TargetError(
                 f"preset {preset} finds no layer in {type(self.model).__name__}{hint}; name layers by pattern, "
                 f"{self._near(preset)}"
@@ -286,10 +284,7 @@ class _Survey:
         if not fused and named:
             fused = [name for name in self.experts if any(name.startswith(f"{owner}.") for owner in named)]
         if fused:
-            raise UnsupportedLayerError(
-                f"{fused[0]} is one fused three-dimensional parameter for all experts and cannot be converted; "
-                "choose other layers"
-            )
+            raise UnsupportedLayerError(f"{fused[0]}: {self.experts[fused[0]]}; choose other layers")
         if leaves and not _WILDCARDS.search(pattern) and not pattern.startswith("re:"):
             kind = type(self.model.get_submodule(leaves[0])).__name__
             raise UnsupportedLayerError(

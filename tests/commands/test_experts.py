@@ -416,6 +416,41 @@ def test_an_expert_that_nothing_comes_to_is_named_and_fitted(mixtures, text, tmp
         assert all(record.error < 1 for record in conversion.layers)
 
 
+def test_an_expert_in_a_list_that_nothing_comes_to_is_named_and_fitted(text, tmp_path):
+    config = transformers.NllbMoeConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        num_experts=4,
+        encoder_sparse_step=1,
+        decoder_sparse_step=1,
+        max_position_embeddings=64,
+        router_bias=True,
+        pad_token_id=1,
+        bos_token_id=2,
+        eos_token_id=2,
+        decoder_start_token_id=2,
+    )
+    torch.manual_seed(0)
+    model = transformers.NllbMoeForConditionalGeneration(config)
+    for name, parameter in model.named_parameters():
+        if name.endswith("router.classifier.bias"):
+            parameter.data[3] = -1e4
+    _save(model, tmp_path / "m")
+    for keep in ({"stages": 0, "rank": 6}, {"keep": 0.4, "allow_slower": True}):
+        out = tmp_path / f"o{len(keep)}{keep.get('rank', 0)}"
+        conversion = spmconvert.convert(tmp_path / "m", out, calib=text, targets="*.experts.*", **keep, **QUICK)
+        idle = {record.name for record in conversion.layers if "no calibration token came" in record.warning}
+        assert {record.name for record in conversion.layers if ".expert_3." in record.name} <= idle
+        assert all(record.error < 1 for record in conversion.layers)
+        assert {check.outcome for check in verify(out)} <= {"ok", "skipped"}
+
+
 def test_a_model_is_converted_while_it_is_loaded(mixtures, tmp_path):
     request = spmconvert.SPMConfig(targets=["*.experts.*"], stages=0, rank=6)
     model = transformers.AutoModelForCausalLM.from_pretrained(mixtures["olmoe"], quantization_config=request).eval()

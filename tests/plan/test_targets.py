@@ -202,6 +202,57 @@ def test_what_cannot_be_converted(name, pattern, message):
         names(build(name), pattern)
 
 
+def test_experts_one_below_the_other_are_named():
+    model = transformers.DbrxForCausalLM(
+        transformers.DbrxConfig(
+            d_model=32,
+            n_heads=2,
+            n_layers=2,
+            vocab_size=64,
+            attn_config={"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+            ffn_config={"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        )
+    )
+    left = {item.name: item.reason for item in select_targets(model, targets=["attn"]).skipped}
+    assert "one below the other" in left["transformer.blocks.1.ffn.experts.mlp.w2"]
+    with pytest.raises(UnsupportedLayerError, match=r"ffn\.experts\.mlp\.w1: .*one below the other.*not convertible"):
+        names(model, "*.experts*")
+
+
+class Gated(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(8, inner), nn.Linear(inner, 8)
+
+
+class Listed(nn.Module):
+    """A block whose experts are modules in a list; the last has another size where that is asked for."""
+
+    def __init__(self, kind, last=6):
+        super().__init__()
+        self.router, self.top_k = nn.Linear(8, 4), 2
+        experts = [Gated(inner) for inner in (6, 6, 6, last)]
+        if kind == "list":
+            self.experts = nn.ModuleList(experts)
+        else:
+            self.experts = nn.ModuleDict({f"expert_{index}": expert for index, expert in enumerate(experts)})
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_experts_in_a_list_are_a_group_a_projection(kind):
+    model = nn.ModuleDict({"h": nn.ModuleList([Listed(kind), Listed(kind)])})
+    found = select_targets(model, targets=["*.experts.*"]).targets
+    assert {target.group for target in found} == {f"h.{block}.experts.w{number}" for block in (0, 1) for number in (1, 2)}
+    assert {target.share for target in found} == {0.5}
+    with pytest.raises(TargetError, match="all have one design"):
+        select_targets(model, targets=["*3.w1"])
+
+
+def test_experts_of_several_sizes_are_no_group():
+    model = nn.ModuleDict({"h": nn.ModuleList([Listed("list", last=12)])})
+    assert {target.group for target in select_targets(model, targets=["*.experts.*"]).targets} == {""}
+
+
 class Block(nn.Module):
     def __init__(self):
         super().__init__()
