@@ -26,3 +26,18 @@ def test_padding_is_left_out(name):
         assert found.rows == exact[layer].rows, layer
         torch.testing.assert_close(found.mean, exact[layer].mean, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(found.scatter, exact[layer].scatter, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_experts_that_nothing_comes_to_have_others_to_be_like(name):
+    model = built(FAMILIES[name]).eval()
+    open_(model)
+    names = [layer for layer, module in model.named_modules() if type(module) is nn.Linear and group_of(layer)]
+    sizes = {layer: model.get_submodule(layer).in_features for layer in names}
+    # one token: it comes to a few of them alone
+    found = collect(model, names, [{"input_ids": torch.tensor([[5]])}], experts=sizes)
+    idle = [layer for layer in names if not found[layer].rows]
+    ran = {group_of(layer): found[layer].mean.shape for layer in names if found[layer].rows}
+    assert idle
+    for layer in idle:
+        assert ran[group_of(layer)] == found[layer].mean.shape
