@@ -412,7 +412,7 @@ def _run_stages(run: TrainingRun, snapshot: dict[str, Any] | None, *, shard: boo
 
 def _some_unused(run: TrainingRun) -> bool:
     """Whether some trained parameters may get no gradient in a step: a pooler that nothing compares, an idle expert."""
-    if any(".experts." in name for name in run.trained):
+    if any(part in name for name in run.trained for part in (".experts.", ".expert.")):
         return True
     student = run.distillation.student
     run.distillation.loss(run.data.held_out.batch([0], student, 0)).total.backward()

@@ -308,7 +308,7 @@ def test_a_budget_gives_the_experts_of_a_layer_one_design(mixtures, text, tmp_pa
     assert found.candidates
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "granite-moe"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen3-moe", "granite-moe", "longcat-flash", "step"])
 def test_either_layout_gives_the_same_layers(mixtures, text, tmp_path, name):
     """A matrix an expert and projection, as checkpoints have them, and fused parameters, as transformers keeps them."""
     model = getattr(transformers, FAMILIES[name].model).from_pretrained(mixtures[name])
@@ -524,3 +524,16 @@ def test_a_program_that_does_not_know_opened_experts_refuses_them(mixtures, text
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert run.returncode
     assert "import spmconvert before this checkpoint is loaded" in run.stderr
+
+
+def test_what_is_written_down_of_experts_that_hand_tokens_on_computes_the_same():
+    model = built(FAMILIES["longcat-flash"]).eval()
+    (first, *_) = open_(model)
+    experts, states = model.get_submodule(first), torch.randn(9, 32)
+    index = torch.randint(0, 6, (9, 2), generator=torch.Generator().manual_seed(0))
+    index[0] = torch.tensor([4, 5])
+    weights = torch.rand(9, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(experts._all(states, index, weights), experts._chosen(states, index, weights))
+        passed_on = states[0] * weights[0].sum()
+        torch.testing.assert_close(experts(states, index, weights)[0], passed_on)
