@@ -1,11 +1,17 @@
 """Moments of experts: padding left out, and those that nothing comes to."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from spmconvert.calibrate.statistics import collect
+from spmconvert.calibrate.pooling import pool_experts
+from spmconvert.calibrate.statistics import ActivationStatistics, collect
+from spmconvert.calibrate.store import MomentStore
+from spmconvert.errors import CalibrationError
 from spmconvert.model.opening import group_of, open_
+from spmconvert.plan.targets import Target
 from tests.commands.test_experts import FAMILIES, built
 
 
@@ -41,3 +47,32 @@ def test_experts_that_nothing_comes_to_have_others_to_be_like(name):
     assert idle
     for layer in idle:
         assert ran[group_of(layer)] == found[layer].mean.shape
+
+
+def pooled(folder, rows):
+    """What two experts see together that saw so many tokens, by part."""
+    store, layers = MomentStore(folder), []
+    for index in (0, 1):
+        name = f"h.0.experts.{index}.up"
+        target = Target(name, "linear", 3, 4, bias=False, group="h.0.experts.up")
+        layers.append(SimpleNamespace(target=target))
+        for part, counts in rows.items():
+            store.write(name, part, ActivationStatistics.of(torch.randn(counts[index], 3)))
+    pool_experts(store, layers)
+    return store.own("h.0.experts.up"), store.read("h.0.experts.1.up")
+
+
+def test_an_expert_without_tokens_has_those_of_the_others(tmp_path):
+    together, idle = pooled(tmp_path, {"choosing": (4, 0), "held_out": (3, 0), "fitted": (9, 0)})
+    assert idle.tokens == 0
+    torch.testing.assert_close(idle.fitted.covariance, together.fitted.covariance)
+    assert (idle.held_out.rows, idle.choosing.rows) == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [("fitted", "no calibration token"), ("held_out", "none of the held out rows"), ("choosing", "none of the choosing")],
+)
+def test_experts_of_which_none_was_chosen_are_refused(tmp_path, part, words):
+    with pytest.raises(CalibrationError, match=rf"{words}.* h\.0\.experts\.up; .*--ignore"):
+        pooled(tmp_path, {"choosing": (4, 1), "held_out": (3, 2), "fitted": (9, 5), part: (0, 0)})
