@@ -26,7 +26,7 @@ from spmconvert.errors import INTERRUPTED_EXIT_CODE, OptionError, SpmconvertErro
 from spmconvert.recipe.loading import parse_assignment, recipe_from_keywords, training_from_keywords
 from spmconvert.recipe.recipe import AUTO_TEXT, Recipe, Training
 from spmconvert.system.interrupts import LINE, at_work
-from spmconvert.system.team import is_first
+from spmconvert.system.team import is_alone, is_first
 from spmconvert.version import __version__
 
 MEASURE = typer.Option("--measure/--no-measure", help="End with the whole model's size, speed and quality.")
@@ -236,15 +236,31 @@ def _convert(
         views.show_next(conversion.output)
 
 
-def _say_what_stands_in(directory: Path) -> None:
-    """Say what a finetune takes for the data that it was not given."""
-    from spmconvert.checkpoint.converted import open_converted
-    from spmconvert.data.standin import stand_in
+def _data_that_stands_in(directory: Path, teacher: str | None, device: str, *, may_write: bool) -> str:
+    """What a finetune takes for the data that it was not given; says so in the first process.
+
+    Args:
+        directory: the converted checkpoint.
+        teacher: its source, where it is not where it was.
+        device: where that may write.
+        may_write: whether it may.
+    """
+    from spmconvert.checkpoint.converted import open_converted, open_source
+    from spmconvert.data.standin import stand_in, written_stand_in
     from spmconvert.model.architecture import load_config
 
-    found = stand_in("training", directory, load_config(open_converted(directory).directory))
-    if found is not None:
+    converted = open_converted(directory)
+    config = load_config(converted.directory)
+    found = None
+    if may_write:
+        with progress.StepProgress("the dense model writes rows to train on") as watch:
+            found = written_stand_in("training", open_source(converted, teacher), config, device, watch.update)
+    found = found or stand_in("training", directory, config)
+    if found is None:
+        return AUTO_TEXT
+    if is_first():
         console.note(f"trained on {found.what}; {found.better}, --data")
+    return str(found.file)
 
 
 @app.command(cls=PanelCommand)
@@ -302,8 +318,11 @@ def finetune(
 
     chosen = directory or only_converted(Path.cwd(), finetuned=False)
     console.silence_libraries()
-    if data == AUTO_TEXT and is_first():
-        _say_what_stands_in(chosen)
+    if data == AUTO_TEXT:
+        # what several processes write each, or another machine has stored logits for, need not be the same
+        may_write = is_alone() and not (store_logits or teacher_logits)
+        with at_work():
+            data = _data_that_stands_in(chosen, teacher, device, may_write=may_write)
     began = time.monotonic()
     where = {"teacher": teacher, "teacher_logits": teacher_logits, "teacher_device": teacher_device, "device": device}
     how = {"shard": shard, "tracker": tracker, "in_place": in_place, "force": force, "resume": resume}

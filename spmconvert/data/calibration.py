@@ -5,7 +5,6 @@ on one that a budget chose designs by: what is chosen as the least on some rows 
 becomes rows is in ``spmconvert.data.tokens``.
 """
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.media import TENSOR_SUFFIX, MediaRow, folder_inputs, media_rows
 from spmconvert.data.rows import Row, row_batch
-from spmconvert.data.standin import StandIn, stand_in
-from spmconvert.data.tokens import check_reads_text, load_tokenizer, reads_text, row_length, token_rows
-from spmconvert.data.written import write_text, writes, written_file
+from spmconvert.data.standin import StandIn, stand_in, written_stand_in
+from spmconvert.data.tokens import check_reads_text, load_tokenizer, row_length, token_rows
 from spmconvert.errors import CalibrationError
 from spmconvert.recipe.recipe import AUTO_TEXT, Calibration, Recipe
 
@@ -81,20 +79,9 @@ def with_inputs(
     """
     if str(recipe.calibration.file) != AUTO_TEXT:
         return _with_folder(recipe, source.directory, config), None
-    written = _written(source, config, device, report) if reads_text(source.directory, config) else None
+    written = written_stand_in("calibration", source, config, device, report)
     found = written or stand_in("calibration", source.directory, config)
     return _with_file(recipe, None if found is None else found.file), found
-
-
-def _written(source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None) -> StandIn | None:
-    """What a model writes itself, where it does."""
-    parameters = sum(math.prod(entry.shape) for entry in source.tensors.values())
-    if not writes(config, parameters, device):
-        return None
-    file = written_file(source.sha256())
-    if report is not None:
-        file = write_text(source.directory, source.sha256(), config, device, report)
-    return StandIn(file, "what the model writes itself") if file.exists() else None
 
 
 def _with_folder(recipe: Recipe, directory: Path, config: Any) -> Recipe:

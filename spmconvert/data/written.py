@@ -1,4 +1,4 @@
-"""Text that a causal language model writes itself, by sampling from it, to be calibrated on where nobody gave a text.
+"""Text that a causal language model writes itself, by sampling, to be calibrated and trained on where nobody gave one.
 
 Rows start with a common word each and are sampled at temperature 1. Where the tokenizer has a chat template, every other
 batch is of conversations in it: the model says what a user says, and answers. They show the model what it expects to see:
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from spmconvert.data.library import library_text
+from spmconvert.data.library import Part, library_text
 from spmconvert.data.tokens import load_tokenizer, reads_packed, row_length
 from spmconvert.model.loading import load_dense_model
 from spmconvert.system.caches import cache_directory, check_cache, keep
@@ -29,13 +29,15 @@ MOST_PARAMETERS = 200_000_000
 # part of a row that a user may say, and what stands for it in a template
 QUESTION_SHARE = 4
 PLACE = "what a user says"
+# what it writes for; each has words of its own to start with
+WRITTEN: tuple[Part, ...] = ("calibration", "training")
 # changes with anything that changes what is written
 VERSION = 3
 
 
-def written_file(sha256: str) -> Path:
+def written_file(part: Part, sha256: str) -> Path:
     """Where the text of a checkpoint with that hash is kept."""
-    return cache_directory("texts") / f"written-{VERSION}-{sha256[:32]}.jsonl"
+    return cache_directory("texts") / f"written-{VERSION}-{part}-{sha256[:32]}.jsonl"
 
 
 def writes(config: Any, parameters: int, device: str) -> bool:
@@ -43,10 +45,13 @@ def writes(config: Any, parameters: int, device: str) -> bool:
     return reads_packed(config) and not config.is_encoder_decoder and (device != "cpu" or parameters <= MOST_PARAMETERS)
 
 
-def write_text(directory: Path, sha256: str, config: Any, device: str, report: Callable[[int, int], None]) -> Path:
+def write_text(
+    part: Part, directory: Path, sha256: str, config: Any, device: str, report: Callable[[int, int], None]
+) -> Path:
     """Have a model write a text, where it has not yet.
 
     Args:
+        part: what it is for: calibration or training, of which no row is in the other.
         directory: its checkpoint.
         sha256: hash of that.
         config: the model's config.
@@ -60,7 +65,7 @@ def write_text(directory: Path, sha256: str, config: Any, device: str, report: C
         CalibrationError: when there is no tokenizer that can be used.
         NotWritableError: when the cache cannot be written.
     """
-    file = written_file(sha256)
+    file = written_file(part, sha256)
     if file.exists():
         return file
     check_cache("texts")
@@ -69,10 +74,10 @@ def write_text(directory: Path, sha256: str, config: Any, device: str, report: C
         # half the time on a CPU, and a word in a few is another one, of about the same probability
         model = model.to(torch.bfloat16)
     writer = _Writer(model, load_tokenizer(directory), row_length(config, TOKENS))
-    prompts = _prompts(writer.tokenizer)
+    prompts = _prompts(part, writer.tokenizer)
     lines: list[str] = []
     with torch.random.fork_rng():
-        torch.manual_seed(0)
+        torch.manual_seed(WRITTEN.index(part))
         for number, first in enumerate(range(0, ROWS, BATCH_ROWS)):
             ids = prompts[first : first + BATCH_ROWS]
             # every other batch, where there is a template
@@ -155,11 +160,12 @@ def _opening(tokenizer: Any) -> str | None:
     return before if found else None
 
 
-def _prompts(tokenizer: Any) -> torch.Tensor:
+def _prompts(part: Part, tokenizer: Any) -> torch.Tensor:
     """What rows start with: whatever the tokenizer puts in front, and the first token of a common word, [rows, tokens]."""
     words = Counter(re.findall(r"[A-Za-z]{3,}", library_text("calibration").read_text(encoding="utf-8")))
     common = [f" {word}" for word, _ in words.most_common(COMMON_WORDS)]
-    order = torch.randperm(len(common), generator=torch.Generator().manual_seed(0))[:ROWS].tolist()
+    order = torch.randperm(len(common), generator=torch.Generator().manual_seed(0)).tolist()
+    own = order[WRITTEN.index(part) :: len(WRITTEN)][:ROWS]
     length = len(tokenizer("")["input_ids"]) + 1
-    rows = [tokenizer(common[index])["input_ids"][:length] for index in order]
+    rows = [tokenizer(common[index])["input_ids"][:length] for index in own]
     return torch.tensor([row for row in rows if len(row) == length])

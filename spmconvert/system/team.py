@@ -93,13 +93,18 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_alone() -> bool:
+    """Whether no launcher started other processes with this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) < 2
+
+
 def join_team(device: str) -> tuple[Team, str]:
     """The processes that a launcher started with this one, and this one's device.
 
     Args:
         device: that was asked for; where it is ``cuda``, each process takes the one of its rank.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if is_alone():
         return Team(), device
     from accelerate import PartialState
 

@@ -34,11 +34,11 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     assert "calibrated on what the model writes itself; a text like what the model is used for is far better" in err
     assert "held out, on 1 rows" in out
     recorded = json.loads((tmp_path / "gpt2-spm" / "spm.json").read_text())["recipe"]["calibration"]["file"]
-    assert recorded == str(written_file(open_checkpoint(str(checkpoints["gpt2"])).sha256()))
+    assert recorded == str(written_file("calibration", open_checkpoint(str(checkpoints["gpt2"])).sha256()))
     code, out, err = run("finetune", "--steps", "2", "--batch-size", "2", "--measure", "--json")
     assert code == 0, err
     assert [figure["label"] for figure in json.loads(out)["outcome"]] == ["parameters", "speed", "quality"]
-    assert "trained on docstrings of the Python installation; a text like" in err
+    assert "trained on docstrings of the Python installation, and what the model writes itself; a text like" in err
     assert (tmp_path / "gpt2-spm-ft").is_dir()
     code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json")
     assert code == 0, err
@@ -54,7 +54,7 @@ def test_a_dry_run_knows_the_text_that_a_run_took(run, checkpoints, tmp_path):
     code, out, _ = run("convert", checkpoints["bert"], "--rank", "2", "--dry-run", "--json")
     assert code == 0
     assert json.loads(out)["recipe"]["calibration"]["file"] == str(library_text("calibration"))
-    written = written_file(open_checkpoint(str(checkpoints["llama"])).sha256())
+    written = written_file("calibration", open_checkpoint(str(checkpoints["llama"])).sha256())
     written.unlink(missing_ok=True)
     _, out, _ = run("convert", checkpoints["llama"], "--rank", "2", "--dry-run", "--json")
     assert json.loads(out)["recipe"]["calibration"]["file"] == str(library_text("calibration"))

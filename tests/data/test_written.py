@@ -9,6 +9,8 @@ import torch
 
 from spmconvert.checkpoint.reader import open_checkpoint
 from spmconvert.data import written
+from spmconvert.data.library import library_text
+from spmconvert.data.standin import written_stand_in
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.model.architecture import load_config
 
@@ -19,13 +21,13 @@ def write(checkpoints, tmp_path, monkeypatch):
     monkeypatch.setattr(written, "ROWS", 10)
     monkeypatch.setattr(written, "BATCH_ROWS", 4)
 
-    def call(name, cache="cache"):
+    def call(name, cache="cache", part="calibration"):
         monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / cache))
         told = []
         source = open_checkpoint(str(checkpoints.get(name, name)))
         config = load_config(source.directory)
-        file = write_text(source.directory, source.sha256(), config, "cpu", lambda *done: told.append(done))
-        assert file == written_file(source.sha256())
+        file = write_text(part, source.directory, source.sha256(), config, "cpu", lambda *done: told.append(done))
+        assert file == written_file(part, source.sha256())
         return file, told
 
     return call
@@ -42,6 +44,27 @@ def test_a_text_is_written_once_and_the_same_again(write, name):
     content = file.read_bytes()
     assert write(name) == (file, [])
     assert write(name, "other")[0].read_bytes() == content
+
+
+def test_no_row_is_in_two_parts(write):
+    rows = {part: write("gpt2", part=part)[0].read_text().splitlines() for part in written.WRITTEN}
+    assert not set(rows["calibration"]) & set(rows["training"])
+    first_words = [
+        {json.loads(row)["text"].split()[0] for row in part if json.loads(row)["text"].split()} for part in rows.values()
+    ]
+    assert first_words[0] != first_words[1]
+
+
+def test_rows_to_train_on_have_prose_beside_them(write, checkpoints):
+    own, _ = write("gpt2", part="training")
+    source = open_checkpoint(str(checkpoints["gpt2"]))
+    config = load_config(source.directory)
+    found = written_stand_in("training", source, config, "cpu", None)
+    assert found.what == "docstrings of the Python installation, and what the model writes itself"
+    rows = [json.loads(line)["text"] for line in found.file.read_text().splitlines()]
+    prose = library_text("training").read_text().splitlines()
+    assert sorted(rows) == sorted(prose + [json.loads(line)["text"] for line in own.read_text().splitlines()])
+    assert rows[: len(prose)] != prose
 
 
 TEMPLATE = (
