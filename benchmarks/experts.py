@@ -11,6 +11,7 @@ shares of an even one.
 """
 
 import argparse
+import copy
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,12 @@ def main() -> None:
         "rows": [],
     }
     print(result["routing"], result["dense"], flush=True)
+    parameters = expert_parameters(dense)
     for keep in options.keep:
         for name, changes in methods(dense, keep).items():
             for epochs in (0, REFINEMENT_EPOCHS):
-                row = {"method": name, "keep": keep, "epochs": epochs, **converted(options, score, changes, epochs)}
+                scores = converted(options, score, changes, epochs, parameters)
+                row = {"method": name, "keep": keep, "epochs": epochs, **scores}
                 result["rows"].append(row)
                 print(row, flush=True)
                 if options.json:
@@ -74,7 +77,7 @@ def methods(dense: Any, keep: float) -> dict[str, dict[str, Any]]:
     """Recipe changes by method."""
     budget = {"keep": keep, "allow_slower": True}
     overrides = []
-    opened = load_opened(dense)
+    opened = opened_experts(dense)[0]
     for projection in ("gate_up", "down"):
         layer = opened.experts[0].get_submodule(projection)
         rank = int(keep * layer.weight.numel() / sum(layer.weight.shape))
@@ -86,16 +89,16 @@ def methods(dense: Any, keep: float) -> dict[str, dict[str, Any]]:
     }
 
 
-def load_opened(dense: Any) -> OpenedExperts:
-    """The first experts of a copy of a model."""
-    import copy
-
+def opened_experts(dense: Any) -> list[OpenedExperts]:
+    """The experts of all blocks, opened on a copy of a model."""
     opened = copy.deepcopy(dense)
     open_(opened)
-    return next(module for module in opened.modules() if isinstance(module, OpenedExperts))
+    return [module for module in opened.modules() if isinstance(module, OpenedExperts)]
 
 
-def converted(options: argparse.Namespace, score: Any, changes: dict[str, Any], epochs: int) -> dict[str, Any]:
+def converted(
+    options: argparse.Namespace, score: Any, changes: dict[str, Any], epochs: int, parameters: int
+) -> dict[str, Any]:
     """The scores of a conversion, and the share of the experts' parameters that it keeps."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "o"
@@ -103,13 +106,13 @@ def converted(options: argparse.Namespace, score: Any, changes: dict[str, Any], 
         conversion = spmconvert.convert(options.model, out, targets=EXPERTS, **rows, **changes)
         model = load(out, dtype=torch.float32).eval()
         saved = sum(record.dense_parameters - record.parameters for record in conversion.layers)
-        return {"kept": 1 - saved / expert_parameters(model), "left_dense": conversion.left_dense, **score(model)}
+        return {"kept": 1 - saved / parameters, "left_dense": conversion.left_dense, **score(model)}
 
 
-def expert_parameters(model: Any) -> int:
-    """Parameters of all experts' matrices before any was replaced."""
-    experts = (expert for module in model.modules() if isinstance(module, OpenedExperts) for expert in module.experts)
-    return sum(layer.in_features * layer.out_features for expert in experts for layer in expert.children())
+def expert_parameters(dense: Any) -> int:
+    """Parameters of all experts' matrices, those of blocks that a budget leaves alone too."""
+    experts = (expert for module in opened_experts(dense) for expert in module.experts)
+    return sum(layer.weight.numel() for expert in experts for layer in expert.children())
 
 
 def routing(options: argparse.Namespace) -> dict[str, float]:

@@ -11,6 +11,7 @@ what that does to its rank. Saving the model then writes the layer map anew (``h
 
 What it gives up: starts that take the adapter out of the dense weight (PiSSA, OLoRA, CorDA, LoftQ, ...) and forms that are
 no sum of a matrix and a product (DoRA, ...) are refused by name, since no layer here has a dense weight to work on.
+Experts, which are stacked, take no adapters: PEFT refuses the layer, and the layer what PEFT puts into it.
 """
 
 import logging

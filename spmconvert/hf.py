@@ -37,6 +37,7 @@ from spmconvert.checkpoint.manifest import (
     QUANT_METHOD,
     LayerSpec,
     check_format_version,
+    single_layers,
 )
 from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError, CorruptCheckpointError, OptionError
@@ -44,7 +45,9 @@ from spmconvert.model.int8 import dequantize_, int8_linears_
 from spmconvert.model.int8_stored import mark_loaded_, read_metadata, stored_form, stored_parts
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.opening import close_
-from spmconvert.model.swap import dense_layer, replace_module, swap_layers
+from spmconvert.model.stacked_experts import StackedExperts, is_converted
+from spmconvert.model.stacked_layer import StackedLayer
+from spmconvert.model.swap import dense_layer, replace_module, swap_layers, unstack_
 from spmconvert.operator.int8 import INT8_MODES, Int8Mode, check_torchao
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.loading import recipe_from_keywords
@@ -218,10 +221,11 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             CheckpointError: when tensor parallelism is in use and the plan names a replaced layer.
         """
-        replaced = {name for name, module in model.named_modules() if isinstance(module, SPMLinear)}
+        replaced = {name for name, module in model.named_modules() if is_converted(module)}
         patterns = {_pattern(name) for name in replaced}
         # fused parameters are not there any more
-        experts = {_pattern(name) for name, module in model.named_modules() if isinstance(module, OpenedModule)}
+        kinds = (OpenedModule, StackedExperts)
+        experts = {_pattern(name) for name, module in model.named_modules() if isinstance(module, kinds)}
         hit = [
             key
             for key in plan
@@ -236,7 +240,8 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
         """Put the dense layer in the place of every SPM layer, in place, for ``model.dequantize()``."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         dequantize_(model)
-        for _, spec, name, layer in self._replaced(model):
+        unstack_(model)
+        for _, spec, name, layer in self._replaced(model, single_layers(self.quantization_config.specs())):
             replace_module(model, name, dense_layer(layer, conv1d=spec.fan_in_fan_out, dtype=dtype))
         close_(model)
         return model
@@ -250,16 +255,15 @@ class SPMQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             CheckpointError: when something else than ``quantize_`` has quantised the model.
         """
-        for entry, spec, _, layer in self._replaced(model):
+        for entry, spec, _, layer in self._replaced(model, self.quantization_config.specs()):
             now = replace(spec, design=layer.design, bias=layer.held_bias is not None)
             self.quantization_config.layers[entry] = now.to_json()
         return stored_form(model, self.quantization_config.int8)
 
-    def _replaced(self, model: nn.Module) -> list[tuple[str, LayerSpec, str, SPMLinear]]:
-        """The SPM layers of a model: name and entry in the layer map, name and module in the model."""
+    def _replaced(self, model: nn.Module, specs: dict[str, LayerSpec]) -> list[tuple[str, LayerSpec, str, SPMLinear]]:
+        """The SPM layers of a model that are not stacked: name and entry in the layer map, name and module in the model."""
         layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
         prefix = getattr(model, "base_model_prefix", "")
-        specs = self.quantization_config.specs()
         names = {entry: resolve_name(entry, layers, prefix) for entry in specs}
         return [(entry, specs[entry], name, layers[name]) for entry, name in names.items() if name is not None]
 
@@ -301,13 +305,13 @@ def _keep_from_initialising(model: nn.Module, replaced: list[str]) -> None:
 
 
 def _check_complete(model: nn.Module) -> None:
-    """Every tensor of an SPM layer must have come from the checkpoint.
+    """Every tensor of an SPM layer, and of what is stacked beside one, must have come from the checkpoint.
 
     Raises:
         CorruptCheckpointError: when one was missing or had another shape.
     """
     for name, module in model.named_modules():
-        if not isinstance(module, SPMLinear):
+        if not isinstance(module, (SPMLinear, StackedLayer)):
             continue
         for part, tensor in module.state_dict(keep_vars=True).items():
             if not (getattr(tensor, "_is_hf_initialized", False) or _on_disk(module, part)):
@@ -317,7 +321,7 @@ def _check_complete(model: nn.Module) -> None:
                 )
 
 
-def _on_disk(layer: SPMLinear, part: str) -> bool:
+def _on_disk(layer: nn.Module, part: str) -> bool:
     """Whether accelerate keeps a tensor on disk, in the right shape, and reads it whenever its module runs."""
     owner, _, name = part.rpartition(".")
     module = layer.get_submodule(owner)

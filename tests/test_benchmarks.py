@@ -253,6 +253,19 @@ def test_experts(run, text, tmp_path):
         assert row["score"] > 0
 
 
+def test_stacked(run, tmp_path, monkeypatch):
+    import benchmarks.stacked
+
+    monkeypatch.setattr(benchmarks.stacked, "SECONDS", 0.0)
+    sizes = ["--experts", 4, "--chosen", 2, "--width", 64, "--inner", 64, "--tokens", 1, 8]
+    run("stacked", *sizes, "--json", tmp_path / "r.json")
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert [(row["structure"], row["tokens"]) for row in rows] == [
+        (structure, tokens) for structure in ("low rank", "stages") for tokens in (1, 8)
+    ]
+    assert all(row["together"] > 0 for row in rows)
+
+
 def test_recurrence(run, text, tmp_path, monkeypatch):
     import benchmarks.recurrence
 

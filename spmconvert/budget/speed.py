@@ -20,7 +20,7 @@ from torch import nn
 from spmconvert.budget.allocation import Allocation, Limit
 from spmconvert.data.tokens import inputs_of, reads_tokens
 from spmconvert.errors import OptionError, OutOfReachError
-from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, layer_from_spec, replace_module
+from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, layer_from_spec, replace_module, stack_
 from spmconvert.operator.design import Design
 from spmconvert.outputs.probe import token_rows_batch
 from spmconvert.plan.plan import ConversionPlan
@@ -157,7 +157,9 @@ def with_fresh_layers(model: Any, plan: ConversionPlan) -> Any:
     for layer in plan.layers:
         dense = model.get_submodule(layer.target.name)
         fresh[layer.target.name] = layer_from_spec(layer.spec, device=dense.weight.device).to(dense.weight.dtype)
-    return with_layers(model, fresh)
+    changed = with_layers(model, fresh)
+    stack_(changed)
+    return changed
 
 
 def search_for_speed(

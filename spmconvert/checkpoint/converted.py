@@ -1,6 +1,7 @@
 """Opening a converted checkpoint: its config, headers and provenance, for the commands that come after the conversion."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from spmconvert.checkpoint.manifest import (
     LayerSpec,
     check_format_version,
     dense_config,
+    single_layers,
 )
 from spmconvert.checkpoint.provenance import check_provenance
 from spmconvert.checkpoint.reader import Checkpoint, check_counts, open_checkpoint
@@ -29,16 +31,21 @@ class Converted:
     Attributes:
         directory: where it is.
         config: config.json.
-        layers: layer map by module name.
+        entries: layer map by module name, one entry for the experts of a projection.
         tensors: headers of all tensors.
         provenance: spm.json; empty where there is none and none is needed.
     """
 
     directory: Path
     config: dict[str, Any]
-    layers: dict[str, LayerSpec]
+    entries: dict[str, LayerSpec]
     tensors: dict[str, TensorEntry]
     provenance: dict[str, Any]
+
+    @cached_property
+    def layers(self) -> dict[str, LayerSpec]:
+        """Every layer by itself, those of experts too, as the opened model has them."""
+        return single_layers(self.entries)
 
     @property
     def kept(self) -> float:
@@ -111,7 +118,7 @@ def open_converted(directory: Path, *, recorded: bool = True) -> Converted:
             "of the conversion there, or convert the source by spmconvert convert"
         )
     provenance = _read_json(directory / PROVENANCE_FILE)
-    check_provenance(directory, provenance, set(layers))
+    check_provenance(directory, provenance, set(single_layers(layers)))
     return Converted(directory, config, layers, tensors, provenance)
 
 

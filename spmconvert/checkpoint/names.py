@@ -23,6 +23,18 @@ def resolve_name(name: str, known: Collection[str], prefix: str) -> str | None:
     return next((candidate for candidate in candidates if candidate in known), None)
 
 
+def stacked_name(layer: str) -> str:
+    """What the layer of one expert is stacked in: ``mlp.experts.3.down`` in ``mlp.experts.down``."""
+    experts, _, projection = layer.rsplit(".", 2)
+    return f"{experts}.{projection}"
+
+
+def expert_names(stacked: str, count: int) -> list[str]:
+    """The inverse, for so many experts."""
+    experts, _, projection = stacked.rpartition(".")
+    return [f"{experts}.{index}.{projection}" for index in range(count)]
+
+
 def shared_prefix(names: Collection[str], known: Collection[str]) -> str:
     """The prefix by which all of some names differ from the known ones; empty where they are known as they are.
 

@@ -14,12 +14,14 @@ from spmconvert.budget.allocation import choice_record
 from spmconvert.budget.knapsack import Choice
 from spmconvert.checkpoint.card import inherited_metadata, model_card
 from spmconvert.checkpoint.manifest import FORMAT_VERSION, PROVENANCE_FILE, converted_config
+from spmconvert.checkpoint.names import stacked_name
+from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.fit.blocks import Refined, refined
 from spmconvert.fit.layer import LayerRecord, shown
 from spmconvert.fit.stored import FitRun
-from spmconvert.model.opened import restricted
+from spmconvert.model.opened import restricted, stacked_names
 from spmconvert.model.swap import layer_from_spec
-from spmconvert.plan.plan import DTYPE_BYTES
+from spmconvert.plan.plan import DTYPE_BYTES, layer_map
 from spmconvert.version import __version__
 
 
@@ -76,8 +78,7 @@ def write_conversion(run: FitRun, conversion: Conversion) -> None:
     """Write weights, config, companions, provenance and model card, and make the output appear."""
     target, changed = run.target, refined(run)
     target.write_weights(list(output_tensors(run, changed)))
-    layers = {layer.target.name: layer.spec for layer in run.plan.layers}
-    target.add_text("config.json", _json(converted_config(run.source.config, layers)))
+    target.add_text("config.json", _json(converted_config(run.source.config, layer_map(run.plan))))
     target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion, changed)))
     target.add_text("README.md", _card(run, conversion))
     for file in run.source.companion_files():
@@ -86,23 +87,48 @@ def write_conversion(run: FitRun, conversion: Conversion) -> None:
 
 
 def output_tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, int, Callable[[], Tensor]]]:
-    """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was."""
+    """Name, bytes and reader of every output tensor: the source's order, each target replaced where its weight was.
+
+    The tensors of the experts of a projection are one, stacked in the order of the experts.
+    """
+    found: dict[tuple[str, bool], list[tuple[int, Callable[[], Tensor]]]] = {}
+    for name, is_stacked, size, read in _tensors(run, changed):
+        found.setdefault((name, is_stacked), []).append((size, read))
+    for (name, is_stacked), own in found.items():
+        readers = [read for _, read in own]
+        yield name, sum(size for size, _ in own), partial(_stacked, readers) if is_stacked else readers[0]
+
+
+def _stacked(readers: list[Callable[[], Tensor]]) -> Tensor:
+    return torch.stack([read() for read in readers])
+
+
+def _tensors(run: FitRun, changed: Refined) -> Iterator[tuple[str, bool, int, Callable[[], Tensor]]]:
+    """Name, whether it is a part of a stack of that name, bytes and reader of every tensor."""
     replaced = {layer.weight: layer for layer in run.plan.layers}
     dropped = {layer.bias for layer in run.plan.layers}
-    source = restricted(run.source, replaced)
+    source = _source(run)
+    stacks = stacked_names(source)
     for name, entry in source.tensors.items():
         if name in dropped:
             continue
         if name not in replaced:
-            yield name, entry.nbytes, _reader(run, changed, name) or partial(source.read, name)
+            read = _reader(run, changed, name) or partial(source.read, name)
+            yield stacks.get(name, name), name in stacks, entry.nbytes, read
             continue
         layer = replaced[name]
         item = DTYPE_BYTES[layer.stored_dtype]
+        is_stacked = layer.target.stacked
+        prefix = stacked_name(layer.prefix) if is_stacked else layer.prefix
         for part, tensor in layer_from_spec(layer.spec, device="meta").state_dict().items():
             size = tensor.numel() * (item if tensor.is_floating_point() else tensor.itemsize)
-            written = f"{layer.prefix}.{part}"
             fitted = partial(run.target.layers.tensor, layer.target.name, part)
-            yield written, size, _reader(run, changed, written) or fitted
+            yield f"{prefix}.{part}", is_stacked, size, _reader(run, changed, f"{layer.prefix}.{part}") or fitted
+
+
+def _source(run: FitRun) -> Checkpoint:
+    """The source with those of its modules opened alone that have replaced layers."""
+    return restricted(run.source, {layer.weight for layer in run.plan.layers})
 
 
 def _reader(run: FitRun, changed: Refined, name: str) -> Callable[[], Tensor] | None:
@@ -111,7 +137,8 @@ def _reader(run: FitRun, changed: Refined, name: str) -> Callable[[], Tensor] | 
 
 
 def _provenance(run: FitRun, conversion: Conversion, changed: Refined) -> dict[str, Any]:
-    rows = run.rows
+    rows, stacks = run.rows, stacked_names(_source(run))
+    vectors = (stacks.get(name, name) for name in changed.vectors)
     calibration = None
     if rows is not None:
         calibration = {
@@ -133,7 +160,7 @@ def _provenance(run: FitRun, conversion: Conversion, changed: Refined) -> dict[s
         "layers": [asdict(record) for record in conversion.layers],
         "allocation": conversion.choice and choice_record(conversion.choice, run.recipe.budget),
         "speed": conversion.speed,
-        "refined": {"blocks": changed.blocks, "tensors": list(changed.vectors)},
+        "refined": {"blocks": changed.blocks, "tensors": list(dict.fromkeys(vectors))},
         "left_alone": [asdict(skipped) for skipped in run.plan.selection.skipped],
     }
 

@@ -44,7 +44,7 @@ from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.loading import DenseModel
 from spmconvert.model.opened import as_stored, opened
 from spmconvert.model.opening import open_
-from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, replace_module
+from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, replace_module, stack_
 from spmconvert.plan.plan import ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Budget, Recipe
@@ -401,6 +401,7 @@ def _measured_speed(run: FitRun, spent: Spent) -> dict[str, Any]:
     for layer in run.plan.layers:
         built = stored_layer(run, layer).to(run.dense.device, dense.dtype)
         replace_module(converted, layer.target.name, built.eval().requires_grad_(False))
+    stack_(converted)
     times = forward_seconds({"dense": as_it_runs(dense), "converted": converted}, budget, run.dense.device)
     return {
         "rows": budget.rows,

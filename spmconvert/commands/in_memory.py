@@ -21,9 +21,9 @@ from spmconvert.fit.progress import Silent
 from spmconvert.model.architecture import skeleton
 from spmconvert.model.opened import opened
 from spmconvert.model.opening import open_, opened_names
-from spmconvert.model.swap import replace_module
+from spmconvert.model.swap import replace_module, stack_
 from spmconvert.operator.linear import SPMLinear
-from spmconvert.plan.plan import LayerPlan, plan_conversion
+from spmconvert.plan.plan import LayerPlan, layer_map, plan_conversion
 from spmconvert.recipe.recipe import Recipe
 
 
@@ -86,7 +86,8 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
     # only now, so that every layer was calibrated on the dense model
     for name, replacement in replacements.items():
         replace_module(model, name, replacement.train(model.training))
-    return {layer.target.name: layer.spec for layer in plan.layers}
+    stack_(model)
+    return layer_map(plan)
 
 
 def _dense_tensors(model: Any, layer: LayerPlan) -> tuple[Tensor, Tensor | None]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from spmconvert.checkpoint.checksums import listed_files, read_checksums
 from spmconvert.checkpoint.converted import Converted, open_converted, open_source
 from spmconvert.checkpoint.headers import TensorEntry
@@ -18,7 +20,7 @@ from spmconvert.checkpoint.manifest import CHECKSUM_FILE, PROVENANCE_FILE, REPOR
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.errors import CheckpointError, ModelNotFoundError, SpmconvertError
 from spmconvert.model.architecture import load_config, skeleton
-from spmconvert.model.opened import is_opened, opened, restricted
+from spmconvert.model.opened import is_opened, opened, restricted, stacked_names
 from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.stored import stored_prefixes
 from spmconvert.model.swap import layer_from_spec
@@ -118,10 +120,11 @@ def _hashes(converted: Converted) -> Check:
 def _shapes(converted: Converted) -> Check:
     expected = {}
     prefixes = stored_prefixes(converted)
-    for layer, spec in converted.layers.items():
+    for layer, spec in converted.entries.items():
+        stack = () if spec.experts is None else (spec.experts,)
         # parameters, indices and the mark
         for part, tensor in layer_from_spec(spec, device="meta").state_dict().items():
-            expected[f"{prefixes[layer]}.{part}"] = tuple(tensor.shape)
+            expected[f"{prefixes[layer]}.{part}"] = (*stack, *tensor.shape)
     for name, shape in expected.items():
         entry = converted.tensors.get(name)
         if entry is None or entry.shape != shape:
@@ -131,7 +134,7 @@ def _shapes(converted: Converted) -> Check:
     odd = sorted(name for name in converted.tensors if name not in expected and name.startswith(inside))
     if odd:
         return Check("shapes", "FAILED", f"tensor {odd[0]} is in a replaced layer, and the layer map has none there")
-    return Check("shapes", "ok", f"{len(expected)} tensors of {len(converted.layers)} layers are as the layer map says")
+    return Check("shapes", "ok", f"{len(expected)} tensors of {len(converted.entries)} layers are as the layer map says")
 
 
 def _finite(converted: Converted) -> Check:
@@ -152,17 +155,23 @@ def _untouched(converted: Converted, teacher: str | None) -> Check:
             raise
         return Check(name, "skipped", f"the source cannot be compared: {error}")
     prefixes = tuple(f"{prefix}." for prefix in stored_prefixes(converted).values())
-    before = {key: entry for key, entry in source.tensors.items() if not key.startswith(prefixes)}
-    after = {key: entry for key, entry in converted.tensors.items() if not key.startswith(prefixes)}
+    stacks = stacked_names(source)
+    before: dict[str, list[str]] = {}
+    for key in source.tensors:
+        if not (written := stacks.get(key, key)).startswith(prefixes):
+            before.setdefault(written, []).append(key)
+    after = [key for key in converted.tensors if not key.startswith(prefixes)]
     if set(before) != set(after):
         odd = sorted(set(before) ^ set(after))
         return Check(name, "FAILED", f"{len(odd)} tensors are on one side only, for example {odd[0]}")
-    changed = [key for key in before if not _is_same(source, converted, key)]
+    changed = [key for key, parts in before.items() if not _is_same(source, converted, key, parts)]
     trained = {run["recipe"]["train"] for run in converted.provenance.get("finetune", [])}
     refined = set(converted.provenance.get("refined", {}).get("tensors", []))
     changed = [key for key in changed if key not in refined]
     # a finetune of norms trains biases as well: all that has one dimension
-    excused = [key for key in changed if "all" in trained or ("norms" in trained and len(before[key].shape) == 1)]
+    excused = [
+        key for key in changed if "all" in trained or ("norms" in trained and len(converted.tensors[key].shape) == 1)
+    ]
     odd = sorted(set(changed) - set(excused))
     if odd:
         return Check(name, "FAILED", f"{len(odd)} of {len(before)} differ from the source, for example {odd[0]}")
@@ -194,13 +203,13 @@ def _runs(converted: Converted) -> list[Check]:
 def loaded(directory: str, tokens: list[int] | None) -> dict[str, object]:
     """Load a checkpoint in this process; its architecture, its SPM layers, and its answer to the tokens."""
     from spmconvert.model.loading import load
-    from spmconvert.operator.linear import SPMLinear
+    from spmconvert.model.stacked_experts import is_converted
     from spmconvert.reporting.recorded import recorded_values
 
     model = load(directory, dtype="auto").eval()
     return {
         "architecture": type(model).__name__,
-        "layers": sum(isinstance(module, SPMLinear) for module in model.modules()),
+        "layers": sum(map(is_converted, model.modules())),
         "values": None if tokens is None else recorded_values(model, tokens),
     }
 
@@ -221,15 +230,19 @@ def _as_converted(source: Checkpoint, converted: Converted) -> Checkpoint:
         return source
     model = skeleton(load_config(converted.directory))
     open_(model)
-    return restricted(opened(source, model), (f"{name}.weight" for name in stored_prefixes(converted).values()))
+    prefixes = stored_prefixes(converted)
+    names = (name for layer, spec in converted.entries.items() for name in spec.names(prefixes[layer]))
+    return restricted(opened(source, model), (f"{name}.weight" for name in names))
 
 
-def _is_same(source: Checkpoint, converted: Converted, name: str) -> bool:
-    entry, other = source.tensors[name], converted.tensors[name]
-    if is_opened(source, name):
-        read = converted.checkpoint().read(name)
-        return (entry.dtype, entry.shape) == (other.dtype, other.shape) and source.read(name).equal(read)
-    return _same_bytes(entry, other)
+def _is_same(source: Checkpoint, converted: Converted, name: str, parts: list[str]) -> bool:
+    """Whether a tensor is that of the source, or the tensors of all its experts stacked."""
+    entry, other = source.tensors[parts[0]], converted.tensors[name]
+    if not is_opened(source, parts[0]):
+        return _same_bytes(entry, other)
+    own = [source.read(part) for part in parts]
+    expected = torch.stack(own) if parts[0] in stacked_names(source) else own[0]
+    return entry.dtype == other.dtype and expected.equal(converted.checkpoint().read(name))
 
 
 def _same_bytes(entry: TensorEntry, other: TensorEntry) -> bool:

@@ -6,6 +6,7 @@ from torch import nn
 
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
+from spmconvert.model.stacked_experts import is_converted
 from spmconvert.model.stored import stored_prefixes
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.recipe.recipe import Training
@@ -25,14 +26,17 @@ def choose_trained(student: nn.Module, training: Training) -> dict[str, nn.Param
 
 
 def converted_layers(student: nn.Module) -> tuple[str, ...]:
-    """Names of the SPM layers of a model, in its order."""
+    """Names of the SPM layers of a model, in its order; without those of experts, which see other tokens in each."""
     return tuple(name for name, module in student.named_modules() if isinstance(module, SPMLinear))
 
 
 def structured_parameters(student: nn.Module) -> set[str]:
-    """Names of all parameters of SPM layers."""
+    """Names of all parameters of SPM layers, stacked ones too."""
     return {
-        f"{name}.{part}" for name in converted_layers(student) for part, _ in student.get_submodule(name).named_parameters()
+        f"{name}.{part}"
+        for name, module in student.named_modules()
+        if is_converted(module)
+        for part, _ in module.named_parameters()
     }
 
 

@@ -10,6 +10,7 @@ model.
 """
 
 import json
+from collections.abc import Iterator
 from functools import cached_property, partial
 from typing import Any
 
@@ -116,42 +117,74 @@ def _dense_skeleton(converted: Converted, switches: tuple[str, ...]) -> Any:
 
 
 def _dense_tensors(converted: Converted, switches: tuple[str, ...]) -> list[Entry]:
-    """Name, bytes and reader of every dense tensor, each layer where its mark was."""
-    source = converted.checkpoint()
-    layers = {prefix: name for name, prefix in stored_prefixes(converted).items()}
-    inside = tuple(f"{prefix}." for prefix in layers)
-    tensors: list[Entry] = []
-    for name, entry in converted.tensors.items():
-        prefix, _, part = name.rpartition(".")
-        if not name.startswith(inside):
-            tensors.append((name, entry.nbytes, partial(source.read, name)))
-        elif prefix in layers and part == "weight":
-            tensors += _dense_layer(converted, prefix, converted.layers[layers[prefix]])
-    tensors += _zero_biases(converted, switches, layers) if switches else []
-    fused = {
+    """Name, bytes and reader of every dense tensor, each layer where its mark was, before experts are fused again."""
+    source, stored = converted.checkpoint(), stored_prefixes(converted)
+    entries = {prefix: entry for entry, prefix in stored.items()}
+    layers = _single_prefixes(converted, stored)
+    around = {
         module: prefix.removesuffix(name.removeprefix(module))
         for prefix, name in layers.items()
         for module in opened_names([name])
     }
-    return fused_entries(tensors, _dense_skeleton(converted, switches), fused) if fused else tensors
+    model = _dense_skeleton(converted, switches) if around else None
+    left = _left_dense(model, around)
+    inside = tuple(f"{prefix}." for prefix in entries)
+    tensors: list[Entry] = []
+    for name, entry in converted.tensors.items():
+        prefix, _, part = name.rpartition(".")
+        if name.startswith(inside):
+            if prefix in entries and part == "weight":
+                tensors += _dense_layers(converted, prefix, converted.entries[entries[prefix]])
+        elif name in left:
+            size = entry.nbytes // len(left[name])
+            tensors += [(own, size, partial(source.read_part, name, index)) for index, own in enumerate(left[name])]
+        else:
+            tensors.append((name, entry.nbytes, partial(source.read, name)))
+    tensors += _zero_biases(converted, switches, layers) if switches else []
+    return fused_entries(tensors, model, around) if around else tensors
 
 
-def _dense_layer(converted: Converted, prefix: str, spec: LayerSpec) -> list[Entry]:
+def _single_prefixes(converted: Converted, stored: dict[str, str]) -> dict[str, str]:
+    """Layers by what the checkpoint calls them, or would call those of experts if they were not stacked."""
+    return {
+        prefix: name
+        for entry, spec in converted.entries.items()
+        for prefix, name in zip(spec.names(stored[entry]), spec.names(entry), strict=True)
+    }
+
+
+def _left_dense(model: Any, around: dict[str, str]) -> dict[str, list[str]]:
+    """Tensors of experts' projections that may be stacked beside replaced ones, and the names of their parts."""
+    found: dict[str, list[str]] = {}
+    for module, prefix in around.items():
+        opened = model.get_submodule(module)
+        for part in (part for part in opened.parts if opened.stacks and not part.idle):
+            found.setdefault(f"{prefix}.{part.name.partition('.')[2]}", []).append(f"{prefix}.{part.name}")
+    return found
+
+
+def _dense_layers(converted: Converted, prefix: str, spec: LayerSpec) -> Iterator[Entry]:
+    """Weight, and bias where there is one, of a layer or of all experts that an entry stands for."""
     source, design = converted.checkpoint(), spec.design
     dtype = SAFETENSORS_DTYPES[converted.tensors[f"{prefix}.weight"].dtype]
 
-    def matrix() -> Tensor:
+    def read(part: str, index: int) -> Tensor:
+        name = f"{prefix}.{part}"
+        return source.read(name) if spec.experts is None else source.read_part(name, index)
+
+    def matrix(index: int) -> Tensor:
         layer = layer_from_spec(spec).float()
-        layer.load_state_dict({part: source.read(f"{prefix}.{part}") for part in layer.state_dict()})
+        layer.load_state_dict({part: read(part, index) for part in layer.state_dict()})
         with torch.no_grad():
             dense = layer.to_dense()
         return (dense.t() if spec.fan_in_fan_out else dense).to(getattr(torch, dtype))
 
-    entries: list[Entry] = [(f"{prefix}.weight", DTYPE_BYTES[dtype] * design.in_features * design.out_features, matrix)]
-    if spec.bias:
-        held = f"{prefix}.{design.bias_name}"
-        entries.append((f"{prefix}.bias", converted.tensors[held].nbytes, partial(source.read, held)))
-    return entries
+    for index, name in enumerate(spec.names(prefix)):
+        yield f"{name}.weight", DTYPE_BYTES[dtype] * design.in_features * design.out_features, partial(matrix, index)
+        if spec.bias:
+            held = design.bias_name
+            size = converted.tensors[f"{prefix}.{held}"].nbytes // (spec.experts or 1)
+            yield f"{name}.bias", size, partial(read, held, index)
 
 
 def _zero_biases(converted: Converted, switches: tuple[str, ...], layers: dict[str, str]) -> list[Entry]:

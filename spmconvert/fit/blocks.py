@@ -26,6 +26,7 @@ from spmconvert.fit.sequential import Regression, regress
 from spmconvert.fit.stored import FitRun, dense_tensors, fit_one, fit_together, kept_batches, moments_of, stored_layer
 from spmconvert.fit.streams import Streams, layer_blocks
 from spmconvert.model.architecture import skeleton
+from spmconvert.model.opened import restricted
 from spmconvert.model.stored import StoredNames
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
@@ -159,14 +160,16 @@ def _vectors(run: FitRun, streams: Streams, block: _Block) -> dict[str, nn.Param
     One that the checkpoint has under another name, or in another shape, stays as it is.
     """
     replaced = tuple(f"{layer.target.name}." for layer in block.layers)
-    names = StoredNames.of(skeleton(run.dense.config), run.source.tensors)
+    # biases of experts that stay fused have no tensors of their own in the output
+    source = restricted(run.source, {layer.weight for layer in run.plan.layers})
+    names = StoredNames.of(skeleton(run.dense.config), source.tensors)
     found = {}
     for inner, parameter in streams.block.named_parameters():
         name = streams.full_name(inner)
         source_name = names.tensor(name)
         if parameter.dim() != 1 or name.startswith(replaced) or source_name is None:
             continue
-        entry = run.source.tensors[source_name]
+        entry = source.tensors[source_name]
         if entry.shape == tuple(parameter.shape) and entry.dtype in SAFETENSORS_DTYPES:
             found[source_name] = parameter
     return found

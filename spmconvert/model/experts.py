@@ -11,8 +11,9 @@ sets on it, its shapes and what it is called with, and not looked up by the name
 kept under its own name. Experts that hand a token on as it is (LongCat-Flash) have no layers; what nothing multiplies by,
 which such models have in a fused parameter, is kept as it is (``Part.idle``).
 
-What it gives up: experts run in a loop, as in the eager implementation; the grouped products of a GPU are not used. Fused
-experts that do not say how they apply a gate stay fused.
+What it gives up: opened experts run in a loop, as in the eager implementation, which is what calibration and fits need;
+those of a converted model are stacked (``stacked_experts``). Fused experts that do not say how they apply a gate stay
+fused.
 """
 
 import inspect
@@ -105,24 +106,30 @@ class OpenedExperts(OpenedModule):
     """
 
     alike = True
+    stacks = True
 
     def __init__(self, fused: nn.Module, chosen: int | None) -> None:
         form = projections(fused)
         entries = [len(getattr(fused, one.parameter)) for one in form]
         count = min(entries)
         super().__init__(fused, tuple(p for one, own in zip(form, entries, strict=True) for p in one.parts(own, count)))
-        self._count, self._zeros = count, _zeros(fused)
-        self.share = min(1.0, (chosen or count) / (count + self._zeros))
-        self._norm = "post_expert_norm" if getattr(fused, "has_post_expert_norm", False) else None
-        if self._norm is not None:
-            self.add_module(self._norm, getattr(fused, self._norm))
-        self._names = tuple(projection.name for projection in form)
-        self._batched = type(fused).__name__ in _BATCHED
+        self.count, self.zeros = count, _zeros(fused)
+        self.share = min(1.0, (chosen or count) / (count + self.zeros))
+        self.norm = "post_expert_norm" if getattr(fused, "has_post_expert_norm", False) else None
+        if self.norm is not None:
+            self.add_module(self.norm, getattr(fused, self.norm))
+        self.names = tuple(projection.name for projection in form)
+        self.batched = type(fused).__name__ in _BATCHED
+
+    @property
+    def implementation(self) -> str | None:
+        """What the model's config says that experts are run by, as it is now; None where it says nothing."""
+        return getattr(getattr(self._fused[0], "config", None), "_experts_implementation", None)
 
     @property
     def experts(self) -> list[nn.Module]:
         """One module an expert, in order."""
-        return list(self.children())[: self._count]
+        return list(self.children())[: self.count]
 
     def forward(
         self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
@@ -138,7 +145,7 @@ class OpenedExperts(OpenedModule):
         Returns:
             [tokens, in_features], or as many rows as there were where no choice is given.
         """
-        if self._batched:
+        if self.batched:
             return self._each_its_own(hidden_states)
         assert top_k_index is not None
         assert top_k_weights is not None
@@ -148,9 +155,9 @@ class OpenedExperts(OpenedModule):
     def _chosen(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         tokens, chosen = index.shape
         order = index.reshape(-1).argsort(stable=True)
-        counts = index.reshape(-1).bincount(minlength=self._count + self._zeros).tolist()
-        passed_on = sum(counts[self._count : self._count + self._zeros])
-        *routed, passed = (order // chosen).split([*counts[: self._count], passed_on])
+        counts = index.reshape(-1).bincount(minlength=self.count + self.zeros).tolist()
+        passed_on = sum(counts[self.count : self.count + self.zeros])
+        *routed, passed = (order // chosen).split([*counts[: self.count], passed_on])
         outputs = [
             self._run(expert, hidden_states, own) for expert, own in zip(self.experts, routed, strict=True) if len(own)
         ]
@@ -160,13 +167,13 @@ class OpenedExperts(OpenedModule):
 
     def _all(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same with every token through every expert: what is written down must not depend on values."""
-        given = weights.new_zeros(len(index), self._count + self._zeros).scatter_add(1, index, weights)
+        given = weights.new_zeros(len(index), self.count + self.zeros).scatter_add(1, index, weights)
         outputs = [
             self._run(expert, hidden_states) * share[:, None]
-            for expert, share in zip(self.experts, given[:, : self._count].unbind(1), strict=True)
+            for expert, share in zip(self.experts, given[:, : self.count].unbind(1), strict=True)
         ]
-        if self._zeros:
-            outputs.append(hidden_states * given[:, self._count :].sum(1, keepdim=True))
+        if self.zeros:
+            outputs.append(hidden_states * given[:, self.count :].sum(1, keepdim=True))
         return torch.stack(outputs).sum(0)
 
     def _each_its_own(self, hidden_states: Tensor) -> Tensor:
@@ -184,14 +191,14 @@ class OpenedExperts(OpenedModule):
         """What an expert makes of the tokens at some positions, or of all."""
         rows = hidden_states if positions is None else hidden_states[positions]
         self.routed = None if positions is None else Routed(positions, len(hidden_states))
-        first, down = (getattr(expert, name) for name in self._names)
-        output: Tensor = down(self._gated(first(rows)))
-        return output if self._norm is None else self.get_submodule(self._norm)(output)
+        first, down = (getattr(expert, name) for name in self.names)
+        output: Tensor = down(self.gated(first(rows)))
+        return output if self.norm is None else self.get_submodule(self.norm)(output)
 
-    def _gated(self, outputs: Tensor) -> Tensor:
+    def gated(self, outputs: Tensor) -> Tensor:
         """What goes into the last projection."""
         (fused,) = self._fused
-        if self._names[0] == "up":
+        if self.names[0] == "up":
             gated: Tensor = fused.act_fn(outputs)
         elif hasattr(fused, "_apply_gate"):
             gated = fused._apply_gate(outputs)

@@ -2,7 +2,8 @@
 
 Dense layers and low-rank terms are ordinary ``nn.Linear`` and quantised by torchao, as transformers does it: heads and tied
 weights stay in floating point. Factors of the other terms become torchao's tensors, too. Embeddings, norms, biases,
-diagonals and fused experts stay what they are; ``quantize_`` names every matrix that it left.
+diagonals and fused experts stay what they are; ``quantize_`` names every matrix that it left. Stacked experts are quantised
+each by itself, and run one after the other.
 """
 
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from torch import nn
 
 from spmconvert.errors import OptionError, UnsupportedLayerError
+from spmconvert.model.stacked_experts import is_converted
+from spmconvert.model.stacked_layer import StackedLayer
 from spmconvert.model.swap import replace_module
 from spmconvert.operator.int8 import INT8_MODES, Int8Mode, check_torchao, config_of, is_int8, numbers, quantised
+from spmconvert.operator.kept import Keeper
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.module import TermModule
 
@@ -36,26 +40,53 @@ def quantize_(model: Any, mode: Int8Mode) -> list[str]:
         raise OptionError(f"int8 mode is {mode!r}; choose one of {', '.join(INT8_MODES)}")
     check_torchao()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SPMLinear)}
-    if not layers:
+    stacks = {name: module for name, module in model.named_modules() if isinstance(module, StackedLayer)}
+    if not any(map(is_converted, model.modules())):
         raise OptionError(f"{type(model).__name__} has no converted layer; quantise dense models by torchao itself")
     _check_tensors(model)
     for name, layer in layers.items():
         _check_terms(name, layer, mode)
+    for name, stack in stacks.items():
+        _check_terms(name, stack.template, mode)
     quantize_linears_(model, mode)
+    for stack in stacks.values():
+        _quantize_stack_(stack, mode)
     for layer in layers.values():
         layer.drop_cache_()
-        layer.multiplies_int8 = mode == "int8-dynamic"
         for term in _terms(layer):
             for factor, apart in (term.int8_factors or {}).items():
                 value = getattr(term, factor)
                 # torchao takes a slice of one number for something else, and it would be larger
                 if value.numel() and value.shape[apart:].numel() > 1:
                     setattr(term, factor, nn.Parameter(quantised(value, mode, apart), requires_grad=False))
+    set_mode_(model, mode)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.quantization_config.int8 = mode
         model.is_quantized = True
-    return [name for name, parameter in model.named_parameters() if parameter.dim() > 1 and not is_int8(parameter)]
+    stacked = {f"{name}.{part}" for name, stack in stacks.items() for part, _ in stack.named_parameters()}
+    left = {name: parameter for name, parameter in model.named_parameters() if not is_int8(parameter)}
+    return [name for name, parameter in left.items() if parameter.dim() > 1 + (name in stacked)]
+
+
+def _quantize_stack_(stack: StackedLayer, mode: Int8Mode) -> None:
+    """The same for the layers of all experts of a projection, each by itself."""
+    stack.drop_cache_()
+    for owner, module in stack.template.named_modules():
+        factors = {"weight": 1} if isinstance(module, nn.Linear) else getattr(module, "int8_factors", None) or {}
+        holder = stack.get_submodule(owner)
+        for factor, apart in factors.items():
+            value = getattr(holder, factor)
+            if value.numel() and value.shape[1 + apart :].numel() > 1:
+                setattr(holder, factor, nn.Parameter(quantised(value, mode, 1 + apart), requires_grad=False))
+
+
+def set_mode_(model: nn.Module, mode: Int8Mode | None) -> None:
+    """Tell all converted layers inside of a model how it is quantised; None for floating point."""
+    for module in model.modules():
+        layer = module.template if isinstance(module, StackedLayer) else module
+        if isinstance(layer, SPMLinear):
+            layer.multiplies_int8 = mode == "int8-dynamic"
 
 
 def quantize_linears_(model: Any, mode: Int8Mode) -> None:
@@ -101,7 +132,7 @@ def int8_linears_(model: Any) -> list[str]:
     return names
 
 
-def _terms(layer: SPMLinear) -> list[TermModule]:
+def _terms(layer: nn.Module) -> list[TermModule]:
     """The terms of a layer and the terms that they are made of."""
     return [module for module in layer.modules() if isinstance(module, TermModule)]
 
@@ -114,7 +145,7 @@ def _check_tensors(model: nn.Module) -> None:
             raise OptionError(f"{name} is not in memory; load the model without a device_map that leaves parts on disk")
 
 
-def _check_terms(name: str, layer: SPMLinear, mode: Int8Mode) -> None:
+def _check_terms(name: str, layer: nn.Module, mode: Int8Mode) -> None:
     for term in _terms(layer):
         if term.int8_factors is None:
             raise UnsupportedLayerError(
@@ -133,6 +164,6 @@ def dequantize_(model: nn.Module) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if is_int8(parameter):
                 setattr(module, name, nn.Parameter(numbers(parameter)))
-        if isinstance(module, SPMLinear):
+        if isinstance(module, Keeper):
             module.drop_cache_()
-            module.multiplies_int8 = False
+    set_mode_(model, None)

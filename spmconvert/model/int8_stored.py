@@ -11,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from spmconvert.errors import CheckpointError
+from spmconvert.model.int8 import set_mode_
 from spmconvert.operator.int8 import Int8Mode, is_int8
-from spmconvert.operator.linear import SPMLinear
 
 # of an int8 tensor; a zero point stands where torchao itself quantised
 PARTS = ("qdata", "scale", "zero_point")
@@ -73,9 +73,7 @@ def mark_loaded_(model: Any, mode: Int8Mode | None) -> None:
     """
     if mode is None:
         return
-    for module in model.modules():
-        if isinstance(module, SPMLinear):
-            module.multiplies_int8 = mode == "int8-dynamic"
+    set_mode_(model, mode)
     # transformers would turn these around when it saves, and they have no other way
     model._weight_conversions = [
         conversion

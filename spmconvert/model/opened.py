@@ -3,7 +3,8 @@
 A file may have the experts of a block fused, or a matrix an expert and projection, gates apart from what they gate, under
 names that transformers merges while it loads. Here either way has the same tensors, such as
 ``model.layers.0.mlp.experts.3.gate_up.weight``: planned, read and written like those of any other layer. What transformers
-would merge is merged by its own operations, for one expert at a time, so that no fused parameter is ever whole in memory.
+would merge is merged by its own operations, for one expert at a time, so that no fused parameter is whole in memory before
+the experts' new tensors are stacked and written.
 """
 
 import copy
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from spmconvert.checkpoint.headers import TensorEntry
-from spmconvert.checkpoint.names import resolve_name
+from spmconvert.checkpoint.names import resolve_name, stacked_name
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.model.opened_module import MARK_SHAPE, OpenedModule, Part
 from spmconvert.model.stored import StoredNames
@@ -30,6 +31,7 @@ class Piece:
 
     Attributes:
         module: opened, that it belongs to, as the file's names have it.
+        is_stacked: whether a converted checkpoint has it stacked with those of the other experts.
         sources: tensors of the file that it is made of, by the pattern under which they are merged.
         fused: its index on the first axis of every source, or None where it is all of the sources.
         merged: makes one entry of a fused parameter of the sources, or of that index of each, with the axis.
@@ -37,6 +39,7 @@ class Piece:
     """
 
     module: str
+    is_stacked: bool
     sources: Mapping[str, list[str]]
     fused: int | None
     merged: Operation
@@ -100,17 +103,27 @@ def _pieces_of(module: OpenedModule, found: Mapping[str, Any]) -> dict[str, Piec
     for parameter, parts in module.by_parameter():
         prefix = found[parameter].target.removesuffix(f".{parameter}")
         for part, (sources, fused) in zip(parts, found[parameter].sources, strict=True):
-            pieces[f"{prefix}.{part.name}"] = Piece(prefix, sources, fused, found[parameter].merged, part.transposed)
+            pieces[f"{prefix}.{part.name}"] = Piece(
+                prefix, module.stacks and not part.idle, sources, fused, found[parameter].merged, part.transposed
+            )
         if parameter == module.mark:
             # has the name of what a dense model would look for
             sources, fused = found[parameter].sources[0]
-            pieces[found[parameter].target] = Piece(prefix, sources, fused, _mark, transposed=False)
+            pieces[found[parameter].target] = Piece(prefix, False, sources, fused, _mark, transposed=False)
     return pieces
 
 
 def is_opened(checkpoint: Checkpoint, name: str) -> bool:
     """Whether a tensor is no tensor of the files."""
     return isinstance(checkpoint, OpenedCheckpoint) and name in checkpoint.pieces
+
+
+def stacked_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensors of single experts, and what a converted checkpoint has them stacked in."""
+    if not isinstance(checkpoint, OpenedCheckpoint):
+        return {}
+    parts = {name: name.rpartition(".") for name, piece in checkpoint.pieces.items() if piece.is_stacked}
+    return {name: f"{stacked_name(layer)}.{tensor}" for name, (layer, _, tensor) in parts.items()}
 
 
 def as_stored(checkpoint: Checkpoint) -> Checkpoint:

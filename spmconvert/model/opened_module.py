@@ -74,10 +74,12 @@ class OpenedModule(nn.Module):
         mark: name of a buffer that is no parameter, one that the fused module would look for in a checkpoint.
         share: of the tokens, that each layer sees.
         alike: whether the layers of one name, such as those of all experts, have one design.
+        stacks: whether those are stacked in a converted model and its checkpoint.
         routed: which tokens the layer that is being called is given; None for all of them, or where that is not known.
     """
 
     alike = False
+    stacks = False
 
     def __init__(self, fused: nn.Module, parts: tuple[Part, ...]) -> None:
         super().__init__()

@@ -107,20 +107,20 @@ class StoredNames:
 
 
 def stored_prefixes(converted: Converted) -> dict[str, str]:
-    """What a converted checkpoint calls its layers, by their names in the layer map.
+    """What a converted checkpoint calls its layers, by their names in the layer map, where experts are stacked.
 
     Raises:
         CorruptCheckpointError: when it has no tensors of a layer.
     """
     modules = {name.rpartition(".")[0] for name in converted.tensors}
     try:
-        prefix = shared_prefix(converted.layers, modules)
+        prefix = shared_prefix(converted.entries, modules)
     except CorruptCheckpointError:
         found = _renamed_prefixes(converted)
         if found is None:
             raise
         return found
-    return {layer: str(resolve_name(layer, modules, prefix)) for layer in converted.layers}
+    return {layer: str(resolve_name(layer, modules, prefix)) for layer in converted.entries}
 
 
 def _renamed_prefixes(converted: Converted) -> dict[str, str] | None:
@@ -129,7 +129,7 @@ def _renamed_prefixes(converted: Converted) -> dict[str, str] | None:
     open_(model)
     names = StoredNames.of(model, converted.tensors)
     # every layer stores a mark of that name
-    marks = {layer: names.tensor(f"{layer}.weight") for layer in converted.layers}
+    marks = {layer: names.tensor(f"{layer}.weight") for layer in converted.entries}
     if None in marks.values():
         return None
     return {layer: str(mark).removesuffix(".weight") for layer, mark in marks.items()}

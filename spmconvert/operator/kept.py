@@ -52,19 +52,19 @@ class KeptBlocks:
     """Blocks, and all that they depend on.
 
     Attributes:
-        blocks: what ``merge`` returned, in ``dtype``.
+        blocks: what ``merge`` returned, in ``dtype``: tensors, or modules that hold them.
         dtype: dtype of the blocks.
         merge: function that merged.
         sources: the parameters that were merged.
     """
 
-    blocks: list[Tensor]
+    blocks: list[Any]
     dtype: torch.dtype
     merge: Merge
     sources: tuple[Source, ...]
 
     @classmethod
-    def of(cls, blocks: list[Tensor], dtype: torch.dtype, merge: Merge, parameters: Sequence[Tensor]) -> Self:
+    def of(cls, blocks: list[Any], dtype: torch.dtype, merge: Merge, parameters: Sequence[Tensor]) -> Self:
         """Keep blocks that were just merged from parameters that ``can_be_kept``."""
         return cls(blocks, dtype, merge, tuple(map(Source, parameters)))
 
@@ -80,9 +80,7 @@ class Keeper(nn.Module):
 
     _cache: KeptBlocks | None = None
 
-    def keep(
-        self, dtype: torch.dtype, merge: Merge, tensors: Sequence[Tensor], make: Callable[[], list[Tensor]]
-    ) -> list[Tensor]:
+    def keep(self, dtype: torch.dtype, merge: Merge, tensors: Sequence[Tensor], make: Callable[[], list[Any]]) -> list[Any]:
         """What ``make`` gives, made anew only after a change.
 
         Args:

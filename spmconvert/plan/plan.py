@@ -13,7 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
-from spmconvert.checkpoint.manifest import LayerSpec
+from spmconvert.checkpoint.manifest import LayerSpec, stacked_layers
+from spmconvert.checkpoint.names import stacked_name
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.media import TENSOR_SUFFIX
 from spmconvert.data.tokens import reads_tokens
@@ -117,6 +118,14 @@ class ConversionPlan:
         return 8 * largest + ((dense + min(statistics, STATISTICS_BUDGET)) if calibrated else 0)
 
 
+def layer_map(plan: ConversionPlan) -> dict[str, LayerSpec]:
+    """The layer map of what a plan makes: one entry for all experts of a projection."""
+    layers = {layer.target.name: layer for layer in plan.layers}
+    return stacked_layers(
+        {name: layer.spec for name, layer in layers.items()}, {name: layer.target.stack for name, layer in layers.items()}
+    )
+
+
 # statistics of more layers than fit in here are gathered in several runs over the calibration rows
 STATISTICS_BUDGET = 1 << 30
 
@@ -166,6 +175,7 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
     names = StoredNames.of(model, checkpoint.tensors)
     _check_shapes(checkpoint, model, names)
     layers = tuple(_plan_layer(checkpoint, target, names, recipe) for target in selection.targets)
+    _check_groups(layers)
     if not recipe.budget.limits:
         _refuse_growth(layers, recipe)
     replaced = {name for layer in layers for name in (layer.weight, layer.bias)}
@@ -227,7 +237,7 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, names: StoredNames, reci
             f"{weight} is {entry.shape} in the checkpoint, the model has {shape}; config.json is wrong"
         )
     bias = _tensor_name(names, f"{target.name}.bias") if target.bias else None
-    prefix = names.module(target.name, weight.removesuffix(".weight"), PROBED_PARTS)
+    prefix = _prefix(names, target, weight.removesuffix(".weight"))
     if prefix is None:
         raise UnsupportedLayerError(
             f"transformers would rename the new tensors of {target.name} while it loads them; leave it out with "
@@ -240,6 +250,17 @@ def _plan_layer(checkpoint: Checkpoint, target: Target, names: StoredNames, reci
     spec = LayerSpec(layer_design, target.bias or new_bias, target.kind == "conv1d", pinned)
     dense_bytes = entry.nbytes + (checkpoint.tensors[bias].nbytes if bias else 0)
     return LayerPlan(target, spec, weight, bias, prefix, pinned or dense_dtype, dense_bytes)
+
+
+def _prefix(names: StoredNames, target: Target, stored: str) -> str | None:
+    """What a layer's tensors are called in the output, or None where no name will do; an expert's are written stacked."""
+    if not target.stacked:
+        return names.module(target.name, stored, PROBED_PARTS)
+    found = names.module(stacked_name(target.name), stacked_name(stored), PROBED_PARTS)
+    if found is None:
+        return None
+    around, _, projection = found.rpartition(".")
+    return f"{around}.{target.name.rsplit('.', 2)[1]}.{projection}"
 
 
 def _named_design(target: Target, design: LayerDesign) -> Design:
@@ -261,6 +282,23 @@ def _tensor_name(names: StoredNames, name: str) -> str:
             "--ignore"
         )
     return tensor_name
+
+
+def _check_groups(layers: tuple[LayerPlan, ...]) -> None:
+    """Refuse experts of a projection that would not be of one form, which is what is stored.
+
+    Raises:
+        OptionError: when an override names some of them, or they are stored in several dtypes.
+    """
+    first: dict[str, LayerPlan] = {}
+    for layer in layers:
+        other = first.setdefault(layer.target.stack or layer.target.name, layer)
+        if (layer.spec, layer.stored_dtype) != (other.spec, other.stored_dtype):
+            forms = [f"{one.spec.design.describe()} in {one.stored_dtype}" for one in (other, layer)]
+            raise OptionError(
+                f"{other.target.name} would be {forms[0]} and {layer.target.name} {forms[1]}; all experts of a projection "
+                "have one form, so let overrides name them together, such as *.experts.*.down"
+            )
 
 
 def _refuse_growth(layers: tuple[LayerPlan, ...], recipe: Recipe) -> None:

@@ -53,6 +53,7 @@ class Linear:
         group: of an expert's layer: the experts and the projection, which have one design; empty for any other.
         share: of the tokens, that it sees.
         stepwise: whether it is called for every token by itself, as what multiplies the states of a recurrence is.
+        stacked: whether it is stored and held stacked with the others of its group.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Linear:
     group: str = ""
     share: float = 1.0
     stepwise: bool = False
+    stacked: bool = False
 
 
 def linear_kind(module: nn.Module) -> Kind | None:
@@ -93,7 +95,8 @@ def find_linears(model: nn.Module) -> list[Linear]:
         if opened is not None and modules[opened].alike:
             group, share = f"{opened}.{name.rpartition('.')[2]}", modules[opened].share
             role: Role = "attn" if in_attention else "mlp"
-            placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role, group, share))
+            stacked = modules[opened].stacks
+            placed.append(Linear(name, kind, fan_in, fan_out, bias, stack, index, role, group, share, stacked=stacked))
             continue
         role = "attn" if in_attention else "other"
         stepwise = opened is not None and modules[opened].is_stepwise(name.rpartition(".")[2])

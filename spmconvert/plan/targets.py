@@ -46,6 +46,7 @@ class Target:
         group: of an expert's layer: the experts and the projection, which have one design; empty for any other.
         share: of the tokens, that it sees.
         stepwise: whether it is called for every token by itself.
+        stacked: whether it is stored and held stacked with the others of its group.
     """
 
     name: str
@@ -56,6 +57,12 @@ class Target:
     group: str = ""
     share: float = 1.0
     stepwise: bool = False
+    stacked: bool = False
+
+    @property
+    def stack(self) -> str:
+        """The experts and the projection that it is stacked in; empty for any other layer."""
+        return self.group if self.stacked else ""
 
     def flops(self, amount: int) -> int:
         """What is left of an amount for every token that the layer sees."""
@@ -137,7 +144,8 @@ def select_targets(
         raise TargetError(f"--targets {','.join(targets)} {narrowed} leaves no layer to convert; widen the selection")
     _check_experts(survey.linears, chosen)
     selected = tuple(
-        Target(c.name, c.kind, c.in_features, c.out_features, c.bias, c.group, c.share, c.stepwise) for c in chosen
+        Target(c.name, c.kind, c.in_features, c.out_features, c.bias, c.group, c.share, c.stepwise, c.stacked)
+        for c in chosen
     )
     names = {target.name for target in selected}
     skipped = tuple(Skipped(name, reason) for name, reason in survey.reasons.items() if name not in names)

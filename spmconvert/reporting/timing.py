@@ -13,7 +13,7 @@ import torch
 
 from spmconvert.data.rows import Row, row_batch
 from spmconvert.errors import SpmconvertError
-from spmconvert.operator.linear import SPMLinear
+from spmconvert.model.stacked_experts import is_converted
 from spmconvert.outputs.probe import token_batch
 from spmconvert.reporting.schema import Latency, NotMeasured, Quantity, TimingRow
 from spmconvert.system.fresh import run_fresh
@@ -69,11 +69,11 @@ def _most_positions(converted: Any, batch: dict[str, Any]) -> int:
     """The most rows that a replaced layer gets in one pass."""
     most = 0
 
-    def note(layer: SPMLinear, arguments: tuple[torch.Tensor, ...]) -> None:
+    def note(layer: Any, arguments: tuple[torch.Tensor, ...]) -> None:
         nonlocal most
         most = max(most, arguments[0].numel() // layer.in_features)
 
-    layers = [module for module in converted.modules() if isinstance(module, SPMLinear)]
+    layers = [module for module in converted.modules() if is_converted(module)]
     hooks = [layer.register_forward_pre_hook(note) for layer in layers]
     try:
         forward_call(converted, batch)()

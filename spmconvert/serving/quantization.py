@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase, LinearMethodBase, UnquantizedLinearMethod
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from spmconvert.checkpoint.manifest import INT8_KEY, QUANT_METHOD, LayerSpec, check_format_version
+from spmconvert.checkpoint.manifest import INT8_KEY, QUANT_METHOD, LayerSpec, check_format_version, single_layers
 from spmconvert.errors import CheckpointError, UnsupportedLayerError
 from spmconvert.model.opening import opened_names
 from spmconvert.serving.loading import Incoming, check_bias
@@ -42,7 +42,7 @@ class SPMQuantizationConfig(QuantizationConfig):  # type: ignore[misc]
                 raise UnsupportedLayerError(
                     f"layer {name} is a Conv1D, whose tensors vLLM transposes while it loads them; {REMEDY}"
                 )
-        if opened := sorted(opened_names(layers)):
+        if opened := sorted(opened_names(single_layers(layers))):
             raise UnsupportedLayerError(f"{opened[0]} has replaced layers inside, and vLLM keeps it in one piece; {REMEDY}")
         self.layers = layers
 

@@ -124,13 +124,13 @@ def test_a_calibrated_decoder_without_biases_is_exported(checkpoints, text, tmp_
 
 def test_an_export_that_differs_does_not_appear(checkpoints, tmp_path, monkeypatch):
     convert(checkpoints["gpt2"], tmp_path / "spm", **{"fit.iterations": 1})
-    layer = exporting._dense_layer
+    layer = exporting._dense_layers
 
     def wrong(*arguments):
         (name, size, matrix), *rest = layer(*arguments)
         return [(name, size, lambda: matrix() * 1.5), *rest]
 
-    monkeypatch.setattr(exporting, "_dense_layer", wrong)
+    monkeypatch.setattr(exporting, "_dense_layers", wrong)
     with pytest.raises(FitError, match="differs from"):
         export(tmp_path / "spm", tmp_path / "dense")
     assert not (tmp_path / "dense").exists()

@@ -12,6 +12,7 @@ from spmconvert.errors import CorruptCheckpointError, UnsupportedLayerError
 from spmconvert.model.architecture import load_config, skeleton
 from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.stored import StoredNames, stored_prefixes
+from spmconvert.model.swap import unstack_
 from tests.conftest import VOCABULARY, _tokenizer
 from tests.plan.architectures import ARCHITECTURES
 from tests.support import QUICK, SHORT, raw_tensors
@@ -88,6 +89,7 @@ def test_every_architecture_is_converted_loaded_and_exported(name, tmp_path):
     targets = "*proj" if name in ("mamba", "mixtral") else "mlp"
     conversion = spmconvert.convert(tmp_path / "s", tmp_path / "o", targets=targets, stages=0, rank=4)
     converted = spmconvert.load(tmp_path / "o")
+    unstack_(converted)
     found = dict(converted.named_parameters())
     replaced = {name for name, module in converted.named_modules() if isinstance(module, spmconvert.SPMLinear)}
     assert len(replaced) == len(conversion.layers)

@@ -343,6 +343,7 @@ def test_layouts_that_nobody_knows_are_refused():
 
 REFUSED = {
     "model.layers.0.mlp.experts.3.gate_up": ({}, r"model\.layers\.0\.mlp\.experts has replaced layers inside"),
+    "model.layers.0.mlp.experts.gate_up": ({"experts": 8}, r"model\.layers\.0\.mlp\.experts has replaced layers inside"),
     "lstm.l0.recurrent": ({}, "lstm has replaced layers inside"),
     "h.0.mlp.c_fc": ({"fan_in_fan_out": True}, r"h\.0\.mlp\.c_fc is a Conv1D"),
 }
