@@ -242,7 +242,8 @@ def _say_what_stands_in(directory: Path) -> None:
     from spmconvert.data.standin import stand_in
     from spmconvert.model.architecture import load_config
 
-    found = stand_in("training", directory, load_config(open_converted(directory).directory))
+    converted = open_converted(directory)
+    found = stand_in("training", directory, load_config(converted.directory), converted.layers)
     if found is not None:
         console.note(f"trained on {found.what}; {found.better}, --data")
 

@@ -202,7 +202,7 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
 
 def _open_inputs(directory: Path, data: str | Path, training: Training, options: FinetuneOptions) -> _Inputs:
     converted, source, config = _open(directory, options.teacher)
-    rows = load_training_data(str(data), converted.directory, config, training)
+    rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
     return _Inputs(converted, source, rows, training, stored)
 
@@ -350,7 +350,7 @@ def store_teacher_logits(
         raise OptionError(
             f"{config.architectures[0]} has no logits over words to store; distil it with the teacher in memory"
         )
-    rows = load_training_data(str(data), converted.directory, config, training)
+    rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     dense = load_whole(source.directory, config, dtype="auto").to(device).eval()
     store_logits(Path(destination), dense, rows, teacher_sha256=source.sha256(), count=words, report=report)
 

@@ -255,7 +255,7 @@ def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, co
     """The unseen rows of the texts that were given; what is missing is noted."""
     called: str | None = None
     if str(data) == AUTO_TEXT:
-        found = stand_in("evaluation", run.converted.directory, run.config)
+        found = stand_in("evaluation", run.converted.directory, run.config, run.converted.layers)
         data, called = (None, None) if found is None else (found.file, found.what)
     if data is None:
         run.note_missing("quality", "no text is given", DATA_REMEDY)

@@ -6,7 +6,7 @@ becomes rows is in ``spmconvert.data.tokens``.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.documents import content_hash, read_documents
 from spmconvert.data.media import TENSOR_SUFFIX, MediaRow, folder_inputs, media_rows
 from spmconvert.data.rows import Row, row_batch
-from spmconvert.data.standin import StandIn, stand_in
+from spmconvert.data.standin import StandIn, better_text, shows_pictures, stand_in
 from spmconvert.data.tokens import check_reads_text, load_tokenizer, reads_text, row_length, token_rows
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.errors import CalibrationError
@@ -66,6 +66,7 @@ def with_inputs(
     config: Any,
     device: str,
     report: Callable[[int, int], None] | None,
+    layers: Iterable[str],
 ) -> tuple[Recipe, StandIn | None]:
     """The recipe with the file that ``auto`` or a folder stands for; without one where nothing can stand in.
 
@@ -75,14 +76,17 @@ def with_inputs(
         config: the model's config.
         device: where it would write its own text.
         report: told how many rows of that are written, and of how many; None takes one that it has written already.
+        layers: names of those that are converted.
 
     Returns:
         The recipe, and what stands in where it says ``auto``.
     """
     if str(recipe.calibration.file) != AUTO_TEXT:
         return _with_folder(recipe, source.directory, config), None
-    written = _written(source, config, device, report) if reads_text(source.directory, config) else None
-    found = written or stand_in("calibration", source.directory, config)
+    layers = list(layers)
+    by_text = reads_text(source.directory, config) and not shows_pictures(source.directory, config, layers)
+    written = _written(source, config, device, report) if by_text else None
+    found = written or stand_in("calibration", source.directory, config, layers)
     return _with_file(recipe, None if found is None else found.file), found
 
 
@@ -94,7 +98,7 @@ def _written(source: Checkpoint, config: Any, device: str, report: Callable[[int
     file = written_file(source.sha256())
     if report is not None:
         file = write_text(source.directory, source.sha256(), config, device, report)
-    return StandIn(file, "what the model writes itself") if file.exists() else None
+    return StandIn(file, "what the model writes itself", better_text(source.directory, config)) if file.exists() else None
 
 
 def _with_folder(recipe: Recipe, directory: Path, config: Any) -> Recipe:
@@ -106,13 +110,13 @@ def _with_file(recipe: Recipe, file: Path | None) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": file})})
 
 
-def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:
+def calibration_rows(directory: Path, config: Any, recipe: Recipe, layers: Iterable[str] = ()) -> CalibrationRows | None:
     """The rows that a recipe asks for, or None where it names no text; as ``load_rows``.
 
     What still says ``auto`` here, for a model that is converted in memory, is nothing that it would have to write first.
     """
     if str(recipe.calibration.file) == AUTO_TEXT:
-        found = stand_in("calibration", directory, config)
+        found = stand_in("calibration", directory, config, layers)
         recipe = _with_file(recipe, None if found is None else found.file)
     recipe = _with_folder(recipe, directory, config)
     if recipe.calibration.file is None:

@@ -17,6 +17,7 @@ from spmconvert.data.library import Part, library_text
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.model.architecture import model_class
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # pixels of a side
 SIDE = 224
 # characters of prose behind a picture
@@ -30,8 +31,10 @@ Picture = np.ndarray[Any, Any]
 
 def reads_pictures_beside_text(directory: Path, config: Any) -> bool:
     """Whether a checkpoint's model reads pictures and text, and has a processor for both."""
-    both = model_class(config).main_input_name == "input_ids" and getattr(config, "vision_config", None) is not None
-    return both and (directory / "processor_config.json").is_file() and model_class(config).can_generate()
+    architecture = model_class(config)
+    both = architecture.main_input_name == "input_ids" and getattr(config, "vision_config", None) is not None
+    has_processor = any((directory / name).is_file() for name in PROCESSOR_FILES)
+    return both and has_processor and architecture.can_generate()
 
 
 def pictured(

@@ -1,5 +1,10 @@
-"""What stands in where nobody gave data: which of the things that every machine has suits a model, and what to call it."""
+"""What stands in where nobody gave data: which of the things that every machine has suits a model, and what to call it.
 
+A model that reads pictures beside text is shown pictures where a layer that sees them is converted. Elsewhere it is given
+text alone, which a language model of its size is trained on too, and which takes a fraction of the time.
+"""
+
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +12,10 @@ from typing import Any
 from spmconvert.data.drawn import stand_in_text
 from spmconvert.data.library import Part, library_text
 from spmconvert.data.media import made_up, media_of
+from spmconvert.data.pictured import reads_pictures_beside_text
 from spmconvert.data.tokens import reads_text
+from spmconvert.model.architecture import skeleton
+from spmconvert.model.towers import beyond_text
 
 PROSE = "docstrings of the Python installation"
 
@@ -19,7 +27,7 @@ class StandIn:
     Attributes:
         file: a text, or a processor's tensors, in the cache.
         what: what it holds, in words.
-        better: what would be better, in words.
+        better: what it leaves out, and what would be better, in words.
     """
 
     file: Path
@@ -27,24 +35,53 @@ class StandIn:
     better: str = "a text like what the model is used for is far better"
 
 
-def stand_in(part: Part, directory: Path, config: Any) -> StandIn | None:
+def shows_pictures(directory: Path, config: Any, layers: Iterable[str]) -> bool:
+    """Whether pictures go beside the text: the checkpoint has a processor for both, and text alone misses some layer.
+
+    Args:
+        directory: checkpoint, for its processor.
+        config: the model's config.
+        layers: names of those that are converted.
+    """
+    both = reads_text(directory, config) and reads_pictures_beside_text(directory, config)
+    return both and beyond_text(skeleton(config), layers)
+
+
+def stand_in(part: Part, directory: Path, config: Any, layers: Iterable[str] = ()) -> StandIn | None:
     """What a model is calibrated, trained or measured on where nobody gave anything; None where nothing suits it.
 
     Args:
         part: what it is for; no row is in two parts.
         directory: checkpoint, for its tokenizer or its processor.
         config: the model's config.
+        layers: names of those that are converted.
 
     Raises:
         CalibrationError: when its tokenizer or processor cannot be used.
         NotWritableError: when the cache cannot be written.
     """
+    if shows_pictures(directory, config, layers):
+        better = "a folder of pictures like those that the model is used on is far better"
+        return StandIn(made_up(part, directory, config), f"made-up pictures, each beside {PROSE}", better)
     if reads_text(directory, config):
         prose = library_text(part)
         file = prose if part == "evaluation" else stand_in_text(part, directory, config)
-        return StandIn(file, PROSE if file == prose else f"{PROSE}, and words drawn from the tokenizer's vocabulary")
+        what = PROSE if file == prose else f"{PROSE}, and words drawn from the tokenizer's vocabulary"
+        return StandIn(file, what, better_text(directory, config))
     kind = media_of(directory, config)
-    if kind is None:
+    if kind is None or kind == "pictures with text":
         return None
     better = f"a folder of {kind} like those that the model is used on is far better"
     return StandIn(made_up(part, directory, config), f"made-up {kind}", better)
+
+
+def better_text(directory: Path, config: Any) -> str:
+    """What would be better than a text that stands in, and why no pictures are beside it where some could be."""
+    if getattr(config, "vision_config", None) is None:
+        return StandIn.better
+    reason = (
+        "as text reaches all that is converted"
+        if reads_pictures_beside_text(directory, config)
+        else "for want of a processor"
+    )
+    return f"without pictures, {reason}; {StandIn.better}"

@@ -1,10 +1,11 @@
 """Whether an exported model computes what the converted one does, on one small batch, before the export appears.
 
-Tokens where the model reads them, made-up pictures or sounds where it has a processor for these, nothing otherwise.
+Tokens where the model reads them, made-up pictures or sounds where it has a processor for these, nothing otherwise. A model
+that reads pictures beside text is compared on both where a converted layer sees pictures.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmconvert.checkpoint.converted import open_converted
 from spmconvert.data.media import made_up, media_batch, media_of, media_rows
+from spmconvert.data.standin import shows_pictures
 from spmconvert.data.tokens import keeps_cache, reads_tokens
 from spmconvert.errors import FitError
 from spmconvert.outputs.objective import first_states
@@ -38,14 +41,15 @@ class Comparison:
     what: str
 
 
-def sample_batch(directory: Path, model: Any) -> dict[str, Any] | None:
+def sample_batch(directory: Path, model: Any, layers: Iterable[str] = ()) -> dict[str, Any] | None:
     """Keyword arguments to compare a model on; None where there is nothing that it can be run on.
 
     Args:
         directory: its checkpoint, for its processor.
         model: loaded.
+        layers: names of those that are converted; without any, tokens are enough where the model reads them.
     """
-    if reads_tokens(model.config):
+    if reads_tokens(model.config) and not shows_pictures(directory, model.config, layers):
         return token_batch(model, CHECKED_TOKENS)
     if media_of(directory, model.config) is None:
         return None
@@ -57,7 +61,7 @@ def sample_output(model: Any, batch: dict[str, Any]) -> Tensor:
     # a cache of models without attention cannot say how long it is
     keeps = {"use_cache": False} if "input_ids" in batch and keeps_cache(model.config) else {}
     with torch.no_grad():
-        return first_states(model(**batch, **keeps)).float()
+        return first_states(model(**{**batch, **keeps})).float()
 
 
 def compare_loaded(converted: Path, load_converted: Callable[[], Any], load_exported: Callable[[], Any]) -> Comparison:
@@ -73,14 +77,15 @@ def compare_loaded(converted: Path, load_converted: Callable[[], Any], load_expo
     """
     outputs: list[Tensor] = []
     what = ""
+    layers = open_converted(converted, recorded=False).layers
     for make in (load_converted, load_exported):
         model = make().eval()
         limit = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
-        batch = sample_batch(converted, model)
+        batch = sample_batch(converted, model, layers)
         if batch is None:
             return Comparison(None, limit, f"not compared, the model reads {model.main_input_name} and has no processor")
-        name, first = next(iter(batch.items()))
-        what = f"first one on {name} of {' x '.join(str(size) for size in first.shape)}"
+        name = "pixel_values" if "pixel_values" in batch else next(iter(batch))
+        what = f"first one on {name} of {' x '.join(str(size) for size in batch[name].shape)}"
         outputs.append(sample_output(model, batch))
         # one model at a time
         del model
