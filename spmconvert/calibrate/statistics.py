@@ -202,7 +202,8 @@ def collect(
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     inside = len(prefix) > 1 and all(name.startswith(prefix) for name in names)
     runner = model.get_submodule(prefix[:-1]) if inside else model
-    was_training = model.training
+    # of blocks that are recomputed and others a student has both
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), recording(model, names, lambda: current["mask"]) as gathered:
@@ -213,7 +214,8 @@ def collect(
                 else:
                     step(batch)
     finally:
-        model.train(was_training)
+        for module, training in before.items():
+            module.training = training
     return {name: checked(name, gathered.get(name), experts) for name in names}
 
 

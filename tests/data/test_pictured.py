@@ -179,3 +179,19 @@ def test_what_text_alone_does_not_run(llava):
     beyond = ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.multi_modal_projector.linear_1")
     assert all(beyond_text(model, [name]) for name in beyond)
     assert not beyond_text(model, ["model.language_model.layers.0.mlp.up_proj", "lm_head"])
+
+
+def test_a_finetune_of_an_unconverted_state_has_no_loss(llava, albums, tmp_path):
+    """With dropout in both towers, and blocks that are recomputed: layers of full rank are the dense ones."""
+    shutil.copytree(llava, tmp_path / "s")
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        config[tower]["attention_dropout"] = 0.5
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    options = {**QUICK, "stages": 0, "rank": 32, "allow_growth": True}
+    spmconvert.convert(tmp_path / "s", tmp_path / "o", targets="mlp", **options)
+    short = {**SHORT, "steps": 2, "evaluate_every": 1, "learning_rate": 1e-9, "gradient_checkpointing": True}
+    tuned = finetune(tmp_path / "o", tmp_path / "t", data=albums["train"], **short)
+    curve = json.loads((tmp_path / "t" / "spm.json").read_text())["finetune"][-1]["curve"]
+    assert len(curve) == 2, tuned.stopped
+    assert max(tuned.start_loss, *curve) < 1e-6
