@@ -31,6 +31,8 @@ from spmconvert.recipe.recipe import Training
 # come back: with 2.0 two of three seeds of a small GPT-2 that begins 0.008 from its teacher were ended, while the third got
 # to 0.004
 DIVERGED = 4.0
+# of float32: a loss below this is one of rounding
+SMALLEST_LOSS = 1e-6
 
 
 @dataclass
@@ -193,10 +195,11 @@ def measure(run: TrainingRun) -> None:
         state.offer(record["held_out_loss"], run.trained)
     run.report(record)
     first, loss_now = state.history[0]["held_out_loss"], record["held_out_loss"]
-    above = [entry["held_out_loss"] > first for entry in state.history[-2:]]
+    # a student that is its teacher begins at zero, and below it by rounding
+    bound = max(first, SMALLEST_LOSS)
+    above = [entry["held_out_loss"] > bound for entry in state.history[-2:]]
     late = 2 * state.step > state.planned and len(above) > 1 and all(above)
-    # a student that is its teacher begins at zero and stays there
-    if not loss_now <= DIVERGED * first or late:
+    if not loss_now < DIVERGED * bound or late:
         state.stopped = f"the held-out loss rose from {first:.4g} to {loss_now:.4g} at step {state.step}"
 
 
