@@ -16,6 +16,7 @@ from spmconvert.checkpoint.names import resolve_name
 from spmconvert.errors import CheckpointError
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.opening import close_, open_, opened_names
+from spmconvert.model.places import put_module
 from spmconvert.operator.linear import SPMLinear
 
 
@@ -36,7 +37,7 @@ def as_it_runs(model: Any) -> Any:
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of the module of that name."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    put_module(model.get_submodule(parent), child, layer)
 
 
 def layer_from_spec(spec: LayerSpec, *, device: torch.device | str | None = None) -> SPMLinear:
