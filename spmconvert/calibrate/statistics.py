@@ -18,6 +18,7 @@ from torch.utils.weak import TensorWeakRef
 
 from spmconvert.errors import CalibrationError
 from spmconvert.model.opened_module import OpenedModule, Routed
+from spmconvert.model.architecture import runs_on
 from spmconvert.operator.factors import gram
 
 
@@ -210,7 +211,8 @@ def collect(
             for batch in batches:
                 current["mask"] = batch.get("attention_mask")
                 if step is None:
-                    runner(**batch)
+                    with runs_on(model, batch):
+                        runner(**batch)
                 else:
                     step(batch)
     finally:

@@ -38,7 +38,7 @@ from spmconvert.distill.runlog import RunLog, check_log
 from spmconvert.distill.state import State, restore, whole
 from spmconvert.distill.stored import StoredLogits, store_logits
 from spmconvert.errors import FitError, OptionError, OutputError
-from spmconvert.model.architecture import load_config
+from spmconvert.model.architecture import load_config, runs_on
 from spmconvert.model.loading import is_unused, load_whole
 from spmconvert.model.opening import group_of
 from spmconvert.model.saved import SavedNames
@@ -279,6 +279,9 @@ def _make_run(
     dense = None
     if inputs.stored is None:
         dense = load_teacher(inputs.source, config, options.teacher_device or accelerator.device)
+    first = inputs.rows.held_out.batch([0], student, 0)
+    with torch.no_grad(), runs_on(student, first):
+        student(**first)
     trained = choose_trained(student, training)
     names = StoredNames.of(student, converted.tensors)
     for name in list(trained):

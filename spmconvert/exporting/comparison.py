@@ -19,7 +19,7 @@ from spmconvert.data.standin import shows_pictures
 from spmconvert.data.tokens import keeps_cache, reads_tokens
 from spmconvert.errors import FitError
 from spmconvert.outputs.objective import first_states
-from spmconvert.outputs.probe import token_batch
+from spmconvert.outputs.probe import runs_on_tokens, token_batch
 
 CHECKED_TOKENS, CHECKED_ITEMS = 16, 2
 # largest difference of an output, relative to the largest output, by the dtype of the model
@@ -50,10 +50,16 @@ def sample_batch(directory: Path, model: Any, layers: Iterable[str] = ()) -> dic
         layers: names of those that are converted; without any, tokens are enough where the model reads them.
     """
     if reads_tokens(model.config) and not shows_pictures(directory, model.config, layers):
-        return token_batch(model, CHECKED_TOKENS)
+        return token_batch(model, CHECKED_TOKENS) if runs_on_tokens(model) else None
     if media_of(directory, model.config) is None:
         return None
     return media_batch(media_rows(made_up("evaluation", directory, model.config), model.config)[:CHECKED_ITEMS], model)
+
+
+def reads_more(model: Any) -> str:
+    """Why there is nothing to run a model on."""
+    name = model.main_input_name
+    return f"the model reads {name}{' beside more' if name == 'input_ids' else ''} and has no processor for all of it"
 
 
 def sample_output(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -83,7 +89,7 @@ def compare_loaded(converted: Path, load_converted: Callable[[], Any], load_expo
         limit = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
         batch = sample_batch(converted, model, layers)
         if batch is None:
-            return Comparison(None, limit, f"not compared, the model reads {model.main_input_name} and has no processor")
+            return Comparison(None, limit, f"not compared, {reads_more(model)}")
         name = "pixel_values" if "pixel_values" in batch else next(iter(batch))
         what = f"first one on {name} of {' x '.join(str(size) for size in batch[name].shape)}"
         outputs.append(sample_output(model, batch))
