@@ -315,7 +315,7 @@ def _processed(items: list[Array], kind: Kind, processor: Any, directory: Path, 
     return {
         name: tensor
         for name, tensor in found.items()
-        if name in known and isinstance(tensor, Tensor) and len(tensor) == len(items)
+        if name in known and name != "labels" and isinstance(tensor, Tensor) and len(tensor) == len(items)
     }
 
 

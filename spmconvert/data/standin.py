@@ -13,7 +13,7 @@ from spmconvert.data.drawn import stand_in_text
 from spmconvert.data.library import Part, library_text
 from spmconvert.data.media import made_up, media_of
 from spmconvert.data.pictured import reads_pictures_beside_text
-from spmconvert.data.tokens import reads_text
+from spmconvert.data.tokens import has_tokenizer, reads_text
 from spmconvert.model.architecture import skeleton
 from spmconvert.model.towers import beyond_text
 
@@ -69,9 +69,9 @@ def stand_in(part: Part, directory: Path, config: Any, layers: Iterable[str] = (
         what = PROSE if file == prose else f"{PROSE}, and words drawn from the tokenizer's vocabulary"
         return StandIn(file, what, better_text(directory, config))
     kind = media_of(directory, config)
-    if kind is None or kind == "pictures with text":
+    if kind is None or (kind == "pictures with text" and not has_tokenizer(directory)):
         return None
-    better = f"a folder of {kind} like those that the model is used on is far better"
+    better = f"a folder of {kind.partition(' ')[0]} like those that the model is used on is far better"
     return StandIn(made_up(part, directory, config), f"made-up {kind}", better)
 
 
