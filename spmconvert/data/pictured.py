@@ -63,7 +63,7 @@ def pictured(
     """
     lines = library_text(part).read_text(encoding="utf-8").splitlines()
     known = inspect.signature(model_class(config).forward).parameters
-    looks = getattr(processor, "image_processor", None)
+    looks: Any = getattr(processor, "image_processor", None)
     if getattr(looks, "do_image_splitting", False):
         # one view of each: a dozen tiles beside it would be the same layers on gigabytes
         looks.do_image_splitting = False
