@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from spmconvert.errors import CalibrationError
-from spmconvert.model.opened_module import OpenedModule, Routed
 from spmconvert.model.architecture import runs_on
+from spmconvert.model.opened_module import OpenedModule, Routed
 from spmconvert.operator.factors import gram
 
 
