@@ -45,6 +45,7 @@ from spmconvert.model.int8 import dequantize_, int8_linears_
 from spmconvert.model.int8_stored import mark_loaded_, read_metadata, stored_form, stored_parts
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.opening import close_
+from spmconvert.model.places import modules_around
 from spmconvert.model.stacked_experts import StackedExperts, is_converted
 from spmconvert.model.stacked_layer import StackedLayer
 from spmconvert.model.swap import dense_layer, replace_module, swap_layers, unstack_
@@ -295,12 +296,12 @@ def _pattern(name: str) -> str:
 def _keep_from_initialising(model: nn.Module, replaced: list[str]) -> None:
     """Tell transformers that the modules around replaced layers need no fresh parameters.
 
-    It goes over every module after loading, and those that it knows (an MLP of SigLIP) reach for the weight and bias of
-    the layers inside, which a replaced one may not have under these names. ``_check_complete`` looks after the layers.
+    It goes over every module after loading, and those that it knows (an MLP of SigLIP, a head of Grounding DINO) reach for
+    the weights and biases of layers at any depth, which a replaced one may not have under these names, nor its factors.
+    Modules with tensors of their own are left to it. ``_check_complete`` looks after the layers.
     """
     for name in replaced:
-        around = model.get_submodule(name.rpartition(".")[0])
-        if next(around.parameters(recurse=False), None) is None:
+        for around in modules_around(model, name):
             around._is_hf_initialized = True  # type: ignore[assignment]
 
 

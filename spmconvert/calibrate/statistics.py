@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 from spmconvert.errors import CalibrationError
+from spmconvert.model.architecture import runs_on
 from spmconvert.model.opened_module import OpenedModule, Routed
 from spmconvert.operator.factors import gram
 
@@ -202,18 +203,21 @@ def collect(
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     inside = len(prefix) > 1 and all(name.startswith(prefix) for name in names)
     runner = model.get_submodule(prefix[:-1]) if inside else model
-    was_training = model.training
+    # of blocks that are recomputed and others a student has both
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.no_grad(), recording(model, names, lambda: current["mask"]) as gathered:
             for batch in batches:
                 current["mask"] = batch.get("attention_mask")
                 if step is None:
-                    runner(**batch)
+                    with runs_on(model, batch):
+                        runner(**batch)
                 else:
                     step(batch)
     finally:
-        model.train(was_training)
+        for module, training in before.items():
+            module.training = training
     return {name: checked(name, gathered.get(name), experts) for name in names}
 
 

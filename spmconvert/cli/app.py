@@ -254,8 +254,10 @@ def _data_that_stands_in(directory: Path, teacher: str | None, device: str, *, m
     found = None
     if may_write:
         with progress.StepProgress("the dense model writes rows to train on") as watch:
-            found = written_stand_in("training", open_source(converted, teacher), config, device, watch.update)
-    found = found or stand_in("training", directory, config)
+            found = written_stand_in(
+                "training", open_source(converted, teacher), config, converted.layers, device, watch.update
+            )
+    found = found or stand_in("training", directory, config, converted.layers)
     if found is None:
         return AUTO_TEXT
     if is_first():

@@ -26,7 +26,7 @@ def dry_run_of(
     from spmconvert.data.media import TENSOR_SUFFIX
 
     source, plan, config = open_plan(model, recipe)
-    recipe, _ = with_inputs(recipe, source, config, device, None)
+    recipe, _ = with_inputs(recipe, source, config, device, None, [layer.target.name for layer in plan.layers])
     recipe = recipe.model_copy(update={"budget": first_budget(recipe, config) or recipe.budget})
     file, text = recipe.calibration.file, None
     if file is not None:

@@ -31,6 +31,7 @@ from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.commands.conversion import Conversion, output_tensors, write_conversion
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_inputs
+from spmconvert.data.media import TENSOR_SUFFIX
 from spmconvert.data.tokens import reads_tokens, row_length, tokenizer_hash
 from spmconvert.errors import OptionError, OutOfReachError
 from spmconvert.fit.blocks import refined
@@ -128,7 +129,8 @@ def _convert(
     # a text that the model writes itself is written once
     if not team.leads:
         team.wait()
-    resolved, standing_in = with_inputs(resolved, source, config, device, listener.calibrating)
+    names = [layer.target.name for layer in plan.layers]
+    resolved, standing_in = with_inputs(resolved, source, config, device, listener.calibrating, names)
     if team.leads:
         team.wait()
     listener.reading(resolved, standing_in)
@@ -136,7 +138,7 @@ def _convert(
     if bare and (budget := first_budget(resolved, config)) is not None:
         listener.taking(budget)
         resolved = resolved.model_copy(update={"budget": budget})
-    rows = calibration_rows(source.directory, config, resolved)
+    rows = calibration_rows(source.directory, config, resolved, names)
     width = max(layer.target.in_features for layer in plan.layers)
     if rows is not None and rows.fitted_tokens is not None and rows.fitted_tokens < width:
         listener.reading_few(rows.fitted_tokens, width)
@@ -337,8 +339,8 @@ def first_budget(recipe: Recipe, config: Any) -> Budget | None:
     if recipe.calibration.file is None:
         # without data nothing else is sure to be better than to predict the mean
         return Budget(keep=FIRST_KEPT, structures=("lowrank",), sensitivity="none")
-    if not reads_tokens(config):
-        # a speed-up is timed on rows of tokens
+    if not reads_tokens(config) or recipe.calibration.file.suffix == TENSOR_SUFFIX:
+        # a speed-up is timed on rows of tokens alone
         return Budget(keep=FIRST_KEPT)
     return Budget(speedup=FIRST_SPEEDUP, tokens=row_length(config, Budget().tokens))
 

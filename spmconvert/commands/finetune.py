@@ -38,7 +38,7 @@ from spmconvert.distill.runlog import RunLog, check_log
 from spmconvert.distill.state import State, restore, whole
 from spmconvert.distill.stored import StoredLogits, store_logits
 from spmconvert.errors import FitError, OptionError, OutputError
-from spmconvert.model.architecture import load_config
+from spmconvert.model.architecture import load_config, runs_on
 from spmconvert.model.loading import is_unused, load_whole
 from spmconvert.model.opening import group_of
 from spmconvert.model.saved import SavedNames
@@ -202,7 +202,7 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
 
 def _open_inputs(directory: Path, data: str | Path, training: Training, options: FinetuneOptions) -> _Inputs:
     converted, source, config = _open(directory, options.teacher)
-    rows = load_training_data(str(data), converted.directory, config, training)
+    rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
     return _Inputs(converted, source, rows, training, stored)
 
@@ -279,6 +279,9 @@ def _make_run(
     dense = None
     if inputs.stored is None:
         dense = load_teacher(inputs.source, config, options.teacher_device or accelerator.device)
+    first = inputs.rows.held_out.batch([0], student, 0)
+    with torch.no_grad(), runs_on(student, first):
+        student(**first)
     trained = choose_trained(student, training)
     names = StoredNames.of(student, converted.tensors)
     for name in list(trained):
@@ -350,7 +353,7 @@ def store_teacher_logits(
         raise OptionError(
             f"{config.architectures[0]} has no logits over words to store; distil it with the teacher in memory"
         )
-    rows = load_training_data(str(data), converted.directory, config, training)
+    rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     dense = load_whole(source.directory, config, dtype="auto").to(device).eval()
     store_logits(Path(destination), dense, rows, teacher_sha256=source.sha256(), count=words, report=report)
 

@@ -51,7 +51,7 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
     plan = plan_conversion(source, architecture, recipe)
     # those that are not converted are saved as they are
     open_(model, opened_names(layer.target.name for layer in plan.layers))
-    rows = calibration_rows(tokenizer_place(source), model.config, recipe)
+    rows = calibration_rows(tokenizer_place(source), model.config, recipe, [layer.target.name for layer in plan.layers])
     silent = Silent()
     with TemporaryDirectory(prefix="spmconvert-") as folder:
         store = None if rows is None else MomentStore(Path(folder))

@@ -22,7 +22,7 @@ from spmconvert.data.rows import Row, row_batch
 from spmconvert.data.standin import stand_in
 from spmconvert.data.tokens import inputs_of, load_tokenizer
 from spmconvert.errors import CalibrationError, CheckpointError, OptionError
-from spmconvert.model.architecture import load_config
+from spmconvert.model.architecture import load_config, runs_on
 from spmconvert.operator.int8 import check_torchao
 from spmconvert.outputs.probe import text_config
 from spmconvert.recipe.loading import recorded_recipe
@@ -255,7 +255,7 @@ def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, co
     """The unseen rows of the texts that were given; what is missing is noted."""
     called: str | None = None
     if str(data) == AUTO_TEXT:
-        found = stand_in("evaluation", run.converted.directory, run.config)
+        found = stand_in("evaluation", run.converted.directory, run.config, run.converted.layers)
         data, called = (None, None) if found is None else (found.file, found.what)
     if data is None:
         run.note_missing("quality", "no text is given", DATA_REMEDY)
@@ -270,9 +270,22 @@ def _texts(run: ReportRun, data: str | Path | None, other: str | Path | None, co
         rows = evaluation_rows(run.converted, run.config, Path(file), domain, count=count, name=name)
         if isinstance(rows, NotMeasured):
             run.not_measured.append(rows)
+        elif (refusal := _refusal(run, rows.rows[:1])) is not None:
+            run.note_missing(f"quality on {rows.name}", refusal, DATA_REMEDY)
         else:
             texts.append(rows)
     return texts
+
+
+def _refusal(run: ReportRun, rows: list[Row]) -> str | None:
+    """Why the model does not run on rows of a kind; None where it does."""
+    batch = row_batch(rows, 0, run.student)
+    try:
+        with torch.no_grad(), runs_on(run.student, batch):
+            run.student(**batch)
+    except CalibrationError as error:
+        return str(error).partition(";")[0]
+    return None
 
 
 def _quality(run: ReportRun, texts: list[EvaluationRows]) -> tuple[Quality, ...]:

@@ -5,7 +5,7 @@ on one that a budget chose designs by: what is chosen as the least on some rows 
 becomes rows is in ``spmconvert.data.tokens``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,7 @@ def with_inputs(
     config: Any,
     device: str,
     report: Callable[[int, int], None] | None,
+    layers: Iterable[str],
 ) -> tuple[Recipe, StandIn | None]:
     """The recipe with the file that ``auto`` or a folder stands for; without one where nothing can stand in.
 
@@ -73,14 +74,16 @@ def with_inputs(
         config: the model's config.
         device: where it would write its own text.
         report: told how many rows of that are written, and of how many; None takes one that it has written already.
+        layers: names of those that are converted.
 
     Returns:
         The recipe, and what stands in where it says ``auto``.
     """
     if str(recipe.calibration.file) != AUTO_TEXT:
         return _with_folder(recipe, source.directory, config), None
-    written = written_stand_in("calibration", source, config, device, report)
-    found = written or stand_in("calibration", source.directory, config)
+    layers = list(layers)
+    written = written_stand_in("calibration", source, config, layers, device, report)
+    found = written or stand_in("calibration", source.directory, config, layers)
     return _with_file(recipe, None if found is None else found.file), found
 
 
@@ -93,13 +96,13 @@ def _with_file(recipe: Recipe, file: Path | None) -> Recipe:
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"file": file})})
 
 
-def calibration_rows(directory: Path, config: Any, recipe: Recipe) -> CalibrationRows | None:
+def calibration_rows(directory: Path, config: Any, recipe: Recipe, layers: Iterable[str] = ()) -> CalibrationRows | None:
     """The rows that a recipe asks for, or None where it names no text; as ``load_rows``.
 
     What still says ``auto`` here, for a model that is converted in memory, is nothing that it would have to write first.
     """
     if str(recipe.calibration.file) == AUTO_TEXT:
-        found = stand_in("calibration", directory, config)
+        found = stand_in("calibration", directory, config, layers)
         recipe = _with_file(recipe, None if found is None else found.file)
     recipe = _with_folder(recipe, directory, config)
     if recipe.calibration.file is None:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from spmconvert.data.library import Part, library_text
-from spmconvert.data.pictured import joined, pictured, reads_pictures_beside_text
-from spmconvert.data.tokens import has_tokenizer, keeps_cache, load_tokenizer
+from spmconvert.data.pictured import PROCESSOR_FILES, joined, pictured, reads_pictures_beside_text
+from spmconvert.data.tokens import has_tokenizer, keeps_cache, load_tokenizer, tokenizer_hash
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.model.architecture import model_class
 from spmconvert.system.caches import cache_directory, check_cache, keep
@@ -32,7 +32,6 @@ KINDS: dict[str, Kind] = {"pixel_values": "pictures", "input_features": "sounds"
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pictures": _PICTURES, "sounds": (".wav",), "pictures with text": _PICTURES}
 TENSOR_SUFFIX = ".safetensors"
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # items that are made up for each part
 COUNTS: dict[Part, int] = {"calibration": 160, "training": 256, "evaluation": 64}
 # most files of a folder that are read, spread over all of them
@@ -45,7 +44,7 @@ MOST_SECONDS = 10.0
 TOGETHER = 64
 DECODER_TOKENS = 32
 # changes with anything that changes what is made or kept
-VERSION = 1
+VERSION = 2
 
 Array = np.ndarray[Any, Any]
 
@@ -67,12 +66,14 @@ class MediaRow:
 
 def media_of(directory: Path, config: Any) -> Kind | None:
     """What a checkpoint's model looks at or listens to, where a processor says how; None for any other."""
+    if reads_pictures_beside_text(directory, config):
+        return "pictures with text"
     has_processor = any((directory / name).is_file() for name in PROCESSOR_FILES)
     return KINDS.get(model_class(config).main_input_name) if has_processor else None
 
 
 def made_up(part: Part, directory: Path, config: Any) -> Path:
-    """Made-up items for a model that reads no text, in the cache; no item is in two parts.
+    """Made-up items for a model of pictures or sounds, in the cache; no item is in two parts.
 
     Args:
         part: what they are for.
@@ -93,10 +94,10 @@ def made_up(part: Part, directory: Path, config: Any) -> Path:
     processor = _processor(kind, directory)
 
     def items(start: int, stop: int) -> list[Array]:
-        make = partial(smooth_noise, generator) if kind == "pictures" else partial(chirps, generator, _rate(processor))
+        make = partial(chirps, generator, _rate(processor)) if kind == "sounds" else partial(smooth_noise, generator)
         return [make() for _ in range(start, stop)]
 
-    source = _Source(f"made-up-{kind}-{part}", f"{COUNTS[part]}", COUNTS[part], items, part)
+    source = _Source(f"made-up-{kind.replace(' ', '-')}-{part}", f"{COUNTS[part]}", COUNTS[part], items, part)
     return _kept(source, kind, processor, directory, config)
 
 
@@ -109,7 +110,7 @@ def folder_inputs(folder: Path, directory: Path, config: Any) -> Path:
         CalibrationError: when the model reads neither, the folder has no such files, or one cannot be read.
         NotWritableError: when the cache cannot be written.
     """
-    kind = "pictures with text" if reads_pictures_beside_text(directory, config) else media_of(directory, config)
+    kind = media_of(directory, config)
     if kind is None:
         raise CalibrationError(
             f"{folder} is a folder, and {directory} has a model of neither pictures nor sounds; give a file"
@@ -276,7 +277,7 @@ def _kept(source: _Source, kind: Kind, processor: Any, directory: Path, config: 
     """The tensors of items in the cache; made where they are not there."""
     count = source.count
     rules = "".join(file_hash(directory / name) for name in PROCESSOR_FILES if (directory / name).is_file())
-    key = f"{VERSION} {source.name} {source.content} {kind} {rules} {config.architectures}"
+    key = f"{VERSION} {source.name} {source.content} {kind} {rules} {tokenizer_hash(directory)} {config.architectures}"
     file = cache_directory("inputs") / f"{source.name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{TENSOR_SUFFIX}"
     if file.exists():
         return file
@@ -314,7 +315,7 @@ def _processed(items: list[Array], kind: Kind, processor: Any, directory: Path, 
     return {
         name: tensor
         for name, tensor in found.items()
-        if name in known and isinstance(tensor, Tensor) and len(tensor) == len(items)
+        if name in known and name != "labels" and isinstance(tensor, Tensor) and len(tensor) == len(items)
     }
 
 

@@ -17,6 +17,7 @@ from spmconvert.data.library import Part, library_text
 from spmconvert.errors import CalibrationError, first_line
 from spmconvert.model.architecture import model_class
 
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # pixels of a side
 SIDE = 224
 # characters of prose behind a picture
@@ -30,8 +31,18 @@ Picture = np.ndarray[Any, Any]
 
 def reads_pictures_beside_text(directory: Path, config: Any) -> bool:
     """Whether a checkpoint's model reads pictures and text, and has a processor for both."""
-    both = model_class(config).main_input_name == "input_ids" and getattr(config, "vision_config", None) is not None
-    return both and (directory / "processor_config.json").is_file() and model_class(config).can_generate()
+    if getattr(config, "vision_config", None) is None or not any((directory / name).is_file() for name in PROCESSOR_FILES):
+        return False
+    architecture = model_class(config)
+    return side_by_side(config) or (architecture.main_input_name == "input_ids" and architecture.can_generate())
+
+
+def side_by_side(config: Any) -> bool:
+    """Whether a model has a tower for text beside one for pictures, and compares what they say, as CLIP does."""
+    architecture = model_class(config)
+    towers = all(getattr(config, f"{name}_config", None) is not None for name in ("text", "vision"))
+    takes = {"input_ids", "pixel_values"} <= set(inspect.signature(architecture.forward).parameters)
+    return towers and takes and not architecture.can_generate()
 
 
 def pictured(
@@ -52,21 +63,35 @@ def pictured(
     """
     lines = library_text(part).read_text(encoding="utf-8").splitlines()
     known = inspect.signature(model_class(config).forward).parameters
+    looks: Any = getattr(processor, "image_processor", None)
+    if getattr(looks, "do_image_splitting", False):
+        # one view of each: a dozen tiles beside it would be the same layers on gigabytes
+        looks.do_image_splitting = False
     rows = []
     for number, picture in enumerate(pictures, first):
         prose = " ".join(lines[(3 * number + offset) % len(lines)] for offset in range(3))[:CHARACTERS]
         try:
-            found = processor(text=_asked(processor, prose), images=_square(picture), return_tensors="pt")
+            found = _processed(processor, prose, picture, config)
         except Exception as error:
             # processors raise whatever the libraries under them raise
             raise CalibrationError(
                 f"the processor of {directory} fails on a picture and a text: {first_line(error)}; give its tensors as "
                 "FILE.safetensors"
             ) from error
-        tensors = {name: tensor for name, tensor in found.items() if name in known and isinstance(tensor, Tensor)}
+        # of labels a model would make a loss that nobody asks for
+        wanted = known.keys() - {"labels"}
+        tensors = {name: tensor for name, tensor in found.items() if name in wanted and isinstance(tensor, Tensor)}
         patches = GRID in tensors
         rows.append({name: value if patches and name == "pixel_values" else value[0] for name, value in tensors.items()})
     return _stacked(rows, getattr(getattr(processor, "tokenizer", None), "pad_token_id", None) or 0, directory)
+
+
+def _processed(processor: Any, prose: str, picture: Picture, config: Any) -> Any:
+    """What a processor makes of a picture and words: behind it, or beside it as long as the other tower reads."""
+    if not side_by_side(config):
+        return processor(text=_asked(processor, prose), images=_square(picture), return_tensors="pt")
+    length = {"padding": "max_length", "truncation": True, "max_length": config.text_config.max_position_embeddings}
+    return processor(text=prose, images=_square(picture), return_tensors="pt", **length)
 
 
 def _asked(processor: Any, prose: str) -> str:

@@ -1,9 +1,13 @@
-"""What stands in where nobody gave data: which of the things that every machine has suits a model, and what to call it."""
+"""What stands in where nobody gave data: which of the things that every machine has suits a model, and what to call it.
+
+A model that reads pictures beside text is shown pictures where a layer that sees them is converted. Elsewhere it is given
+text alone, which a language model of its size is trained on too, and which takes a fraction of the time.
+"""
 
 import json
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +16,11 @@ from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.drawn import stand_in_text
 from spmconvert.data.library import Part, library_text
 from spmconvert.data.media import made_up, media_of
-from spmconvert.data.tokens import reads_text
+from spmconvert.data.pictured import reads_pictures_beside_text
+from spmconvert.data.tokens import has_tokenizer, reads_text
 from spmconvert.data.written import write_text, writes, written_file
+from spmconvert.model.architecture import skeleton
+from spmconvert.model.towers import beyond_text
 from spmconvert.system.caches import keep
 
 PROSE = "docstrings of the Python installation"
@@ -26,7 +33,7 @@ class StandIn:
     Attributes:
         file: a text, or a processor's tensors, in the cache.
         what: what it holds, in words.
-        better: what would be better, in words.
+        better: what it leaves out, and what would be better, in words.
     """
 
     file: Path
@@ -38,7 +45,12 @@ WRITTEN = "what the model writes itself"
 
 
 def written_stand_in(
-    part: Part, source: Checkpoint, config: Any, device: str, report: Callable[[int, int], None] | None
+    part: Part,
+    source: Checkpoint,
+    config: Any,
+    layers: Iterable[str],
+    device: str,
+    report: Callable[[int, int], None] | None,
 ) -> StandIn | None:
     """What a model writes itself, to train on with prose and drawn words beside it; None where it writes nothing.
 
@@ -46,6 +58,7 @@ def written_stand_in(
         part: calibration or training.
         source: the dense checkpoint.
         config: the model's config.
+        layers: names of those that are converted.
         device: where it would write.
         report: told how many rows are written, and of how many; None takes what it has written already.
 
@@ -56,15 +69,18 @@ def written_stand_in(
     parameters = sum(math.prod(entry.shape) for entry in source.tensors.values())
     if not reads_text(source.directory, config) or not writes(config, parameters, device):
         return None
+    if shows_pictures(source.directory, config, layers):
+        return None
     file = written_file(part, source.sha256())
     if report is not None:
         file = write_text(part, source.directory, source.sha256(), config, device, report)
     if not file.exists():
         return None
-    if part == "calibration":
-        return StandIn(file, WRITTEN)
-    beside = stand_in(part, source.directory, config)
-    return StandIn(file, WRITTEN) if beside is None else StandIn(_mixed(beside.file, file), f"{beside.what}, and {WRITTEN}")
+    beside = None if part == "calibration" else stand_in(part, source.directory, config, layers)
+    better = better_text(source.directory, config)
+    if beside is None:
+        return StandIn(file, WRITTEN, better)
+    return StandIn(_mixed(beside.file, file), f"{beside.what}, and {WRITTEN}", better)
 
 
 def _mixed(prose: Path, written: Path) -> Path:
@@ -78,24 +94,53 @@ def _mixed(prose: Path, written: Path) -> Path:
     return file
 
 
-def stand_in(part: Part, directory: Path, config: Any) -> StandIn | None:
+def shows_pictures(directory: Path, config: Any, layers: Iterable[str]) -> bool:
+    """Whether pictures go beside the text: the checkpoint has a processor for both, and text alone misses some layer.
+
+    Args:
+        directory: checkpoint, for its processor.
+        config: the model's config.
+        layers: names of those that are converted.
+    """
+    both = reads_text(directory, config) and reads_pictures_beside_text(directory, config)
+    return both and beyond_text(skeleton(config), layers)
+
+
+def stand_in(part: Part, directory: Path, config: Any, layers: Iterable[str] = ()) -> StandIn | None:
     """What a model is calibrated, trained or measured on where nobody gave anything; None where nothing suits it.
 
     Args:
         part: what it is for; no row is in two parts.
         directory: checkpoint, for its tokenizer or its processor.
         config: the model's config.
+        layers: names of those that are converted.
 
     Raises:
         CalibrationError: when its tokenizer or processor cannot be used.
         NotWritableError: when the cache cannot be written.
     """
+    if shows_pictures(directory, config, layers):
+        better = "a folder of pictures like those that the model is used on is far better"
+        return StandIn(made_up(part, directory, config), f"made-up pictures, each beside {PROSE}", better)
     if reads_text(directory, config):
         prose = library_text(part)
         file = prose if part == "evaluation" else stand_in_text(part, directory, config)
-        return StandIn(file, PROSE if file == prose else f"{PROSE}, and words drawn from the tokenizer's vocabulary")
+        what = PROSE if file == prose else f"{PROSE}, and words drawn from the tokenizer's vocabulary"
+        return StandIn(file, what, better_text(directory, config))
     kind = media_of(directory, config)
-    if kind is None:
+    if kind is None or (kind == "pictures with text" and not has_tokenizer(directory)):
         return None
-    better = f"a folder of {kind} like those that the model is used on is far better"
+    better = f"a folder of {kind.partition(' ')[0]} like those that the model is used on is far better"
     return StandIn(made_up(part, directory, config), f"made-up {kind}", better)
+
+
+def better_text(directory: Path, config: Any) -> str:
+    """What would be better than a text that stands in, and why no pictures are beside it where some could be."""
+    if getattr(config, "vision_config", None) is None:
+        return StandIn.better
+    reason = (
+        "as text reaches all that is converted"
+        if reads_pictures_beside_text(directory, config)
+        else "for want of a processor"
+    )
+    return f"without pictures, {reason}; {StandIn.better}"

@@ -6,7 +6,7 @@ Models that read no text (images, sound) read their processor's tensors from a .
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -149,7 +149,9 @@ class TrainingData:
     sha256: str
 
 
-def load_training_data(source: str, directory: Path, config: Any, training: Training) -> TrainingData:
+def load_training_data(
+    source: str, directory: Path, config: Any, training: Training, layers: Iterable[str] = ()
+) -> TrainingData:
     """Tokenise a text or take it from the cache; or open a file of tensors.
 
     Args:
@@ -157,13 +159,14 @@ def load_training_data(source: str, directory: Path, config: Any, training: Trai
         directory: checkpoint directory, for the tokenizer.
         config: the model's config.
         training: row length, held-out share, column and seed.
+        layers: names of those that are converted.
 
     Raises:
         CalibrationError: when the data is missing, empty, not UTF-8 or too short, or there is no tokenizer.
         OptionError: when reading it needs a package that is not installed.
     """
     if source == AUTO_TEXT:
-        found = stand_in("training", directory, config)
+        found = stand_in("training", directory, config, layers)
         if found is None:
             raise CalibrationError(
                 f"{directory} has neither a tokenizer for text alone nor a processor of pictures or sounds, so nothing "

@@ -23,6 +23,7 @@ from spmconvert.distill.layerwise import match_layer
 from spmconvert.distill.length import planned_steps, timed, typical_step
 from spmconvert.distill.loss import Distillation, Loss
 from spmconvert.distill.state import State, restore, snapshot
+from spmconvert.operator.kept import Keeper
 from spmconvert.recipe.recipe import Training
 
 # a held-out loss above this multiple of the first one ends a run at once; above the first one, two measurements in a row of
@@ -30,6 +31,8 @@ from spmconvert.recipe.recipe import Training
 # come back: with 2.0 two of three seeds of a small GPT-2 that begins 0.008 from its teacher were ended, while the third got
 # to 0.004
 DIVERGED = 4.0
+# of float32: a loss below this is one of rounding
+SMALLEST_LOSS = 1e-6
 
 
 @dataclass
@@ -192,9 +195,11 @@ def measure(run: TrainingRun) -> None:
         state.offer(record["held_out_loss"], run.trained)
     run.report(record)
     first, loss_now = state.history[0]["held_out_loss"], record["held_out_loss"]
-    above = [entry["held_out_loss"] > first for entry in state.history[-2:]]
+    # a student that is its teacher begins at zero, and below it by rounding
+    bound = max(first, SMALLEST_LOSS)
+    above = [entry["held_out_loss"] > bound for entry in state.history[-2:]]
     late = 2 * state.step > state.planned and len(above) > 1 and all(above)
-    if not loss_now < DIVERGED * first or late:
+    if not loss_now < DIVERGED * bound or late:
         state.stopped = f"the held-out loss rose from {first:.4g} to {loss_now:.4g} at step {state.step}"
 
 
@@ -202,8 +207,10 @@ def measure(run: TrainingRun) -> None:
 def held_out_losses(run: TrainingRun) -> dict[str, float]:
     """Held-out loss a position, and the perplexities of student and teacher where there are words."""
     training, held_out, student = run.training, run.data.held_out, run.distillation.student
-    # drops merged blocks: sharded parameters change without a trace that the cache could see
-    student.train(student.training)
+    # sharded parameters change without a trace that merged blocks could see
+    for module in student.modules():
+        if isinstance(module, Keeper):
+            module.drop_cache_()
     if run.guide is not None:
         run.guide.alpha = 0.0
     size = max(1, training.batch_size // training.accumulation // run.accelerator.num_processes)

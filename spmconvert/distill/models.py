@@ -1,4 +1,8 @@
-"""The two models of a finetune: the converted student in float32 without dropout, and its dense teacher."""
+"""The two models of a finetune: the converted student in float32, and its dense teacher, both as they run for a user.
+
+The student is not in training mode: dropout is not all that models do there. Wav2Vec2 masks spans of a sound, DINOv3 moves
+positions, batch norms take the numbers of the batch, BigBird attends at random; the teacher does none of it.
+"""
 
 from typing import Any
 
@@ -20,7 +24,7 @@ def load_student(converted: Converted, training: Training, device: torch.device)
         OptionError: when gradient checkpointing is asked for and the architecture has none.
     """
     config = load_config(converted.directory)
-    # dropout is off as in the teacher, also in the mode that recomputing activations needs
+    # off as in the teacher, also in blocks that are in training mode for being recomputed
     turn_dropout_off_(config)
     student = load(converted.directory, config=config, dtype=torch.float32).to(device).eval()
     for module in student.modules():
@@ -32,7 +36,10 @@ def load_student(converted: Converted, training: Training, device: torch.device)
         # transformers 5.23 calls it activation checkpointing
         name = "activation" if hasattr(student, "activation_checkpointing_enable") else "gradient"
         getattr(student, f"{name}_checkpointing_enable")({"use_reentrant": False})
-        student.train()
+        # blocks, and stacks of them, that are recomputed in training mode alone; what is inside of them stays as it is
+        for module in student.modules():
+            if getattr(module, "gradient_checkpointing", False):
+                module.training = True
     if training.compile:
         student.base_model.forward = torch.compile(student.base_model.forward)
     return student

@@ -1,10 +1,11 @@
 """Whether an exported model computes what the converted one does, on one small batch, before the export appears.
 
-Tokens where the model reads them, made-up pictures or sounds where it has a processor for these, nothing otherwise.
+Tokens where the model reads them, made-up pictures or sounds where it has a processor for these, nothing otherwise. A model
+that reads pictures beside text is compared on both where a converted layer sees pictures.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from spmconvert.checkpoint.converted import open_converted
 from spmconvert.data.media import made_up, media_batch, media_of, media_rows
+from spmconvert.data.standin import shows_pictures
 from spmconvert.data.tokens import keeps_cache, reads_tokens
 from spmconvert.errors import FitError
 from spmconvert.outputs.objective import first_states
-from spmconvert.outputs.probe import token_batch
+from spmconvert.outputs.probe import runs_on_tokens, token_batch
 
 CHECKED_TOKENS, CHECKED_ITEMS = 16, 2
 # largest difference of an output, relative to the largest output, by the dtype of the model
@@ -38,18 +41,25 @@ class Comparison:
     what: str
 
 
-def sample_batch(directory: Path, model: Any) -> dict[str, Any] | None:
+def sample_batch(directory: Path, model: Any, layers: Iterable[str] = ()) -> dict[str, Any] | None:
     """Keyword arguments to compare a model on; None where there is nothing that it can be run on.
 
     Args:
         directory: its checkpoint, for its processor.
         model: loaded.
+        layers: names of those that are converted; without any, tokens are enough where the model reads them.
     """
-    if reads_tokens(model.config):
-        return token_batch(model, CHECKED_TOKENS)
+    if reads_tokens(model.config) and not shows_pictures(directory, model.config, layers):
+        return token_batch(model, CHECKED_TOKENS) if runs_on_tokens(model) else None
     if media_of(directory, model.config) is None:
         return None
     return media_batch(media_rows(made_up("evaluation", directory, model.config), model.config)[:CHECKED_ITEMS], model)
+
+
+def reads_more(model: Any) -> str:
+    """Why there is nothing to run a model on."""
+    name = model.main_input_name
+    return f"the model reads {name}{' beside more' if name == 'input_ids' else ''} and has no processor for all of it"
 
 
 def sample_output(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -57,7 +67,7 @@ def sample_output(model: Any, batch: dict[str, Any]) -> Tensor:
     # a cache of models without attention cannot say how long it is
     keeps = {"use_cache": False} if "input_ids" in batch and keeps_cache(model.config) else {}
     with torch.no_grad():
-        return first_states(model(**batch, **keeps)).float()
+        return first_states(model(**{**batch, **keeps})).float()
 
 
 def compare_loaded(converted: Path, load_converted: Callable[[], Any], load_exported: Callable[[], Any]) -> Comparison:
@@ -73,14 +83,15 @@ def compare_loaded(converted: Path, load_converted: Callable[[], Any], load_expo
     """
     outputs: list[Tensor] = []
     what = ""
+    layers = open_converted(converted, recorded=False).layers
     for make in (load_converted, load_exported):
         model = make().eval()
         limit = TOLERANCE.get(model.dtype, max(TOLERANCE.values()))
-        batch = sample_batch(converted, model)
+        batch = sample_batch(converted, model, layers)
         if batch is None:
-            return Comparison(None, limit, f"not compared, the model reads {model.main_input_name} and has no processor")
-        name, first = next(iter(batch.items()))
-        what = f"first one on {name} of {' x '.join(str(size) for size in first.shape)}"
+            return Comparison(None, limit, f"not compared, {reads_more(model)}")
+        name = "pixel_values" if "pixel_values" in batch else next(iter(batch))
+        what = f"first one on {name} of {' x '.join(str(size) for size in batch[name].shape)}"
         outputs.append(sample_output(model, batch))
         # one model at a time
         del model

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from spmconvert.checkpoint.converted import Converted
 from spmconvert.data.tokens import keeps_cache, reads_tokens
 from spmconvert.errors import BackendError, FitError, UnsupportedLayerError, first_line
-from spmconvert.exporting.comparison import TOLERANCE, Comparison, checked, sample_batch
+from spmconvert.exporting.comparison import TOLERANCE, Comparison, checked, reads_more, sample_batch
 from spmconvert.exporting.form import refuse_opened
 from spmconvert.exporting.frozen import freeze_
 from spmconvert.exporting.sentences import with_sentence_modules
@@ -183,9 +183,7 @@ class GraphForm:
 def _batches(directory: Path, model: Any) -> list[Batch]:
     first = sample_batch(directory, model)
     if first is None:
-        raise UnsupportedLayerError(
-            f"{directory} has a model of {model.main_input_name} and no processor that makes them; put the processor there"
-        )
+        raise UnsupportedLayerError(f"{directory}: {reads_more(model)}; put the processor there")
     if not reads_tokens(model.config):
         keep = {name: value for name, value in first.items() if isinstance(value, Tensor)}
         return [keep, {name: value[:1] for name, value in keep.items()}]

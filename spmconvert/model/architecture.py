@@ -1,12 +1,12 @@
 """Which model class a checkpoint asks for, and its skeleton without memory."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from spmconvert.errors import NEEDS_CODE, CheckpointError, SpmconvertError, first_line
+from spmconvert.errors import NEEDS_CODE, CalibrationError, CheckpointError, SpmconvertError, first_line
 
 
 def model_class(config: Any) -> Any:
@@ -46,6 +46,28 @@ def understood(otherwise: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CheckpointError(f"{otherwise}: {first_line(error)}") from error
+
+
+@contextmanager
+def runs_on(model: Any, batch: Iterable[str]) -> Iterator[None]:
+    """Name a model that wants more than it is given: signatures call optional what is not, such as boxes of words.
+
+    Args:
+        model: that runs inside.
+        batch: names of what it is given.
+
+    Raises:
+        CalibrationError: in the place of what its code raises for arguments that are missing.
+    """
+    try:
+        yield
+    except SpmconvertError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"{type(model).__name__} does not run on {', '.join(batch)} alone: {first_line(error)}; give its processor's "
+            "tensors as FILE.safetensors, or convert with --calib none"
+        ) from error
 
 
 def load_config(directory: Any) -> Any:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from spmconvert.model.architecture import runs_on
 from spmconvert.model.opening import open_
 from spmconvert.model.states import States
 from spmconvert.operator.offloaded import fetched
@@ -206,7 +207,7 @@ class Chain:
             after = _state_of(output).to(state.dtype)
             return after if isinstance(output, Tensor) else (after, *output[1:])
 
-        with self._called(run):
+        with self._called(run), runs_on(self.model, row):
             self._around(**self._without_cache(row))
         forms = {None if isinstance(output, Tensor) else len(output) - 1 for output in outputs}
         if order != list(range(len(self))) or len(forms) != 1:

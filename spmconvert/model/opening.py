@@ -10,6 +10,7 @@ from spmconvert.checkpoint.names import resolve_name
 from spmconvert.model.experts import OpenedExperts, chosen_experts, projections
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.other_experts import OpenedProjection, OpenedSharedExperts
+from spmconvert.model.places import put_module
 from spmconvert.model.recurrence import OpenedRecurrence
 
 _EXPERT = re.compile(r"(.+)\.\d+\.(gate_up|gating|up|down|expert)")
@@ -76,7 +77,7 @@ def open_(model: nn.Module, names: Iterable[str] | None = None, *, config: Any =
     for name in found:
         parent, _, child = name.rpartition(".")
         around, module = model.get_submodule(parent), model.get_submodule(name)
-        setattr(around, child, _opened(module, around, config or getattr(model, "config", None)))
+        put_module(around, child, _opened(module, around, config or getattr(model, "config", None)))
     return found
 
 
@@ -94,4 +95,4 @@ def close_(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if isinstance(module, OpenedModule):
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, module.closed())
+            put_module(model.get_submodule(parent), child, module.closed())

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from spmconvert.checkpoint.names import resolve_name
+from spmconvert.model.places import modules_around, put_module
 from spmconvert.operator.plain import PlainLayer
 
 # before the model type in config.json
@@ -95,8 +96,7 @@ def replace_layers(
         dtype = getattr(torch, entry["dtype"]) if entry["dtype"] else None
         terms = {kind: term_forms[form](*sizes, **numbers, dtype=dtype) for kind, (form, numbers) in entry["terms"].items()}
         parent, _, child = module.rpartition(".")
-        around = model.get_submodule(parent)
-        setattr(around, child, PlainLayer(*sizes, entry["bias"], terms, dtype))
-        if next(around.parameters(recurse=False), None) is None:
+        put_module(model.get_submodule(parent), child, PlainLayer(*sizes, entry["bias"], terms, dtype))
+        for around in modules_around(model, module):
             # transformers would reach for the weights of the layer inside to draw fresh ones
-            around._is_hf_initialized = True
+            around._is_hf_initialized = True  # type: ignore[assignment]

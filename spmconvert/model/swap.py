@@ -17,6 +17,7 @@ from spmconvert.errors import CheckpointError
 from spmconvert.model.experts import OpenedExperts
 from spmconvert.model.opened_module import OpenedModule
 from spmconvert.model.opening import close_, open_, opened_names
+from spmconvert.model.places import put_module
 from spmconvert.model.stacked_experts import StackedExperts
 from spmconvert.operator.linear import SPMLinear
 
@@ -38,7 +39,7 @@ def as_it_runs(model: Any) -> Any:
 def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put a layer in the place of the module of that name."""
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
+    put_module(model.get_submodule(parent), child, layer)
 
 
 def stack_(model: nn.Module) -> None:

@@ -66,10 +66,26 @@ def class_logits(output: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def first_states(output: Any) -> Tensor:
-    """The first of a model's outputs that is no number of something, such as the codes of a sound."""
+    """The first of a model's outputs that is no number of something, such as the codes of a sound.
+
+    Of towers side by side the embeddings of both [rows, 2, features]: what they agree on is compared elsewhere.
+    """
+    both = paired_embeddings(output)
+    if both is not None:
+        return both
     values = output.values() if isinstance(output, dict) else output
     found: Tensor = next(value for value in values if isinstance(value, Tensor) and value.is_floating_point())
     return found
+
+
+def paired_embeddings(output: Any) -> Tensor | None:
+    """What towers side by side make of a text and of a picture, [rows, 2, features]; None for any other output."""
+    if not isinstance(output, dict):
+        return None
+    sides = [output.get(f"{side}_embeds") for side in ("text", "image")]
+    tensors = [side for side in sides if isinstance(side, Tensor) and side.ndim == 2]
+    alike = len(tensors) == len(sides) and tensors[0].shape == tensors[1].shape
+    return torch.stack(tensors, dim=1) if alike else None
 
 
 def all_states(output: Any) -> tuple[Tensor, ...]:

@@ -24,8 +24,18 @@ def first_output(model: Any, ids: torch.Tensor) -> torch.Tensor:
     try:
         with torch.no_grad():
             return model(**batch, **keeps)[0].float()
-    except (TypeError, ValueError) as error:
+    except (AttributeError, TypeError, ValueError) as error:
         raise CheckpointError(f"{type(model).__name__} does not run on tokens alone: {first_line(error)}") from error
+
+
+def runs_on_tokens(model: Any) -> bool:
+    """Whether a model answers tokens alone; many say only when they are called that they want more."""
+    ids = torch.arange(1, 3, device=model.device)[None] % vocabulary_size(model)
+    try:
+        first_output(model, ids)
+    except CheckpointError:
+        return False
+    return True
 
 
 def text_config(config: Any) -> Any:

@@ -20,9 +20,9 @@ from spmconvert.data.media import TENSOR_SUFFIX
 from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import CheckpointError, OptionError, TargetError, UnsupportedLayerError
 from spmconvert.model.stored import StoredNames
+from spmconvert.model.towers import Tower
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.plan.targets import Selection, Target, matches, select_targets
-from spmconvert.plan.towers import Tower
 from spmconvert.recipe.recipe import LayerDesign, Recipe
 
 # share of a large matrix product's speed that a fit reaches, merging included; 0.25 to 0.45 measured on 384 to 3072 wide

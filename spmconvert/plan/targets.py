@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from spmconvert.errors import OptionError, TargetError, UnsupportedLayerError
+from spmconvert.model.towers import TOWERS, Tower, inside, towers_of
 from spmconvert.plan.structure import (
     Kind,
     Linear,
@@ -26,7 +27,6 @@ from spmconvert.plan.structure import (
     tied_to,
     unsupported_forms,
 )
-from spmconvert.plan.towers import TOWERS, Tower, inside, towers_of
 
 PRESETS = ("mlp", "attn", "all")
 _WILDCARDS = re.compile(r"[*?\[]")

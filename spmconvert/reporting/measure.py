@@ -3,8 +3,8 @@
 What is compared follows from the architecture: distributions over words (KL a token in nats, top-1 agreement, and
 perplexity where the model is causal), classes (agreement and KL a row), the scores of a model with one output (whether rows
 rank as before, and by how much scores differ), or the representations of an encoder (cosine of states and of mean-pooled
-embeddings, and whether pairs of texts are as similar as before). Everything is computed in
-float32 from the outputs of the models as they are loaded; standard errors are over rows.
+embeddings, and whether pairs of texts are as similar as before; of towers side by side texts and pictures). Everything is
+computed in float32 from the outputs of the models as they are loaded; standard errors are over rows.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, log_so
 from spmconvert.data.media import MediaRow
 from spmconvert.data.rows import row_batch
 from spmconvert.data.tokens import reads_packed
-from spmconvert.outputs.objective import class_logits, first_states, objective_for, real_mask
+from spmconvert.outputs.objective import class_logits, first_states, objective_for, paired_embeddings, real_mask
 from spmconvert.reporting.rows import EvaluationRows
 from spmconvert.reporting.schema import Metric
 
@@ -147,6 +147,7 @@ def _score_ranking(dense: Tensor, other: Tensor) -> Metric:
 def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tuple[Metric, ...]:
     states, embeddings = _Means(), _Means()
     pooled: list[tuple[Tensor, Tensor]] = []
+    sides: list[tuple[Tensor, Tensor]] = []
     for batch, target, other_outputs in _outputs(dense, other, rows):
         target_states, other_states = (_by_position(first_states(outputs).float()) for outputs in (target, other_outputs))
         mask = _mask(batch, target_states)
@@ -154,6 +155,11 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
         pair = _mean_pooled(target_states, mask), _mean_pooled(other_states, mask)
         embeddings.add(cosine_similarity(pair[0], pair[1], dim=-1)[:, None], mask.any(-1, keepdim=True))
         pooled.append((pair[0].cpu(), pair[1].cpu()))
+        if paired_embeddings(target) is not None:
+            sides.append((target_states.cpu(), other_states.cpu()))
+    if sides and len(rows.rows) >= 3:
+        both = [torch.cat(part) for part in zip(*sides, strict=True)]
+        return _compare_sides(both[0], both[1], states)
     what = "item" if isinstance(rows.rows[0], MediaRow) else "text"
     metrics = [
         _metric("embedding", f"cosine of {what} embeddings", "", embeddings, f"{what}s", higher=True),
@@ -163,6 +169,25 @@ def _compare_representations(dense: Any, other: Any, rows: EvaluationRows) -> tu
         first, second = (torch.cat(part) for part in zip(*pooled, strict=True))
         metrics.insert(0, _similarity_ranking(first, second, what))
     return tuple(metrics)
+
+
+def _compare_sides(dense: Tensor, other: Tensor, states: _Means) -> tuple[Metric, ...]:
+    """How every text ranks with every picture, by embeddings of both [rows, 2, features]; the error is a bootstrap."""
+    first, second = (normalize(both[:, 0], dim=-1) @ normalize(both[:, 1], dim=-1).t() for both in (dense, other))
+    draws = torch.randint(0, len(dense), (BOOTSTRAP_DRAWS, len(dense)), generator=torch.Generator().manual_seed(0))
+    drawn = [_spearman(*(matrix[rows][:, rows].flatten() for matrix in (first, second))) for rows in draws]
+    ranking = Metric(
+        key="similarity",
+        title="ranking of text and picture similarities (Spearman)",
+        unit="",
+        dense=None,
+        converted=_spearman(first.flatten(), second.flatten()),
+        higher_is_better=True,
+        samples=first.numel(),
+        sample="texts with pictures",
+        standard_error=float(torch.tensor(drawn).std()),
+    )
+    return ranking, _metric("embedding", "cosine of embeddings", "", states, "texts and pictures", higher=True)
 
 
 def _mask(batch: dict[str, Any], states: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from spmconvert.checkpoint.converted import Converted, open_source
@@ -9,6 +10,7 @@ from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.tokens import reads_tokens
 from spmconvert.errors import CheckpointError, ModelNotFoundError
 from spmconvert.model.loading import load, load_whole
+from spmconvert.outputs.probe import runs_on_tokens
 from spmconvert.reporting.schema import NotMeasured
 
 
@@ -45,7 +47,7 @@ class ReportRun:
         """Note something that was not measured."""
         self.not_measured.append(NotMeasured(what=what, reason=reason, remedy=remedy))
 
-    @property
+    @cached_property
     def reads_tokens(self) -> bool:
         """Whether the model's input is text alone."""
-        return reads_tokens(self.config)
+        return reads_tokens(self.config) and runs_on_tokens(self.student)

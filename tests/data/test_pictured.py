@@ -1,5 +1,6 @@
 """Pictures with a text beside each, for models that read both."""
 
+import json
 import shutil
 
 import numpy as np
@@ -9,11 +10,14 @@ import transformers
 from PIL import Image
 
 import spmconvert
+from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands.finetune import finetune
 from spmconvert.commands.report import report
-from spmconvert.data import pictured
+from spmconvert.data import media, pictured
 from spmconvert.data.media import folder_inputs, media_batch, media_rows
-from spmconvert.model.architecture import load_config
+from spmconvert.data.standin import stand_in
+from spmconvert.model.architecture import load_config, skeleton
+from spmconvert.model.towers import beyond_text
 from tests.conftest import _tokenizer, llama_config
 from tests.support import QUICK, SHORT
 
@@ -128,3 +132,66 @@ def test_a_processor_that_fails_is_named(llava, albums, tmp_path):
         shutil.copy(llava / name, tmp_path / name)
     with pytest.raises(spmconvert.errors.CalibrationError, match="no processor for pictures with text that can be used"):
         folder_inputs(albums["measure"], tmp_path, load_config(tmp_path))
+
+
+def test_pictures_are_made_up_where_a_converted_layer_sees_them(run, llava, tmp_path, monkeypatch):
+    """Calibration, training, measuring and the comparison of an export, without a file."""
+    monkeypatch.setattr(media, "COUNTS", {"calibration": 40, "training": 24, "evaluation": 12})
+    quick = ["--refine", "0", "--set", "fit.iterations=2", "--structures", "lowrank", "--keep", "0.5", "--allow-slower"]
+    monkeypatch.chdir(tmp_path)
+    ignored = ["--ignore", "*.encoder.layers.1.*"]
+    code, _, err = run("convert", llava, "-o", "o", "--targets", "text:mlp,vision:mlp", *ignored, *quick)
+    assert code == 0, err
+    assert "calibrated on made-up pictures, each beside docstrings" in err
+    record = json.loads((tmp_path / "o" / "spm.json").read_text())
+    assert {layer["name"].split(".")[1] for layer in record["layers"]} == {"language_model", "vision_tower"}
+    code, _, err = run("finetune", "o", "--steps", "2", "--batch-size", "2")
+    assert code == 0, err
+    assert "trained on made-up pictures, each beside docstrings" in err
+    found = report(tmp_path / "o-ft", data="auto", rows=4, seconds=0.01)
+    assert found.quality[0].text.startswith("made-up pictures")
+    exported = spmconvert.export(tmp_path / "o-ft", tmp_path / "dense")
+    assert exported.compared == "first one on pixel_values of 2 x 3 x 16 x 16"
+    assert exported.difference is not None
+
+
+def test_text_alone_where_no_converted_layer_sees_pictures(run, llava, tmp_path):
+    quick = ["--refine", "0", "--rank", "4", "--stages", "0", "--set", "calibration.rows=8"]
+    code, _, err = run("convert", llava, "-o", tmp_path / "o", "--targets", "mlp", *quick)
+    assert code == 0, err
+    assert "the model writes itself; without pictures, as text reaches all that is converted; a text like" in err
+    found = stand_in("training", llava, load_config(llava), open_converted(tmp_path / "o").layers)
+    assert found.file.suffix == ".txt"
+
+
+def test_pictures_without_a_processor_are_said_to_be_missing(llava, tmp_path):
+    shutil.copytree(llava, tmp_path / "s")
+    (tmp_path / "s" / "processor_config.json").unlink()
+    found = stand_in(
+        "training", tmp_path / "s", load_config(tmp_path / "s"), ["model.vision_tower.encoder.layers.0.mlp.fc1"]
+    )
+    assert found.file.suffix == ".txt"
+    assert "without pictures, for want of a processor" in found.better
+
+
+def test_what_text_alone_does_not_run(llava):
+    model = skeleton(load_config(llava))
+    beyond = ("model.vision_tower.encoder.layers.0.mlp.fc1", "model.multi_modal_projector.linear_1")
+    assert all(beyond_text(model, [name]) for name in beyond)
+    assert not beyond_text(model, ["model.language_model.layers.0.mlp.up_proj", "lm_head"])
+
+
+def test_a_finetune_of_an_unconverted_state_has_no_loss(llava, albums, tmp_path):
+    """With dropout in both towers, and blocks that are recomputed: layers of full rank are the dense ones."""
+    shutil.copytree(llava, tmp_path / "s")
+    config = json.loads((tmp_path / "s" / "config.json").read_text())
+    for tower in ("text_config", "vision_config"):
+        config[tower]["attention_dropout"] = 0.5
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    options = {**QUICK, "stages": 0, "rank": 32, "allow_growth": True}
+    spmconvert.convert(tmp_path / "s", tmp_path / "o", targets="mlp", **options)
+    short = {**SHORT, "steps": 2, "evaluate_every": 1, "learning_rate": 1e-9, "gradient_checkpointing": True}
+    tuned = finetune(tmp_path / "o", tmp_path / "t", data=albums["train"], **short)
+    curve = json.loads((tmp_path / "t" / "spm.json").read_text())["finetune"][-1]["curve"]
+    assert len(curve) == 2, tuned.stopped
+    assert max(tuned.start_loss, *curve) < 1e-6

@@ -59,7 +59,7 @@ def test_rows_to_train_on_have_prose_beside_them(write, checkpoints):
     own, _ = write("gpt2", part="training")
     source = open_checkpoint(str(checkpoints["gpt2"]))
     config = load_config(source.directory)
-    found = written_stand_in("training", source, config, "cpu", None)
+    found = written_stand_in("training", source, config, [], "cpu", None)
     assert found.what == "docstrings of the Python installation, and what the model writes itself"
     rows = [json.loads(line)["text"] for line in found.file.read_text().splitlines()]
     prose = library_text("training").read_text().splitlines()

@@ -4,7 +4,8 @@ A tower is the outermost module that is a model of its own and has the config th
 ``text_config``, ``vision_config`` or ``audio_config``. That holds for transformers' models whatever they call the modules.
 """
 
-from typing import Literal, get_args
+from collections.abc import Iterable
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -33,3 +34,17 @@ def towers_of(model: nn.Module) -> dict[Tower, str]:
 def inside(tower: str, name: str) -> bool:
     """Whether a module is part of a tower."""
     return name.startswith(f"{tower}.")
+
+
+def beyond_text(model: Any, layers: Iterable[str]) -> bool:
+    """Whether any of these layers is one that text alone does not run: outside of the tower for text, and no output head.
+
+    Args:
+        model: on any device; only its modules are looked at.
+        layers: their names.
+    """
+    text = towers_of(model).get("text")
+    head = model.get_output_embeddings()
+    return text is not None and any(
+        not inside(text, name) and (head is None or model.get_submodule(name) is not head) for name in layers
+    )
