@@ -22,12 +22,7 @@ def put_module(parent: nn.Module, child: str, module: nn.Module) -> None:
 
 
 def modules_around(model: nn.Module, name: str) -> list[nn.Module]:
-    """The modules that a layer lies in and that have no tensor of their own, without models inside of the model.
-
-    Args:
-        model: any.
-        name: of the layer.
-    """
+    """The modules that the layer of a name lies in and that have no tensor of their own, without models in the model."""
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
     return [module for module in around if not (_has_tensors(module) or hasattr(module, "base_model_prefix"))]

@@ -348,7 +348,7 @@ def test_tracker(converted, text, tmp_path):
 
 def test_what_a_cpu_cannot_do(converted, text, tmp_path):
     with pytest.raises(BackendError, match="fp16"):
-        finetune(converted["gpt2"], tmp_path / "o", data=text, precision="fp16", **SHORT)
+        finetune(converted["gpt2"], tmp_path / "o", data=text, **{**SHORT, "precision": "fp16"})
     with pytest.raises(OptionError, match="several processes"):
         finetune(converted["gpt2"], tmp_path / "o", data=text, shard=True, **SHORT)
 

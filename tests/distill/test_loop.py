@@ -22,7 +22,7 @@ from spmconvert.recipe.recipe import Training
 from tests.conftest import VOCABULARY, gpt2_config
 
 LAYER = "transformer.h.0.mlp.c_fc"
-SHORT = {"steps": 10, "batch_size": 4, "evaluate_every": 5, "learning_rate": 1e-3}
+SHORT = {"steps": 10, "batch_size": 4, "evaluate_every": 5, "learning_rate": 1e-3, "precision": "fp32"}
 
 
 class Watched(torch.optim.AdamW):
