@@ -3,8 +3,6 @@
 The code goes into checkpoints that carry their own (``exporting/source``), so it imports nothing but torch.
 """
 
-from typing import Any
-
 from torch import nn
 
 
@@ -17,16 +15,12 @@ def put_module(parent: nn.Module, child: str, module: nn.Module) -> None:
     setattr(parent, child, module)
     for key, value in vars(parent).items():
         if isinstance(value, (list, tuple)) and any(item is before for item in value):
-            changed: Any = [module if item is before else item for item in value]
-            setattr(parent, key, changed if isinstance(value, list) else tuple(changed))
+            setattr(parent, key, type(value)(module if item is before else item for item in value))
 
 
 def modules_around(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that the layer of a name lies in and that have no tensor of their own, without models in the model."""
     parts = name.split(".")
     around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
-    return [module for module in around if not (_has_tensors(module) or hasattr(module, "base_model_prefix"))]
-
-
-def _has_tensors(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False))
+    inner = [module for module in around if not hasattr(module, "base_model_prefix")]
+    return [module for module in inner if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]]
