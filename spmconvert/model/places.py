@@ -20,7 +20,6 @@ def put_module(parent: nn.Module, child: str, module: nn.Module) -> None:
 
 def modules_around(model: nn.Module, name: str) -> list[nn.Module]:
     """The modules that the layer of a name lies in and that have no tensor of their own, without models in the model."""
-    parts = name.split(".")
-    around = [model.get_submodule(".".join(parts[:end])) for end in range(1, len(parts))]
+    around = [model.get_submodule(name[:end]) for end, letter in enumerate(name) if letter == "."]
     inner = [module for module in around if not hasattr(module, "base_model_prefix")]
     return [module for module in inner if not [*module.parameters(recurse=False), *module.buffers(recurse=False)]]
