@@ -80,7 +80,8 @@ def written_stand_in(
     better = better_text(source.directory, config)
     if beside is None:
         return StandIn(file, WRITTEN, better)
-    return StandIn(_mixed(beside.file, file), f"{beside.what}, and {WRITTEN}", better)
+    what = f"{beside.what.replace(', and ', ', ')}, and {WRITTEN}"
+    return StandIn(_mixed(beside.file, file), what, better)
 
 
 def _mixed(prose: Path, written: Path) -> Path:
