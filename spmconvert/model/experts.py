@@ -17,6 +17,7 @@ fused.
 """
 
 import inspect
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,60 @@ def _zeros(module: nn.Module) -> int:
     return getattr(module, "zero_expert_num", 0)
 
 
-class OpenedExperts(OpenedModule):
+class ExpertsCall(nn.Module):
+    """The call of transformers' experts, whatever runs them.
+
+    Attributes:
+        batched: whether tokens come sorted by expert, as Llama 4 gives them.
+    """
+
+    batched: bool
+
+    def forward(
+        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
+    ) -> Tensor:
+        """What the chosen experts make of tokens, added up by weight.
+
+        Args:
+            hidden_states: [tokens, in_features]; where no choice is given, [experts * tokens, in_features] with zeros for
+                tokens that an expert was not chosen for.
+            top_k_index: experts of every token, [tokens, chosen].
+            top_k_weights: their weights.
+
+        Returns:
+            [tokens, in_features], or as many rows as there were where no choice is given.
+        """
+        if self.batched:
+            return self._each_its_own(hidden_states)
+        assert top_k_index is not None
+        assert top_k_weights is not None
+        return self._chosen(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
+
+    @abstractmethod
+    def _chosen(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """What the chosen experts make of tokens [tokens, in_features], by index and weights [tokens, chosen]."""
+
+    @abstractmethod
+    def _each_its_own(self, hidden_states: Tensor) -> Tensor:
+        """What every expert makes of its share of the rows [experts * tokens, in_features]."""
+
+
+def added_up(outputs: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """Outputs of experts, sorted by expert, back in the order of their tokens and added up in it: the same on every run.
+
+    Args:
+        outputs: [tokens * chosen, out_features].
+        order: where each was among all choices, [tokens * chosen].
+        weights: of the choices, [tokens, chosen].
+
+    Returns:
+        [tokens, out_features].
+    """
+    weighted = outputs * weights.reshape(-1)[order, None]
+    return torch.empty_like(weighted).index_copy(0, order, weighted).view(*weights.shape, -1).sum(1)
+
+
+class OpenedExperts(ExpertsCall, OpenedModule):
     """Fused experts as one module an expert, with the same call.
 
     Args:
@@ -131,39 +185,17 @@ class OpenedExperts(OpenedModule):
         """One module an expert, in order."""
         return list(self.children())[: self.count]
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """What the chosen experts make of tokens, added up by weight.
-
-        Args:
-            hidden_states: [tokens, in_features]; where no choice is given, [experts * tokens, in_features] with zeros for
-                tokens that an expert was not chosen for.
-            top_k_index: experts of every token, [tokens, chosen].
-            top_k_weights: their weights.
-
-        Returns:
-            [tokens, in_features], or as many rows as there were where no choice is given.
-        """
-        if self.batched:
-            return self._each_its_own(hidden_states)
-        assert top_k_index is not None
-        assert top_k_weights is not None
-        mixed = self._all if is_recorded() else self._chosen
-        return mixed(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
-
     def _chosen(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        tokens, chosen = index.shape
+        if is_recorded():
+            return self._all(hidden_states, index, weights)
         order = index.reshape(-1).argsort(stable=True)
         counts = index.reshape(-1).bincount(minlength=self.count + self.zeros).tolist()
         passed_on = sum(counts[self.count : self.count + self.zeros])
-        *routed, passed = (order // chosen).split([*counts[: self.count], passed_on])
+        *routed, passed = (order // index.shape[1]).split([*counts[: self.count], passed_on])
         outputs = [
             self._run(expert, hidden_states, own) for expert, own in zip(self.experts, routed, strict=True) if len(own)
         ]
-        weighted = torch.cat([*outputs, hidden_states[passed]]) * weights.reshape(-1)[order, None]
-        # back to the order of the tokens, and added up in it: the same on every run
-        return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, chosen, -1).sum(1)
+        return added_up(torch.cat([*outputs, hidden_states[passed]]), order, weights)
 
     def _all(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """The same with every token through every expert: what is written down must not depend on values."""

@@ -12,13 +12,13 @@ memory.
 import torch
 from torch import Tensor, nn
 
-from spmconvert.model.experts import OpenedExperts
+from spmconvert.model.experts import ExpertsCall, OpenedExperts, added_up
 from spmconvert.model.stacked_layer import StackedLayer
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.reference import is_recorded
 
 
-class StackedExperts(nn.Module):
+class StackedExperts(ExpertsCall):
     """All experts of a block.
 
     Args:
@@ -28,7 +28,7 @@ class StackedExperts(nn.Module):
 
     def __init__(self, opened: OpenedExperts) -> None:
         super().__init__()
-        self.names, self.count = opened.names, opened.count
+        self.names, self.count, self.batched = opened.names, opened.count, opened.batched
         self.register_buffer(opened.mark, getattr(opened, opened.mark))
         experts = opened.experts
         for name in self.names:
@@ -42,39 +42,16 @@ class StackedExperts(nn.Module):
         self._opened = (opened,)
         self.train(opened.training)
 
-    def forward(
-        self, hidden_states: Tensor, top_k_index: Tensor | None = None, top_k_weights: Tensor | None = None
-    ) -> Tensor:
-        """What the chosen experts make of tokens, added up by weight.
-
-        Args:
-            hidden_states: [tokens, in_features]; where no choice is given, [experts * tokens, in_features] with zeros for
-                tokens that an expert was not chosen for.
-            top_k_index: experts of every token, [tokens, chosen].
-            top_k_weights: their weights.
-
-        Returns:
-            [tokens, in_features], or as many rows as there were where no choice is given.
-        """
-        if self._opened[0].batched:
-            return self._each_its_own(hidden_states)
-        assert top_k_index is not None
-        assert top_k_weights is not None
-        return self._chosen(hidden_states, top_k_index, top_k_weights).to(hidden_states.dtype)
-
     def _chosen(self, hidden_states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        tokens, chosen = index.shape
         experts, order = index.reshape(-1).sort(stable=True)
-        rows = hidden_states[order // chosen]
+        rows = hidden_states[order // index.shape[1]]
         if self._opened[0].zeros:
             # what is handed on as it is goes through the last expert for nothing: the host waits for no count
             outputs = self._run(rows, experts.clamp(max=self.count - 1))
             outputs = torch.where((experts < self.count)[:, None], outputs, rows)
         else:
             outputs = self._run(rows, experts)
-        weighted = outputs * weights.reshape(-1)[order, None]
-        # back to the order of the tokens, and added up in it: the same on every run
-        return torch.empty_like(weighted).index_copy(0, order, weighted).view(tokens, chosen, -1).sum(1)
+        return added_up(outputs, order, weights)
 
     def _each_its_own(self, hidden_states: Tensor) -> Tensor:
         experts = torch.arange(self.count, device=hidden_states.device)
