@@ -1,17 +1,19 @@
 """Words drawn at random from a tokenizer's own vocabulary, beside prose that every machine has.
 
 Vocabularies are sorted by how often their words were met, so Zipf's law over that order gives about the words of the text
-that the tokenizer was made from, names and rare ones included, which docstrings lack. An encoder that is fitted or trained
-on half docstrings, half drawn words loses much less elsewhere than on docstrings alone, and so does a language model that
-is trained on them. To be fitted it reads prose alone: there it gains nothing, since what follows from what is lost with the
-order of words (docs/results.md).
+that the tokenizer was made from, names and rare ones included, of which two megabytes of prose have few. An encoder that is
+fitted or trained on them beside prose loses less elsewhere than on prose alone. It also reads half of the prose a
+sentence at a time, as much of what it is used on is short. A model of language reads prose alone: it gains nothing by
+drawn words, since what follows from what is lost with the order of words (docs/results.md).
 """
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
-from spmconvert.data.library import Part, library_text
+from spmconvert.data.documents import SHORTEST_DOCUMENT
+from spmconvert.data.library import Part, library_text, prose
 from spmconvert.data.tokens import load_tokenizer, reads_packed, tokenizer_hash
 from spmconvert.system.caches import keep
 
@@ -22,12 +24,13 @@ FEWEST_WORDS = 1000
 # Zipf's law as Mandelbrot put it, so that the first words do not make up all of a row
 RANK_OFFSET = 10
 SHORTEST_ROW, LONGEST_ROW = 15, 90
+SENTENCE_END = re.compile(r"""(?:(?<=[.!?])|(?<=[.!?]["')\]]))\s(?=["'(\[]?[A-Z])""")
 # changes with anything that changes what is drawn
-VERSION = 2
+VERSION = 3
 
 
 def stand_in_text(part: Part, directory: Path, config: Any) -> Path:
-    """Prose of the Python installation and, where that is better, a row of drawn words for every paragraph of it.
+    """Prose that every installation has and, for encoders, a row of drawn words for every two paragraphs of it.
 
     Args:
         part: what it is for; no row is in two parts.
@@ -35,28 +38,43 @@ def stand_in_text(part: Part, directory: Path, config: Any) -> Path:
         config: the model's config.
 
     Returns:
-        A .txt file in the cache, one row a line; written where it is not there. Prose alone to calibrate models of
-        language, and where the vocabulary has too few words.
+        A .txt file in the cache, one row a line; written where it is not there. Prose alone for models of language, and
+        where the vocabulary has too few words.
 
     Raises:
         CalibrationError: when there is no tokenizer that can be used, or the standard library is here without its sources.
         NotWritableError: when the cache cannot be written.
     """
-    prose = library_text(part)
-    if part == "calibration" and reads_packed(config):
-        return prose
-    file = prose.with_name(f"{prose.stem}-drawn-{VERSION}-{tokenizer_hash(directory)[:16]}.txt")
+    text = library_text(part)
+    if reads_packed(config):
+        return text
+    file = text.with_name(f"{text.stem}-drawn-{VERSION}-{tokenizer_hash(directory)[:16]}.txt")
     if file.exists():
         return file
     words = common_first(load_tokenizer(directory))
     if len(words) < FEWEST_WORDS:
-        return prose
-    rows = prose.read_text(encoding="utf-8").splitlines()
+        return text
+    paragraphs = text.read_text(encoding="utf-8").splitlines()
+    # docstrings are short as they are, and have sentences in common
+    cut = set(prose()[::2])
+    rows = [row for paragraph in paragraphs for row in (sentences(paragraph) if paragraph in cut else [paragraph])]
     generator = random.Random(part)
-    rows += drawn_rows(words, len(rows), generator)
+    rows += drawn_rows(words, len(paragraphs) // 2, generator)
     generator.shuffle(rows)
     keep(file, "\n".join(rows) + "\n")
     return file
+
+
+def sentences(paragraph: str) -> list[str]:
+    """Sentences of a paragraph, those too short to be a row with the next ones, or at the end the one before."""
+    found = [""]
+    for sentence in SENTENCE_END.split(paragraph):
+        if len(found[-1]) >= SHORTEST_DOCUMENT:
+            found.append("")
+        found[-1] = f"{found[-1]} {sentence}".strip()
+    if len(found) > 1 and len(found[-1]) < SHORTEST_DOCUMENT:
+        found[-2:] = [" ".join(found[-2:])]
+    return found
 
 
 def common_first(tokenizer: Any) -> list[str]:

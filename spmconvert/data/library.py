@@ -1,9 +1,10 @@
-"""Text that every Python installation has: paragraphs of the standard library's docstrings and of the language reference.
+"""Text that every installation has: prose that comes with this project, and docstrings of Python's standard library.
 
-It is what ``auto`` stands for where a text is asked for, so that a conversion needs neither a file nor a network.
-Paragraphs are dealt out by hash to calibration, training and measuring: nothing is ever measured on what was fitted or
-trained on, and the same Python version gives the same text. It is prose of one kind, about programs; a text like what the
-model is used for is better (docs/results.md has by how much).
+It is what ``auto`` stands for where a text is asked for, so that a conversion needs neither a file nor a network. The
+prose was written for this purpose, on as many subjects and in as many voices as its size allows, since docstrings alone
+teach a model programs and little else (docs/results.md). Paragraphs are dealt out by hash to calibration, training and
+measuring: nothing is ever measured on what was fitted or trained on, and the same Python version gives the same text. It
+is two megabytes; a text like what the model is used for is better.
 """
 
 import ast
@@ -11,6 +12,7 @@ import hashlib
 import sys
 import sysconfig
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Literal
 
@@ -25,8 +27,10 @@ SHARES: tuple[Part, ...] = (
     "calibration", "calibration", "calibration", "evaluation", "training", "training", "training", "training",
 )  # fmt: skip
 CODE_LINES = 400
+FEWEST_SOURCES = 100
 # changes with anything that changes a text
-TEXT_VERSION = 1
+TEXT_VERSION = 2
+PROSE = Path(__file__).with_name("prose")
 # no prose of the library's own
 LEFT_OUT = ("site-packages", "dist-packages", "test", "tests", "idle_test")
 
@@ -51,26 +55,44 @@ def library_text(part: Part) -> Path:
 
 
 def _texts() -> dict[Part, list[str]]:
-    library = Path(sysconfig.get_paths()["stdlib"])
     texts: dict[Part, list[str]] = {name: [] for name in (*dict.fromkeys(SHARES), "code")}
-    known = set()
-    for file in sorted(library.rglob("*.py")):
-        if set(LEFT_OUT) & set(file.relative_to(library).parts):
-            continue
-        source = file.read_text(encoding="utf-8", errors="replace")
-        for paragraph in _paragraphs(source):
-            digest = hashlib.sha256(paragraph.encode()).digest()
-            if digest not in known:
-                known.add(digest)
-                texts[SHARES[digest[0] % len(SHARES)]].append(paragraph)
+    sources = list(_sources())
+    own = prose()
+    docstrings = dict.fromkeys(chain.from_iterable(map(_paragraphs, sources)))
+    # no more of them than of prose, from all of the files
+    for paragraph in [*own, *sorted(docstrings, key=_digest)[: len(own)]]:
+        texts[SHARES[_digest(paragraph)[0] % len(SHARES)]].append(paragraph)
+    for source in sources:
         texts["code"] += [line.strip() for line in source.splitlines() if len(line.strip()) >= SHORTEST_DOCUMENT]
-    if min(len(lines) for lines in texts.values()) < 2:
-        raise CalibrationError(
-            f"{library} has no sources with docstrings, which {AUTO_TEXT} reads; give a text, or install the sources"
-        )
     # every n-th line, from all of the files
     texts["code"] = texts["code"][:: max(1, len(texts["code"]) // CODE_LINES)]
     return texts
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
+
+
+def prose() -> list[str]:
+    """Paragraphs that come with this project, in the order of their files."""
+    files = sorted(PROSE.glob("*.txt"))
+    return [line for file in files for line in file.read_text(encoding="utf-8").splitlines() if line]
+
+
+def _sources() -> Iterator[str]:
+    """Sources of the standard library.
+
+    Raises:
+        CalibrationError: when it is here without them.
+    """
+    library = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in sorted(library.rglob("*.py")) if not set(LEFT_OUT) & set(file.relative_to(library).parts)]
+    if len(files) < FEWEST_SOURCES:
+        raise CalibrationError(
+            f"{library} has no sources with docstrings, which {AUTO_TEXT} reads; give a text, or install the sources"
+        )
+    for file in files:
+        yield file.read_text(encoding="utf-8", errors="replace")
 
 
 def _paragraphs(source: str) -> Iterator[str]:

@@ -23,7 +23,7 @@ from spmconvert.model.architecture import skeleton
 from spmconvert.model.towers import beyond_text
 from spmconvert.system.caches import keep
 
-PROSE = "docstrings of the Python installation"
+PROSE = "prose that comes with spmconvert, and docstrings of Python"
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,12 @@ def written_stand_in(
     better = better_text(source.directory, config)
     if beside is None:
         return StandIn(file, WRITTEN, better)
-    what = f"{beside.what.replace(', and ', ', ')}, and {WRITTEN}"
-    return StandIn(_mixed(beside.file, file), what, better)
+    return StandIn(_mixed(beside.file, file), _beside(beside.what, WRITTEN), better)
+
+
+def _beside(what: str, more: str) -> str:
+    """A list of what a text holds, with one more."""
+    return f"{what.replace(', and ', ', ')}, and {more}"
 
 
 def _mixed(prose: Path, written: Path) -> Path:
@@ -126,7 +130,7 @@ def stand_in(part: Part, directory: Path, config: Any, layers: Iterable[str] = (
     if reads_text(directory, config):
         prose = library_text(part)
         file = prose if part == "evaluation" else stand_in_text(part, directory, config)
-        what = PROSE if file == prose else f"{PROSE}, and words drawn from the tokenizer's vocabulary"
+        what = PROSE if file == prose else _beside(PROSE, "words drawn from the tokenizer's vocabulary")
         return StandIn(file, what, better_text(directory, config))
     kind = media_of(directory, config)
     if kind is None or (kind == "pictures with text" and not has_tokenizer(directory)):

@@ -38,13 +38,16 @@ def test_three_commands_without_a_file(run, checkpoints, tmp_path, monkeypatch):
     code, out, err = run("finetune", "--steps", "2", "--batch-size", "2", "--measure", "--json")
     assert code == 0, err
     assert [figure["label"] for figure in json.loads(out)["outcome"]] == ["parameters", "speed", "quality"]
-    assert "trained on docstrings of the Python installation, and what the model writes itself; a text like" in err
+    assert (
+        "trained on prose that comes with spmconvert, docstrings of Python, and what the model writes itself; a text like"
+        in err
+    )
     assert (tmp_path / "gpt2-spm-ft").is_dir()
     code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json")
     assert code == 0, err
     assert json.loads(out)["model"]["name"] == "gpt2-spm-ft"
     (quality,) = json.loads(out)["quality"]
-    assert quality["text"] == "docstrings of the Python installation"
+    assert quality["text"] == "prose that comes with spmconvert, and docstrings of Python"
     assert quality["rows"] == 2
     code, out, err = run("report", "--rows", "2", "--seconds", "0", "--json", "--data", "none")
     assert json.loads(out)["quality"] == []

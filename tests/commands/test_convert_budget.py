@@ -11,11 +11,13 @@ import spmconvert
 from spmconvert.budget import speed, spend
 from spmconvert.budget.times import TimeTable
 from spmconvert.commands import convert as converting
-from spmconvert.commands.convert import open_plan
+from spmconvert.commands.convert import first_budget, open_plan
 from spmconvert.errors import OptionError, OutOfReachError, RecipeError
+from spmconvert.model.architecture import load_config
 from spmconvert.operator.design import Design
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.operator.terms.sparse24 import Sparse24
+from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Recipe
 from tests.commands.test_convert import StopAfter
 from tests.support import QUICK, assert_refused, files_of, raw_tensors
@@ -275,3 +277,10 @@ def test_where_the_first_budget_is_out_of_reach_size_alone_is_saved(monkeypatch,
     assert files_of(tmp_path / "parts") == files_of(tmp_path / "whole")
     with pytest.raises(OutOfReachError):
         spmconvert.convert(checkpoints["llama"], tmp_path / "o", speedup=1.2, **{**options, "bare": False})
+
+
+@pytest.mark.parametrize(("name", "speedup"), [("gpt2", 1.15), ("bert", 1.2)])
+def test_a_first_try_asks_models_of_language_for_less(checkpoints, text, name, speedup):
+    recipe = recipe_from_keywords({"calib": text})
+    assert first_budget(recipe, load_config(checkpoints[name])).speedup == speedup
+    assert first_budget(recipe_from_keywords({"calib": text, "rank": 2}), load_config(checkpoints[name])) is None

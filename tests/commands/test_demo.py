@@ -29,7 +29,7 @@ def test_demo_ends_with_a_report_of_unseen_text(tmp_path, monkeypatch):
     assert page == tmp_path / "demo" / "minilm-spm-ft" / "report.html"
     found = read_report(page.with_suffix(".json"))
     assert [text.domain for text in found.quality] == ["first", "other"]
-    assert found.quality[0].text == "docstrings of the Python installation"
+    assert found.quality[0].text == "prose that comes with spmconvert, and docstrings of Python"
     assert found.quality[1].text.startswith("code-")
     assert found.model.finetuned
     assert found.training[0].steps == 1

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import BertConfig, GPT2Config, PreTrainedTokenizerFast
 
 from spmconvert.data import drawn
-from spmconvert.data.drawn import common_first, drawn_rows, stand_in_text
-from spmconvert.data.library import library_text
+from spmconvert.data.drawn import common_first, drawn_rows, sentences, stand_in_text
+from spmconvert.data.library import library_text, prose
 
 ENCODER = BertConfig(architectures=["BertModel"])
 
@@ -59,12 +59,15 @@ def encoder(tmp_path, monkeypatch):
     return tmp_path / "encoder"
 
 
-def test_an_encoder_reads_prose_and_drawn_words_half_and_half(encoder):
-    prose = {part: library_text(part).read_text().splitlines() for part in ("calibration", "training")}
-    rows = {part: stand_in_text(part, encoder, ENCODER).read_text().splitlines() for part in prose}
-    for part, lines in prose.items():
-        assert len(rows[part]) == 2 * len(lines)
-        assert set(lines) < set(rows[part])
+def test_an_encoder_reads_prose_and_half_as_many_rows_of_drawn_words(encoder):
+    texts = {part: library_text(part).read_text().splitlines() for part in ("calibration", "training")}
+    rows = {part: stand_in_text(part, encoder, ENCODER).read_text().splitlines() for part in texts}
+    for part, lines in texts.items():
+        cut = set(lines) & set(prose()[::2])
+        parts = [sentence for line in sorted(cut) for sentence in sentences(line)]
+        assert len(parts) > 3 * len(cut)
+        assert len(rows[part]) == len(lines) - len(cut) + len(parts) + len(lines) // 2
+        assert {*parts, *lines} - cut < set(rows[part])
     assert not set(rows["calibration"]) & set(rows["training"])
     file = stand_in_text("calibration", encoder, ENCODER)
     content = file.read_bytes()
@@ -72,11 +75,25 @@ def test_an_encoder_reads_prose_and_drawn_words_half_and_half(encoder):
     assert stand_in_text("calibration", encoder, ENCODER).read_bytes() == content, "the same anywhere"
 
 
-def test_models_of_language_are_trained_on_drawn_words_and_calibrated_on_prose(encoder):
+@pytest.mark.parametrize("part", ["calibration", "training"])
+def test_models_of_language_read_prose_alone(encoder, part):
     config = GPT2Config(architectures=["GPT2LMHeadModel"])
-    assert stand_in_text("calibration", encoder, config) == library_text("calibration")
-    assert stand_in_text("training", encoder, config) == stand_in_text("training", encoder, ENCODER)
+    assert stand_in_text(part, encoder, config) == library_text(part)
 
 
 def test_a_small_vocabulary_gives_prose_alone(checkpoints):
     assert stand_in_text("training", checkpoints["bert"], ENCODER) == library_text("training")
+
+
+@pytest.mark.parametrize(
+    ("paragraph", "expected"),
+    [
+        ("Short. Also short.", ["Short. Also short."]),
+        (f"{'A' * 70}. \"Quoted {'b' * 60}?\" (In brackets, {'c' * 60}.) Short.",
+         [f"{'A' * 70}.", f"\"Quoted {'b' * 60}?\"", f"(In brackets, {'c' * 60}.) Short."]),
+        (f"At 3.14 p.m. he {'came ' * 12}home! {'Z' * 64}", [f"At 3.14 p.m. he {'came ' * 12}home!", "Z" * 64]),
+    ],
+)  # fmt: skip
+def test_paragraphs_are_cut_into_sentences(paragraph, expected):
+    assert sentences(paragraph) == expected
+    assert " ".join(expected) == paragraph

@@ -1,4 +1,4 @@
-"""The text that stands in where none is given: prose, dealt out so that no part shares a paragraph with another."""
+"""The text that stands in where none is given: prose and docstrings, no paragraph of which is in two parts."""
 
 import sysconfig
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import CLIPConfig, GPT2Config, LlavaConfig, ViTConfig, Whisper
 from spmconvert.data import library
 from spmconvert.data.calibration import calibration_rows
 from spmconvert.data.documents import read_documents
-from spmconvert.data.library import library_text
+from spmconvert.data.library import SHARES, library_text, prose
 from spmconvert.data.tokens import reads_text
 from spmconvert.errors import CalibrationError
 from spmconvert.model.architecture import load_config
@@ -30,13 +30,30 @@ def test_parts_share_no_paragraph(texts):
     assert sum(map(len, texts["calibration"])) > 320 * 128 * 4
 
 
-def test_it_is_prose_of_the_library_alone(texts):
-    paragraphs = [line for name in ("calibration", "evaluation", "training") for line in texts[name]]
+def test_it_is_prose_of_the_library_and_of_this_project(texts):
+    paragraphs = [line for name in dict.fromkeys(SHARES) for line in texts[name]]
     assert not any("\n" in line or ">>>" in line or len(line) < 64 for line in paragraphs)
-    installed = " ".join(texts["training"])
+    own = set(prose())
+    assert own < set(paragraphs)
+    installed = " ".join(line for line in texts["training"] if line not in own)
     assert "torch" not in installed.lower()
     # from the language reference
     assert any("expression" in line and "evaluat" in line for line in paragraphs)
+    # every part has its share of both
+    shares = [len(own & set(texts[name])) / len(own) for name in dict.fromkeys(SHARES)]
+    assert shares == pytest.approx([3 / 8, 1 / 8, 1 / 2], abs=0.05)
+
+
+def test_prose_is_as_it_has_to_be_read():
+    lines = prose()
+    assert len(lines) == len(set(lines)) > 1500
+    assert sum(map(len, lines)) > 750_000
+    for line in lines:
+        assert 100 < len(line) < 1200, line
+        # whatever reads lines finds the same ones, and whatever strips them changes nothing
+        assert line.splitlines() == [line.strip()], line
+        assert "  " not in line, line
+        assert line.replace("\N{NO-BREAK SPACE}", " ").isprintable(), line
 
 
 def test_it_is_written_once(tmp_path, monkeypatch, texts):

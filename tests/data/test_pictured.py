@@ -142,12 +142,12 @@ def test_pictures_are_made_up_where_a_converted_layer_sees_them(run, llava, tmp_
     ignored = ["--ignore", "*.encoder.layers.1.*"]
     code, _, err = run("convert", llava, "-o", "o", "--targets", "text:mlp,vision:mlp", *ignored, *quick)
     assert code == 0, err
-    assert "calibrated on made-up pictures, each beside docstrings" in err
+    assert "calibrated on made-up pictures, each beside prose" in err
     record = json.loads((tmp_path / "o" / "spm.json").read_text())
     assert {layer["name"].split(".")[1] for layer in record["layers"]} == {"language_model", "vision_tower"}
     code, _, err = run("finetune", "o", "--steps", "2", "--batch-size", "2")
     assert code == 0, err
-    assert "trained on made-up pictures, each beside docstrings" in err
+    assert "trained on made-up pictures, each beside prose" in err
     found = report(tmp_path / "o-ft", data="auto", rows=4, seconds=0.01)
     assert found.quality[0].text.startswith("made-up pictures")
     exported = spmconvert.export(tmp_path / "o-ft", tmp_path / "dense")

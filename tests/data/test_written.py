@@ -60,7 +60,7 @@ def test_rows_to_train_on_have_prose_beside_them(write, checkpoints):
     source = open_checkpoint(str(checkpoints["gpt2"]))
     config = load_config(source.directory)
     found = written_stand_in("training", source, config, [], "cpu", None)
-    assert found.what == "docstrings of the Python installation, and what the model writes itself"
+    assert found.what == "prose that comes with spmconvert, docstrings of Python, and what the model writes itself"
     rows = [json.loads(line)["text"] for line in found.file.read_text().splitlines()]
     prose = library_text("training").read_text().splitlines()
     assert sorted(rows) == sorted(prose + [json.loads(line)["text"] for line in own.read_text().splitlines()])
