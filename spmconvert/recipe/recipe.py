@@ -267,7 +267,7 @@ class Budget(_Table):
 
 
 # of a finetune of which nobody says how long it is, and of one that is told by the clock alone
-STEPS, MINUTES, MOST_STEPS = 500, 15.0, 1_000_000
+STEPS, MINUTES, MOST_STEPS = 1000, 15.0, 1_000_000
 
 
 class Training(_Table):
@@ -276,7 +276,7 @@ class Training(_Table):
     Attributes:
         steps: optimizer steps of the end-to-end stage, at most; None for as many as ``minutes`` allow.
         minutes: time that they and their measurements may take; None for as long as ``steps`` take. Without both there
-            are 500 steps, or as many of them as 15 minutes allow.
+            are 1000 steps, or as many of them as 15 minutes allow.
         layerwise: steps by which every converted layer is first matched to its dense original, one after the other.
         guided: share of ``steps`` in which the dense layers' outputs are mixed in, by a factor that falls to zero.
         train: ``spm`` layers only, with all ``norms`` and biases, or ``all``.

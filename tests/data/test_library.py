@@ -42,6 +42,9 @@ def test_it_is_prose_of_the_library_and_of_this_project(texts):
     # every part has its share of both
     shares = [len(own & set(texts[name])) / len(own) for name in dict.fromkeys(SHARES)]
     assert shares == pytest.approx([3 / 8, 1 / 8, 1 / 2], abs=0.05)
+    foreign = set((library.PROSE / library.FOREIGN).read_text(encoding="utf-8").splitlines())
+    assert len(foreign) > 200
+    assert foreign < set(texts["calibration"]) | set(texts["training"]), "nothing is measured on other languages"
 
 
 def test_prose_is_as_it_has_to_be_read():
