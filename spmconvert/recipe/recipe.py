@@ -328,7 +328,7 @@ class Training(_Table):
     gradient_checkpointing: bool = False
     compile: bool = False
     held_out: Share = 0.05
-    evaluation_rows: Annotated[int, Field(ge=1)] = 256
+    evaluation_rows: Annotated[int, Field(ge=1)] = 128
     evaluate_every: Annotated[int, Field(ge=1)] = 50
     save_every: Annotated[int, Field(ge=1)] = 100
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
