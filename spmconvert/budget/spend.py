@@ -7,6 +7,7 @@ responds to errors, times of layers and of the whole model, and the search.
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from spmconvert.budget.curves import (
     measure_terms_together,
     spread_responses,
 )
+from spmconvert.budget.hopeless import Hopeless, hopeless
 from spmconvert.budget.response import (
     MEASURED_ROWS,
     MEASURED_SHARES,
@@ -35,7 +37,7 @@ from spmconvert.budget.response import (
     measured_sample,
 )
 from spmconvert.budget.search import Search, Trial
-from spmconvert.budget.speed import check_speedup, search_for_speed, time_whole_model, whole_model
+from spmconvert.budget.speed import WholeModel, aimed, check_speedup, search_for_speed, time_whole_model, whole_model
 from spmconvert.budget.times import TimeTable
 from spmconvert.calibrate.store import Moments
 from spmconvert.checkpoint.places import CHOICE_FILE
@@ -46,6 +48,7 @@ from spmconvert.fit.batches import may_batch
 from spmconvert.model.chain import Chain
 from spmconvert.operator.design import Design
 from spmconvert.operator.terms.lowrank import LowRank
+from spmconvert.outputs.objective import Objective
 from spmconvert.plan.plan import ConversionPlan, LayerPlan
 from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.system.caches import check_cache
@@ -55,6 +58,9 @@ from spmconvert.system.team import ALONE, Team
 
 class Watch(Protocol):
     """Who is told how it gets on."""
+
+    def losing(self, budget: Budget, found: Hopeless) -> None:
+        """A budget is predicted to lose more than a finetune wins back."""
 
     def measured(self, name: str, done: int, total: int) -> None:
         """A layer's candidates are there."""
@@ -70,6 +76,7 @@ class Spending:
         recipe: with a budget.
         identity: how the model is measured.
         rows: calibration rows, or None without data.
+        objective: what the model's outputs are compared by.
         model: gives the dense model, where the whole of it is needed.
         chain: gives its blocks, or None where the layers are in no chain of blocks.
         moments: gives the moments of a layer by name.
@@ -86,6 +93,7 @@ class Spending:
     recipe: Recipe
     identity: CacheIdentity
     rows: CalibrationRows | None
+    objective: Objective
     model: Callable[[], Any]
     chain: Callable[[], Chain | None]
     moments: Callable[[str], Moments | None]
@@ -113,12 +121,7 @@ class Spending:
         check_cache("curves")
         limit = limit_of(budget, self.plan, self.device, self.identity)
         check_reachable(limit)
-        whole = None
-        if budget.speedup is not None:
-            whole = time_whole_model(self.model(), limit, self.device)
-            assert limit.times is not None
-            limit.times.keep_model(_timed_model(self.source, limit), budget.rows, whole.dense, whole.rest)
-            most = check_speedup(whole, limit, lambda layer: smallest_designs(layer, budget))
+        timed = None if budget.speedup is None else self._timed(limit)
         text = None if self.rows is None else self.rows.file_sha256
         curves = known_curves(self.source, self.plan, self.recipe, self.identity, text)
         if "lowrank" in budget.structures:
@@ -136,14 +139,34 @@ class Spending:
                 self._do("terms", [(layer, designs) for layer, designs in missing if designs])
             curves.read_again()
 
-        if whole is None:
-            return Spent(Search(curves, limit, measure).run())
+        def search(within: Limit) -> Allocation:
+            return Search(curves, within, measure).run()
 
-        def search(seconds: float) -> Allocation:
-            return Search(curves, replace(limit, seconds=seconds), measure).run()
+        if timed is None:
+            spent = Spent(search(limit))
+        else:
+            whole, most = timed
 
-        allocation, predicted, measured = search_for_speed(self.model, limit, whole, most, search, self.device)
-        return Spent(allocation, predicted, measured)
+            def search_within(seconds: float) -> Allocation:
+                return search(replace(limit, seconds=seconds))
+
+            spent = Spent(*search_for_speed(self.model, limit, whole, most, search_within, self.device))
+        loss, limited = spent.allocation.choice.loss, partial(timed_limit, source=self.source)
+        found = hopeless(curves, limit, loss, self.objective, limited)
+        if found is not None:
+            self.watch.losing(budget, found)
+        return spent
+
+    def _timed(self, limit: Limit) -> tuple[WholeModel, float]:
+        """Times of the dense model, which are kept for runs to come, and the largest speed-up that can be reached.
+
+        Raises:
+            OutOfReachError: when that is below the one that is wanted.
+        """
+        assert limit.times is not None
+        whole = time_whole_model(self.model(), limit, self.device)
+        limit.times.keep_model(_timed_model(self.source, limit), limit.budget.rows, whole.dense, whole.rest)
+        return whole, check_speedup(whole, limit, lambda layer: smallest_designs(layer, limit.budget))
 
     def _subject(self, layer: LayerPlan) -> Subject:
         weight, bias = self.weights(layer)
@@ -287,13 +310,19 @@ def limit_of(budget: Budget, plan: ConversionPlan, device: str, identity: CacheI
 
 
 def timed_limit(limit: Limit, source: Checkpoint) -> Limit | None:
-    """A limit of time, from the time of the dense model that an earlier run has left; None where there is none."""
+    """A limit of time, from the time of the dense model that an earlier run has left; None where there is none.
+
+    Raises:
+        OutOfReachError: when the smallest designs do not reach the speed-up.
+    """
     assert limit.times is not None
     assert limit.budget.speedup is not None
     times = limit.times.of_model(_timed_model(source, limit), limit.budget.rows)
     if times is None:
         return None
-    return replace(limit, seconds=whole_model(*times, limit).allowed(limit.budget.speedup))
+    whole = whole_model(*times, limit)
+    most = check_speedup(whole, limit, lambda layer: smallest_designs(layer, limit.budget))
+    return replace(limit, seconds=whole.allowed(aimed(limit.budget.speedup, most)))
 
 
 def _timed_model(source: Checkpoint, limit: Limit) -> str:
@@ -309,10 +338,10 @@ def compare_speedups(
     rows = []
     for speedup in speedups:
         budget = limit.budget.model_copy(update={"speedup": speedup})
-        timed = timed_limit(replace(limit, budget=budget), source)
-        if timed is None:
-            return None
         try:
+            timed = timed_limit(replace(limit, budget=budget), source)
+            if timed is None:
+                return None
             allocation = allocate(curves, timed)
         except OptionError:
             continue

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ def dry_run_of(
     from spmconvert.data.calibration import with_inputs
     from spmconvert.data.documents import content_hash, read_documents
     from spmconvert.data.media import TENSOR_SUFFIX
+    from spmconvert.outputs.objective import objective_for
 
     source, plan, config = open_plan(model, recipe)
     recipe, _ = with_inputs(recipe, source, config, device, None, [layer.target.name for layer in plan.layers])
@@ -31,9 +33,9 @@ def dry_run_of(
     file, text = recipe.calibration.file, None
     if file is not None:
         text = content_hash(file, None if file.suffix == TENSOR_SUFFIX else read_documents(file))
-    choice = budgets = note = None
+    choice = budgets = note = lost = None
     if recipe.budget.limits:
-        allocation, budgets = _budgets(source, plan, recipe, device, text, speedups)
+        allocation, budgets, lost = _budgets(source, plan, recipe, device, text, speedups, objective_for(config))
         plan, choice = allocation.plan, allocation.choice
         note = describe_choice(allocation, recipe.budget)
     destination = str(output or default_output(model))
@@ -49,6 +51,7 @@ def dry_run_of(
                 "predicted_memory_bytes": plan.predicted_memory(calibrated=calibrated),
                 "allocation": choice and choice_record(choice, recipe.budget),
                 "budgets": budgets,
+                "warning": lost and lost.describe(recipe.budget),
                 "recipe": recipe.model_dump(mode="json", exclude={"finetune"}),
             }
         )
@@ -56,17 +59,20 @@ def dry_run_of(
         views.show_plan(plan, recipe, destination)
         if note is not None:
             views.show_spent(note)
+        if lost is not None:
+            console.note(f"warning: {lost.describe(recipe.budget)}")
         if budgets is not None:
             views.show_budgets(budgets, recipe.budget.loss_name)
 
 
 def _budgets(
-    source: Any, plan: Any, recipe: Recipe, device: str, text: str | None, speedups: Sequence[float]
-) -> tuple[Any, Any]:
-    """What is chosen for the recipe's budget, and what others would buy, from what is known; nothing is fitted."""
+    source: Any, plan: Any, recipe: Recipe, device: str, text: str | None, speedups: Sequence[float], objective: Any
+) -> tuple[Any, Any, Any]:
+    """What is chosen for the recipe's budget, what others would buy, and whether it loses too much, from what is known."""
     from spmconvert.budget.allocation import allocate, compare_budgets
     from spmconvert.budget.cache import CacheIdentity
     from spmconvert.budget.curves import check_measurable, read_curves
+    from spmconvert.budget.hopeless import hopeless
     from spmconvert.budget.spend import compare_speedups, limit_of, timed_limit
 
     check_measurable(recipe)
@@ -76,10 +82,14 @@ def _budgets(
     if curves is None:
         raise OptionError(NOT_MEASURED)
     if recipe.budget.speedup is not None:
-        rows = compare_speedups(curves, limit, source, sorted({recipe.budget.speedup, *speedups}))
+        budgets = compare_speedups(curves, limit, source, sorted({recipe.budget.speedup, *speedups}))
         timed = timed_limit(limit, source)
-        if rows is None or timed is None:
+        if budgets is None or timed is None:
             raise OptionError(NOT_MEASURED)
-        return allocate(curves, timed), rows
-    # a largest error has curves of its own, by which no share is chosen
-    return allocate(curves, limit), None if recipe.budget.max_error is not None else compare_budgets(curves, limit)
+        limit = timed
+    else:
+        # a largest error has curves of its own, by which no share is chosen
+        budgets = None if recipe.budget.max_error is not None else compare_budgets(curves, limit)
+    allocation = allocate(curves, limit)
+    lost = hopeless(curves, limit, allocation.choice.loss, objective, partial(timed_limit, source=source))
+    return allocation, budgets, lost

@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from spmconvert.units import count, size
 
 if TYPE_CHECKING:
+    from spmconvert.budget.hopeless import Hopeless
     from spmconvert.data.standin import StandIn
     from spmconvert.fit.layer import LayerRecord
     from spmconvert.plan.plan import ConversionPlan
@@ -81,8 +82,12 @@ class ConversionProgress:
 
     def taking(self, budget: "Budget") -> None:
         """Say which."""
-        taken = f"--keep {budget.keep:g}" if budget.speedup is None else f"--speedup {budget.speedup:g}"
-        note(f"no design and no budget is named: {taken}{' --allow-slower, for its size alone' * budget.allow_slower}")
+        slower = " --allow-slower, for its size alone" if budget.allow_slower else ""
+        note(f"no design and no budget is named: {budget.option}{slower}")
+
+    def losing(self, budget: "Budget", found: "Hopeless") -> None:
+        """Warn, and say what would lose less."""
+        note(f"warning: {found.describe(budget)}")
 
     def measured(self, name: str, done: int, total: int) -> None:
         """Move the layer bar while curves are measured."""

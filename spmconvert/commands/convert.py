@@ -46,6 +46,7 @@ from spmconvert.model.loading import DenseModel
 from spmconvert.model.opened import as_stored, opened
 from spmconvert.model.opening import open_
 from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, replace_module, stack_
+from spmconvert.outputs.objective import objective_for
 from spmconvert.plan.plan import ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
 from spmconvert.recipe.recipe import Budget, Recipe
@@ -224,6 +225,7 @@ def _spending(run: FitRun) -> Spending:
         recipe=run.recipe,
         identity=CacheIdentity.of_checkpoint(run.source, run.dense.device),
         rows=run.rows,
+        objective=objective_for(run.dense.config),
         model=run.dense.lent,
         chain=run.chain,
         moments=lambda name: None if run.moments is None else run.moments.read(name),

@@ -23,6 +23,7 @@ from spmconvert.model.opened import opened
 from spmconvert.model.opening import open_, opened_names
 from spmconvert.model.swap import replace_module, stack_
 from spmconvert.operator.linear import SPMLinear
+from spmconvert.outputs.objective import objective_for
 from spmconvert.plan.plan import LayerPlan, layer_map, plan_conversion
 from spmconvert.recipe.recipe import Recipe
 
@@ -70,6 +71,7 @@ def convert_in_memory_(model: Any, files: Sequence[Path], recipe: Recipe) -> dic
                     recipe=recipe,
                     identity=CacheIdentity.of_model(model),
                     rows=rows,
+                    objective=objective_for(model.config, type(model).__name__),
                     model=lambda: model,
                     chain=lambda: None,
                     moments=moments,

@@ -2,6 +2,7 @@
 
 from typing import Protocol
 
+from spmconvert.budget.hopeless import Hopeless
 from spmconvert.data.standin import StandIn
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.plan.plan import ConversionPlan
@@ -19,6 +20,9 @@ class Progress(Protocol):
 
     def taking(self, budget: Budget) -> None:
         """A budget is taken, since neither designs nor one were named."""
+
+    def losing(self, budget: Budget, found: Hopeless) -> None:
+        """A budget is predicted to lose more than a finetune wins back."""
 
     def measured(self, name: str, done: int, total: int) -> None:
         """A layer's curve is there."""
@@ -49,6 +53,9 @@ class Silent:
         """Nobody listens."""
 
     def taking(self, budget: Budget) -> None:
+        """Nobody listens."""
+
+    def losing(self, budget: Budget, found: Hopeless) -> None:
         """Nobody listens."""
 
     def measured(self, name: str, done: int, total: int) -> None:

@@ -245,6 +245,12 @@ class Budget(_Table):
         return "parameters" if self.keep_bytes is None else "bytes"
 
     @property
+    def option(self) -> str:
+        """The limit as the command line takes it."""
+        name, value = next(iter(self.limits.items()))
+        return f"--{name.replace('_', '-')} {value:.15g}"
+
+    @property
     def shown_unit(self) -> str:
         """What amounts are shown in."""
         return "ms in the targeted layers" if self.speedup is not None else self.unit

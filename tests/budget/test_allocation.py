@@ -86,6 +86,9 @@ class Quiet:
     def measured(self, *_):
         pass
 
+    def losing(self, *_):
+        pass
+
 
 def spend(checkpoints, text, name="gpt2", **changes):
     """Spend a budget as a conversion does: what was chosen, the curves behind it, and how often a model was loaded."""
@@ -113,7 +116,9 @@ def spend(checkpoints, text, name="gpt2", **changes):
             gather_moments(model, plan.layers, rows, store, lambda *_: None, weighted=recipe.weights_fits, seed=recipe.seed)
             return store.read(name)
 
-        spent = Spending(source, plan, recipe, form, rows, model, lambda: None, moments, weights, "cpu", Quiet()).choose()
+        spent = Spending(
+            source, plan, recipe, form, rows, "logits", model, lambda: None, moments, weights, "cpu", Quiet()
+        ).choose()
     digest = None if text is None else content_hash(text)
     return spent, read_curves(source, plan, recipe, form, digest), loads, recipe, source
 
