@@ -28,7 +28,7 @@ from spmconvert.budget.curves import (
     measure_terms_together,
     spread_responses,
 )
-from spmconvert.budget.hopeless import Hopeless, hopeless
+from spmconvert.budget.hopeless import hopeless
 from spmconvert.budget.response import (
     MEASURED_ROWS,
     MEASURED_SHARES,
@@ -59,7 +59,7 @@ from spmconvert.system.team import ALONE, Team
 class Watch(Protocol):
     """Who is told how it gets on."""
 
-    def losing(self, budget: Budget, found: Hopeless) -> None:
+    def losing(self, warning: str) -> None:
         """A budget is predicted to lose more than a finetune wins back."""
 
     def measured(self, name: str, done: int, total: int) -> None:
@@ -154,7 +154,7 @@ class Spending:
         loss, limited = spent.allocation.choice.loss, partial(timed_limit, source=self.source)
         found = hopeless(curves, limit, loss, self.objective, limited)
         if found is not None:
-            self.watch.losing(budget, found)
+            self.watch.losing(found.describe(budget))
         return spent
 
     def _timed(self, limit: Limit) -> tuple[WholeModel, float]:

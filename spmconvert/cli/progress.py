@@ -10,7 +10,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from spmconvert.units import count, size
 
 if TYPE_CHECKING:
-    from spmconvert.budget.hopeless import Hopeless
     from spmconvert.data.standin import StandIn
     from spmconvert.fit.layer import LayerRecord
     from spmconvert.plan.plan import ConversionPlan
@@ -85,9 +84,9 @@ class ConversionProgress:
         slower = " --allow-slower, for its size alone" if budget.allow_slower else ""
         note(f"no design and no budget is named: {budget.option}{slower}")
 
-    def losing(self, budget: "Budget", found: "Hopeless") -> None:
-        """Warn, and say what would lose less."""
-        note(f"warning: {found.describe(budget)}")
+    def losing(self, warning: str) -> None:
+        """Warn, with what would lose less."""
+        note(f"warning: {warning}")
 
     def measured(self, name: str, done: int, total: int) -> None:
         """Move the layer bar while curves are measured."""

@@ -2,7 +2,6 @@
 
 from typing import Protocol
 
-from spmconvert.budget.hopeless import Hopeless
 from spmconvert.data.standin import StandIn
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.plan.plan import ConversionPlan
@@ -21,7 +20,7 @@ class Progress(Protocol):
     def taking(self, budget: Budget) -> None:
         """A budget is taken, since neither designs nor one were named."""
 
-    def losing(self, budget: Budget, found: Hopeless) -> None:
+    def losing(self, warning: str) -> None:
         """A budget is predicted to lose more than a finetune wins back."""
 
     def measured(self, name: str, done: int, total: int) -> None:
@@ -55,7 +54,7 @@ class Silent:
     def taking(self, budget: Budget) -> None:
         """Nobody listens."""
 
-    def losing(self, budget: Budget, found: Hopeless) -> None:
+    def losing(self, warning: str) -> None:
         """Nobody listens."""
 
     def measured(self, name: str, done: int, total: int) -> None:

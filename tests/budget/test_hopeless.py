@@ -5,7 +5,7 @@ import json
 import pytest
 
 import spmconvert
-from spmconvert.budget import hopeless
+from spmconvert.budget import hopeless, spend
 from spmconvert.budget.allocation import Limit
 from spmconvert.fit.progress import Silent
 from spmconvert.recipe.recipe import Budget
@@ -19,9 +19,9 @@ class Told(Silent):
     def __init__(self):
         self.said, self.is_planned = [], False
 
-    def losing(self, budget, found):
+    def losing(self, warning):
         assert not self.is_planned, "it is said before anything is fitted"
-        self.said.append((budget, found))
+        self.said.append(warning)
 
     def planned(self, _):
         self.is_planned = True
@@ -33,11 +33,20 @@ def told(checkpoints, text, tmp_path, monkeypatch):
 
     def told(most, name="gpt2", **options):
         monkeypatch.setattr(hopeless, "MOST_LOST", {"logits": (most, "nats"), "hidden": (most, "of a square")})
-        watch = Told()
+        watch, judged = Told(), []
+
+        def judging(curves, limit, *others):
+            found = hopeless.hopeless(curves, limit, *others)
+            judged.append((limit.budget, found))
+            return found
+
+        monkeypatch.setattr(spend, "hopeless", judging)
         options = {"calib": text, **QUICK, **options}
         spmconvert.convert(checkpoints[name], tmp_path / "out", progress=watch, force=True, **options)
         predicted = json.loads((tmp_path / "out" / "spm.json").read_text())["allocation"]["predicted_loss"]
-        return watch.said, predicted
+        found = [(budget, one) for budget, one in judged if one is not None]
+        assert watch.said == [one.describe(budget) for budget, one in found]
+        return found, predicted
 
     return told
 
