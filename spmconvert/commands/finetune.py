@@ -29,7 +29,7 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.training import TrainingData, load_training_data
 from spmconvert.distill.distributed import make_accelerator, prepare_student, settled_precision, share_snapshot
 from spmconvert.distill.guide import Guide
-from spmconvert.distill.length import settled_rate
+from spmconvert.distill.length import settled_rate, settled_scope
 from spmconvert.distill.loop import TrainingRun, held_out_losses, match_layers, train
 from spmconvert.distill.loss import Distillation
 from spmconvert.distill.models import load_student, load_teacher
@@ -167,6 +167,7 @@ def finetune(
         # a run that was killed between its last renames has left the checkpoint beside its place
         finish_commit(destination)
     inputs = _open_inputs(Path(directory), data, training, options)
+    training = inputs.training
     _check_apart(destination, inputs, data, recipe, options)
     finished = _finished_in_place(inputs, options)
     if finished is not None:
@@ -202,6 +203,8 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
 
 def _open_inputs(directory: Path, data: str | Path, training: Training, options: FinetuneOptions) -> _Inputs:
     converted, source, config = _open(directory, options.teacher)
+    if training.train is None:
+        training = training.model_copy(update={"train": settled_scope(objective_for(config))})
     rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
     return _Inputs(converted, source, rows, training, stored)

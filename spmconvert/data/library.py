@@ -29,7 +29,9 @@ SHARES: tuple[Part, ...] = (
 CODE_LINES = 400
 FEWEST_SOURCES = 100
 # changes with anything that changes a text
-TEXT_VERSION = 3
+TEXT_VERSION = 4
+# paragraphs of prose for each docstring; as many of one as of the other teach less (docs/results.md)
+PROSE_PER_DOCSTRING = 4
 PROSE = Path(__file__).with_name("prose")
 # in other languages than English
 FOREIGN = "languages.txt"
@@ -61,8 +63,9 @@ def _texts() -> dict[Part, list[str]]:
     sources = list(_sources())
     own, foreign = prose(), set(_lines(PROSE / FOREIGN))
     docstrings = dict.fromkeys(chain.from_iterable(map(_paragraphs, sources)))
-    # no more of them than of prose, from all of the files
-    for paragraph in [*own, *sorted(docstrings, key=_digest)[: len(own)]]:
+    # from all of the files
+    few = sorted(docstrings, key=_digest)[: len(own) // PROSE_PER_DOCSTRING]
+    for paragraph in [*own, *few]:
         part = SHARES[_digest(paragraph)[0] % len(SHARES)]
         # nothing is measured on languages that a model may never have learnt
         texts["training" if part == "evaluation" and paragraph in foreign else part].append(paragraph)

@@ -1,4 +1,4 @@
-"""How long a run is, and at what rate it trains, where nobody says so.
+"""How long a run is, what it trains and at what rate, where nobody says so.
 
 A number of steps is planned once, from the time that a step and a measurement take, since the learning rate falls to zero
 at the last one; a resumed run keeps the plan. What that gives up: two machines plan different numbers, so a run that is to
@@ -7,6 +7,7 @@ be repeated names its steps.
 
 import time
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 
@@ -22,6 +23,11 @@ RATES: dict[bool, tuple[tuple[float, float], ...]] = {
     True: ((0.15, 1e-2), (1.0, 1e-3)),
     False: ((0.15, 1e-3), (1.0, 3e-4)),
 }
+
+
+def settled_scope(objective: Objective) -> Literal["spm", "all"]:
+    """What is trained: all of an encoder, since what is left of it makes up for what was replaced (docs/results.md)."""
+    return "all" if objective == "hidden" else "spm"
 
 
 def settled_rate(kept: float, objective: Objective) -> float:

@@ -22,7 +22,9 @@ from tests.support import SHORT, assert_refused, files_of, raw_tensors
 
 @pytest.mark.parametrize("name", ["gpt2", "bert", "llama-bf16"])
 def test_finetune_lowers_the_held_out_loss_and_changes_spm_layers_only(converted, text, tmp_path, name):
-    result = finetune(converted[name], tmp_path / "o", data=text, **{**SHORT, "steps": 40, "learning_rate": 1e-3})
+    result = finetune(
+        converted[name], tmp_path / "o", data=text, train="spm", **{**SHORT, "steps": 40, "learning_rate": 1e-3}
+    )
     assert result.best_loss < 0.9 * result.start_loss
     assert result.tokens > 0
     assert result.history[0]["step"] == 0
@@ -65,6 +67,15 @@ def test_what_is_trained(converted, text, tmp_path, trained):
     changed = {key for key in before if before[key] != after[key]}
     assert any("ln_1" in key for key in changed)
     assert any("wte" in key for key in changed) == (trained == "all")
+
+
+@pytest.mark.parametrize(("name", "scope"), [("gpt2", "spm"), ("bert", "all")])
+def test_what_is_trained_where_nobody_says(converted, text, tmp_path, name, scope):
+    finetune(converted[name], tmp_path / "o", data=text, **SHORT)
+    [record] = json.loads((tmp_path / "o" / "spm.json").read_text())["finetune"]
+    assert record["recipe"]["train"] == scope
+    before, after = raw_tensors(converted[name]), raw_tensors(tmp_path / "o")
+    assert any("embeddings" in key or "wte" in key for key in before if before[key] != after[key]) == (scope == "all")
 
 
 def test_accumulation_changes_nothing_but_memory(converted, text, tmp_path):

@@ -35,6 +35,7 @@ def test_it_is_prose_of_the_library_and_of_this_project(texts):
     assert not any("\n" in line or ">>>" in line or len(line) < 64 for line in paragraphs)
     own = set(prose())
     assert own < set(paragraphs)
+    assert len(paragraphs) - len(own) == len(own) // 4
     installed = " ".join(line for line in texts["training"] if line not in own)
     assert "torch" not in installed.lower()
     # from the language reference
