@@ -296,7 +296,7 @@ def finetune(
     batch_size: Annotated[int | None, typer.Option(help="Rows a step, over all processes.")] = None,
     block_size: Annotated[int | None, typer.Option(help="Tokens a row.")] = None,
     train: Annotated[
-        str | None, typer.Option(help="spm layers only, with all norms and biases, or all (of encoders by itself).")
+        str | None, typer.Option(help="spm layers only, with all norms, or all, as of encoders by itself.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the split and of the order of rows.")] = None,
     recipe: Annotated[Path | None, typer.Option(help="TOML recipe with a table finetune.")] = None,
