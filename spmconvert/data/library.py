@@ -58,6 +58,12 @@ def library_text(part: Part) -> Path:
     return file
 
 
+def english(part: Part) -> list[str]:
+    """Paragraphs of a text that are in English."""
+    foreign = set(_lines(PROSE / FOREIGN))
+    return [line for line in _lines(library_text(part)) if line not in foreign]
+
+
 def _texts() -> dict[Part, list[str]]:
     texts: dict[Part, list[str]] = {name: [] for name in (*dict.fromkeys(SHARES), "code")}
     sources = list(_sources())

@@ -1,22 +1,24 @@
 """Text that a causal language model writes itself, by sampling, to be calibrated and trained on where nobody gave one.
 
-Rows start with a common word each and are sampled at temperature 1. Where the tokenizer has a chat template, every other
-batch is of conversations in it: the model says what a user says, and answers. They show the model what it expects to see:
-calibrated on them it loses less elsewhere than on docstrings (docs/results.md), and still far more than on a
-text of the right kind. They are kept in the cache by the model's hash. Its price is the time to write, so only models up
-to a size do.
+Rows begin as paragraphs of the prose that every installation has do, each as another one, and are sampled from there at
+temperature 1: so they are about everything, in the model's own words. Where the tokenizer has a chat template, every other
+batch is of conversations in it that start with a common word: the model says what a user says, and answers. They show the
+model what it expects to see: calibrated on them it loses less elsewhere than on that prose itself, or on rows that start
+with a word (docs/results.md), and still more than on a text of the right kind. They are kept in the cache by the model's
+hash. Its price is the time to write, so only models up to a size do.
 """
 
 import json
 import re
 from collections import Counter
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from spmconvert.data.library import Part, library_text
+from spmconvert.data.library import Part, english, library_text
 from spmconvert.data.tokens import load_tokenizer, reads_packed, row_length
 from spmconvert.model.loading import load_dense_model
 from spmconvert.system.caches import cache_directory, check_cache, keep
@@ -24,12 +26,14 @@ from spmconvert.system.devices import multiplies_bfloat16
 
 ROWS, TOKENS, BATCH_ROWS = 320, 160, 64
 COMMON_WORDS = 1000
+# part of a row that a paragraph begins
+BEGINNING_SHARE = 5
 # on a CPU; SmolLM2-135M writes for five minutes on two cores
 MOST_PARAMETERS = 200_000_000
 # part of a row that a user may say, and what stands for it in a template
 QUESTION_SHARE = 4
 PLACE = "what a user says"
-# what it writes for; each has words of its own to start with
+# what it writes for; each has paragraphs and words of its own to start with
 WRITTEN: tuple[Part, ...] = ("calibration", "training")
 # changes with anything that changes what is written
 VERSION = 5
@@ -74,14 +78,15 @@ def write_text(
         # half the time on a CPU, and a word in a few is another one, of about the same probability
         model = model.to(torch.bfloat16)
     writer = _Writer(model, load_tokenizer(directory), row_length(config, TOKENS))
-    prompts = _prompts(part, writer.tokenizer)
+    beginnings, words = _beginnings(part, writer), _words(part, writer.tokenizer)
     lines: list[str] = []
     with torch.random.fork_rng():
         torch.manual_seed(WRITTEN.index(part))
         for number, first in enumerate(range(0, ROWS, BATCH_ROWS)):
-            ids = prompts[first : first + BATCH_ROWS]
+            rows = slice(first, first + BATCH_ROWS)
             # every other batch, where there is a template
-            texts = writer.talk(ids) if number % 2 and writer.opening is not None else writer.write(ids)
+            talks = number % 2 and writer.opening is not None
+            texts = writer.talk(words[rows]) if talks else writer.write(beginnings[rows])
             lines += [json.dumps({"text": text}) for text in texts]
             report(len(lines), ROWS)
     keep(file, "\n".join(lines) + "\n")
@@ -93,22 +98,23 @@ class _Writer:
 
     Attributes:
         tokenizer: of the model.
+        length: of a row, in tokens.
         opening: what its chat template puts before what a user says, or None where it has no template that can be used.
     """
 
     def __init__(self, model: Any, tokenizer: Any, length: int) -> None:
-        self._model, self.tokenizer, self._length = model, tokenizer, length
+        self._model, self.tokenizer, self.length = model, tokenizer, length
         self.opening = _opening(tokenizer)
 
     def write(self, ids: torch.Tensor) -> list[str]:
         """Go on from the first tokens of rows [rows, tokens]."""
-        return self._decoded(self._sampled(ids, torch.ones_like(ids), self._length - ids.shape[1]))
+        return self._decoded(self._sampled(ids, torch.ones_like(ids), self.length - ids.shape[1]))
 
     def talk(self, ids: torch.Tensor) -> list[str]:
-        """Say what a user says, beginning with the last token of every row [rows, tokens], and answer it."""
+        """Say what a user says, beginning with a token [rows, 1], and answer it."""
         opening = self.tokenizer(self.opening, add_special_tokens=False, return_tensors="pt")["input_ids"]
-        begun = torch.cat([opening.expand(len(ids), -1), ids[:, -1:]], dim=1)
-        said = self._sampled(begun, torch.ones_like(begun), self._length // QUESTION_SHARE)
+        begun = torch.cat([opening.expand(len(ids), -1), ids], dim=1)
+        said = self._sampled(begun, torch.ones_like(begun), self.length // QUESTION_SHARE)
         turns = [[{"role": "user", "content": text.strip()}] for text in self._decoded(said[:, opening.shape[1] :])]
         asked = [self._in_template(turn, answered=False) for turn in turns]
         # on the left, so that what is asked ends where the answer begins
@@ -118,7 +124,7 @@ class _Writer:
             return_tensors="pt",
         )
         prompts = batch["input_ids"]
-        answers = self._sampled(prompts, batch["attention_mask"], max(1, self._length - prompts.shape[1]))
+        answers = self._sampled(prompts, batch["attention_mask"], max(1, self.length - prompts.shape[1]))
         said_back = self._decoded(answers[:, prompts.shape[1] :])
         both = zip(turns, said_back, strict=True)
         return [self._in_template([*turn, {"role": "assistant", "content": text}], answered=True) for turn, text in both]
@@ -160,12 +166,19 @@ def _opening(tokenizer: Any) -> str | None:
     return before if found else None
 
 
-def _prompts(part: Part, tokenizer: Any) -> torch.Tensor:
-    """What rows start with: whatever the tokenizer puts in front, and the first token of a common word, [rows, tokens]."""
+def _beginnings(part: Part, writer: _Writer) -> torch.Tensor:
+    """The first tokens of paragraphs in an order by chance, [rows, tokens]."""
+    length = max(1, writer.length // BEGINNING_SHARE)
+    paragraphs = english(part)
+    order = torch.randperm(len(paragraphs), generator=torch.Generator().manual_seed(0)).tolist()
+    rows = (writer.tokenizer(paragraphs[index])["input_ids"][:length] for index in order)
+    return torch.tensor(list(islice((row for row in rows if len(row) == length), ROWS)))
+
+
+def _words(part: Part, tokenizer: Any) -> torch.Tensor:
+    """The first token of common words, without what the tokenizer puts in front, [rows, 1]."""
     words = Counter(re.findall(r"[A-Za-z]{3,}", library_text("calibration").read_text(encoding="utf-8")))
     common = [f" {word}" for word, _ in words.most_common(COMMON_WORDS)]
     order = torch.randperm(len(common), generator=torch.Generator().manual_seed(0)).tolist()
     own = order[WRITTEN.index(part) :: len(WRITTEN)][:ROWS]
-    length = len(tokenizer("")["input_ids"]) + 1
-    rows = [tokenizer(common[index])["input_ids"][:length] for index in own]
-    return torch.tensor([row for row in rows if len(row) == length])
+    return torch.tensor([tokenizer(common[index], add_special_tokens=False)["input_ids"][:1] for index in own])

@@ -9,8 +9,9 @@ import torch
 
 from spmconvert.checkpoint.reader import open_checkpoint
 from spmconvert.data import written
-from spmconvert.data.library import library_text
+from spmconvert.data.library import english, library_text
 from spmconvert.data.standin import written_stand_in
+from spmconvert.data.tokens import load_tokenizer, row_length
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.model.architecture import load_config
 
@@ -53,6 +54,26 @@ def test_no_row_is_in_two_parts(write):
         {json.loads(row)["text"].split()[0] for row in part if json.loads(row)["text"].split()} for part in rows.values()
     ]
     assert first_words[0] != first_words[1]
+
+
+@pytest.mark.parametrize("part", written.WRITTEN)
+def test_rows_begin_as_paragraphs_of_their_part_do(write, checkpoints, monkeypatch, part):
+    given, sampled = [], written._Writer.write
+
+    def watched(self, ids):
+        given.append(ids)
+        return sampled(self, ids)
+
+    monkeypatch.setattr(written._Writer, "write", watched)
+    write("llama", part=part)
+    rows = torch.cat(given)
+    length = row_length(load_config(checkpoints["llama"]), written.TOKENS) // written.BEGINNING_SHARE
+    assert rows.shape == (10, length)
+    assert length > 2
+    tokenizer = load_tokenizer(checkpoints["llama"])
+    beginnings = [tokenizer(line)["input_ids"][:length] for line in english(part)]
+    assert all(row in beginnings for row in rows.tolist())
+    assert len(set(map(tuple, rows.tolist()))) > 5
 
 
 def test_rows_to_train_on_have_prose_beside_them(write, checkpoints):
