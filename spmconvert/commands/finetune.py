@@ -7,6 +7,7 @@ where it can be resumed. With several processes all of them train and the first 
 """
 
 import json
+import math
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -204,7 +205,8 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
 def _open_inputs(directory: Path, data: str | Path, training: Training, options: FinetuneOptions) -> _Inputs:
     converted, source, config = _open(directory, options.teacher)
     if training.train is None:
-        training = training.model_copy(update={"train": settled_scope(objective_for(config))})
+        parameters = sum(math.prod(entry.shape) for entry in converted.tensors.values())
+        training = training.model_copy(update={"train": settled_scope(objective_for(config), parameters)})
     rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
     return _Inputs(converted, source, rows, training, stored)

@@ -23,11 +23,18 @@ RATES: dict[bool, tuple[tuple[float, float], ...]] = {
     True: ((0.15, 1e-2), (1.0, 1e-3)),
     False: ((0.15, 1e-3), (1.0, 3e-4)),
 }
+# parameters up to which all are trained where nobody says so: with gradients, moments and the best ones, 20 bytes each
+MOST_TRAINED = 500_000_000
 
 
-def settled_scope(objective: Objective) -> Literal["spm", "all"]:
-    """What is trained: all of an encoder, since what is left of it makes up for what was replaced (docs/results.md)."""
-    return "all" if objective == "hidden" else "spm"
+def settled_scope(objective: Objective, parameters: int) -> Literal["spm", "all"]:
+    """What is trained: all of an encoder, since what is left of it makes up for what was replaced (docs/results.md).
+
+    Args:
+        objective: what the loss compares.
+        parameters: of the model; of a large one a training state of all would be many times its size.
+    """
+    return "all" if objective == "hidden" and parameters <= MOST_TRAINED else "spm"
 
 
 def settled_rate(kept: float, objective: Objective) -> float:

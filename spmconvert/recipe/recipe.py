@@ -285,8 +285,8 @@ class Training(_Table):
             are 1000 steps, or as many of them as 15 minutes allow.
         layerwise: steps by which every converted layer is first matched to its dense original, one after the other.
         guided: share of ``steps`` in which the dense layers' outputs are mixed in, by a factor that falls to zero.
-        train: ``spm`` layers only, with all ``norms`` and biases, or ``all``; None for all of an encoder and the SPM layers
-            of everything else.
+        train: ``spm`` layers only, with all ``norms`` and biases, or ``all``; None for all of an encoder that is not too
+            large for it, and the SPM layers of everything else.
         learning_rate: of the SPM layers, at its peak; None for one that follows from what was kept.
         other_learning_rate: of everything else that is trained.
         weight_decay: of dense matrices that are trained; SPM layers, norms and biases have none.

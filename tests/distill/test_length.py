@@ -3,7 +3,7 @@
 import pytest
 
 from spmconvert.data.training import BUCKET_STEPS, step_indices
-from spmconvert.distill.length import planned_steps, settled_rate, typical_step
+from spmconvert.distill.length import MOST_TRAINED, planned_steps, settled_rate, settled_scope, typical_step
 from spmconvert.errors import RecipeError
 from spmconvert.recipe.loading import training_from_keywords
 from spmconvert.recipe.recipe import MINUTES, STEPS, Training
@@ -72,3 +72,9 @@ def test_guided_steps_have_to_be_named():
     with pytest.raises(RecipeError, match="none are named"):
         training_from_keywords({"guided": 0.3})
     assert training_from_keywords({"guided": 0.3, "steps": 10}).most_steps == 10
+
+
+def test_all_of_an_encoder_is_trained_unless_it_is_large():
+    assert settled_scope("hidden", MOST_TRAINED) == "all"
+    assert settled_scope("hidden", MOST_TRAINED + 1) == "spm"
+    assert settled_scope("logits", 1) == settled_scope("classes", 1) == settled_scope("scores", 1) == "spm"
