@@ -10,7 +10,15 @@ from spmconvert.budget.allocation import Limit
 from spmconvert.fit.progress import Silent
 from spmconvert.recipe.recipe import Budget
 
-QUICK = {"fit.iterations": 2, "calibration.rows": 12, "budget.iterations": 2, "structures": "lowrank", "fit.refine": 0}
+# layers as small as these may be slower in any other form
+QUICK = {
+    "fit.iterations": 2,
+    "calibration.rows": 12,
+    "budget.iterations": 2,
+    "structures": "lowrank",
+    "fit.refine": 0,
+    "allow_slower": True,
+}
 
 
 class Told(Silent):
