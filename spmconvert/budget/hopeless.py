@@ -1,9 +1,9 @@
 """Say by the curves, before anything is fitted, that a budget loses more than a finetune wins back, and what would not.
 
 The losses are those that the choice made least, a sum over layers. It is not what the converted model will lose: errors of
-several layers add up to more than their sum, and refinement takes away more than half. So the limits are predictions, too:
-those of the largest conversions that a finetune of a quarter of an hour still made worth having (docs/results.md). What it
-gives up: classifiers, regressions and plain relative errors, for which no such limit was measured.
+several layers add up to more than their sum, and refinement takes away a third to a half. So the limits are predictions,
+too, judged from what conversions lost and what a quarter of an hour of finetune won back (docs/results.md). What it gives
+up: classifiers, regressions and plain relative errors, for which no such limit was measured.
 """
 
 from collections.abc import Callable, Iterator, Mapping
