@@ -30,7 +30,7 @@ from spmconvert.checkpoint.writer import OutputDirectory
 from spmconvert.data.training import TrainingData, load_training_data
 from spmconvert.distill.distributed import make_accelerator, prepare_student, settled_precision, share_snapshot
 from spmconvert.distill.guide import Guide
-from spmconvert.distill.length import settled_rate, settled_scope
+from spmconvert.distill.length import settled_rate, settled_rows, settled_scope
 from spmconvert.distill.loop import TrainingRun, held_out_losses, match_layers, train
 from spmconvert.distill.loss import Distillation
 from spmconvert.distill.models import load_student, load_teacher
@@ -204,9 +204,13 @@ def _finish(run: TrainingRun, inputs: _Inputs, destination: Path, target: Output
 
 def _open_inputs(directory: Path, data: str | Path, training: Training, options: FinetuneOptions) -> _Inputs:
     converted, source, config = _open(directory, options.teacher)
+    objective = objective_for(config)
     if training.train is None:
         parameters = sum(math.prod(entry.shape) for entry in converted.tensors.values())
-        training = training.model_copy(update={"train": settled_scope(objective_for(config), parameters)})
+        training = training.model_copy(update={"train": settled_scope(objective, parameters)})
+    if training.batch_size is None:
+        rows_of_step = settled_rows(objective, options.device, training.accumulation)
+        training = training.model_copy(update={"batch_size": rows_of_step})
     rows = load_training_data(str(data), converted.directory, config, training, converted.layers)
     stored = None if options.teacher_logits is None else StoredLogits(Path(options.teacher_logits), source.sha256())
     return _Inputs(converted, source, rows, training, stored)
@@ -296,7 +300,9 @@ def _make_run(
             SavedNames(student, names).first(name)
     objective = objective_for(config)
     if training.learning_rate is None:
-        training = training.model_copy(update={"learning_rate": settled_rate(converted.kept, objective)})
+        training = training.model_copy(
+            update={"learning_rate": settled_rate(converted.kept, objective, training.rows_of_step)}
+        )
     distillation = Distillation(student, dense, objective, training, converted_layers(student), inputs.stored)
     return TrainingRun(
         distillation=distillation,

@@ -67,9 +67,9 @@ def make_accelerator(training: Training, device: str, *, shard: bool, tracker: s
         project_dir=f"{output}-runs" if tracker else None,
     )
     processes = accelerator.num_processes
-    if training.batch_size < processes * training.accumulation:
+    if training.rows_of_step < processes * training.accumulation:
         raise OptionError(
-            f"batch_size is {training.batch_size}, {processes} processes with accumulation {training.accumulation} "
+            f"batch_size is {training.rows_of_step}, {processes} processes with accumulation {training.accumulation} "
             f"need at least {processes * training.accumulation}"
         )
     if shard and processes == 1:

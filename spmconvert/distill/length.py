@@ -1,4 +1,4 @@
-"""How long a run is, what it trains and at what rate, where nobody says so.
+"""How long a run is, what it trains, at what rate and in steps of how many rows, where nobody says so.
 
 A number of steps is planned once, from the time that a step and a measurement take, since the learning rate falls to zero
 at the last one; a resumed run keeps the plan. What that gives up: two machines plan different numbers, so a run that is to
@@ -14,6 +14,7 @@ import torch
 from spmconvert.data.training import BUCKET_STEPS, Rows, step_indices
 from spmconvert.outputs.objective import Objective
 from spmconvert.recipe.recipe import Training
+from spmconvert.system.team import is_alone
 
 # measurements beside those between steps: the first, and the one of what is written
 MEASUREMENTS = 2
@@ -23,6 +24,11 @@ RATES: dict[bool, tuple[tuple[float, float], ...]] = {
     True: ((0.15, 1e-2), (1.0, 1e-3)),
     False: ((0.15, 1e-3), (1.0, 3e-4)),
 }
+# of a step; of one of a language model on a CPU, where time allows few steps: many small ones at a lower rate get farther
+# than a few large ones (docs/results.md)
+ROWS, FEW_ROWS = 16, 4
+# of the rate above, where steps have so few rows
+RATE_OF_FEW_ROWS = 0.3
 # parameters up to which all are trained where nobody says so: with gradients, moments and the best ones, 20 bytes each
 MOST_TRAINED = 500_000_000
 
@@ -37,15 +43,30 @@ def settled_scope(objective: Objective, parameters: int) -> Literal["spm", "all"
     return "all" if objective == "hidden" and parameters <= MOST_TRAINED else "spm"
 
 
-def settled_rate(kept: float, objective: Objective) -> float:
+def settled_rows(objective: Objective, device: str, accumulation: int) -> int:
+    """Rows of a step.
+
+    Args:
+        objective: what the loss compares.
+        device: of the student.
+        accumulation: parts that a step is cut into, each of a row at least in every process.
+    """
+    few = objective == "logits" and torch.device(device).type == "cpu" and is_alone()
+    return max(FEW_ROWS, accumulation) if few else ROWS
+
+
+def settled_rate(kept: float, objective: Objective, rows: int) -> float:
     """Peak learning rate of structured layers.
 
     Args:
         kept: share of the replaced layers' parameters that is left.
         objective: what the loss compares.
+        rows: of a step.
     """
-    rates = RATES[objective == "logits"]
-    return next((rate for most, rate in rates if kept <= most), rates[-1][1])
+    words = objective == "logits"
+    rates = RATES[words]
+    found = next((rate for most, rate in rates if kept <= most), rates[-1][1])
+    return RATE_OF_FEW_ROWS * found if words and rows <= FEW_ROWS else found
 
 
 def planned_steps(training: Training, step: Callable[[], float], measuring: float) -> int:
@@ -59,14 +80,14 @@ def planned_steps(training: Training, step: Callable[[], float], measuring: floa
     if training.most_minutes is None:
         return training.most_steps
     seconds = 60 * training.most_minutes - MEASUREMENTS * measuring
-    each = step() + measuring / training.evaluate_every
+    each = step() + measuring / training.measured_every
     return min(training.most_steps, max(1, int(seconds / each)))
 
 
 def typical_step(rows: Rows, training: Training) -> int:
     """Of the first steps the one whose number of tokens is the least far from their mean: a step has rows of one length."""
     sizes = [
-        sum(rows.size(index) for index in step_indices(rows, training.batch_size, step, training.seed))
+        sum(rows.size(index) for index in step_indices(rows, training.rows_of_step, step, training.seed))
         for step in range(BUCKET_STEPS)
     ]
     mean = sum(sizes) / len(sizes)

@@ -101,7 +101,7 @@ def train(run: TrainingRun, earlier_snapshot: dict[str, Any] | None = None) -> S
         state.curve.append(sums["loss"] / sums["positions"])
         factor = rate(state.step - 1, state.planned, training.warm_up)
         run.report(_step_record(state, sums, factor, time.perf_counter() - began))
-        if state.step % training.evaluate_every == 0 or state.step == state.planned:
+        if state.step % training.measured_every == 0 or state.step == state.planned:
             measure(run)
         if state.step % training.save_every == 0 and state.step < state.planned and not state.stopped:
             run.save(snapshot(state, run.trained, optimizer.optimizer))
@@ -111,7 +111,7 @@ def train(run: TrainingRun, earlier_snapshot: dict[str, Any] | None = None) -> S
 def _differentiate(run: TrainingRun, step: int) -> list[Loss]:
     """Gradients of one step, in this process's parts of its rows; returns the parts' losses."""
     training, accelerator, data = run.training, run.accelerator, run.data
-    rows = step_indices(data.training, training.batch_size, step, training.seed)
+    rows = step_indices(data.training, training.rows_of_step, step, training.seed)
     total = _positions(run, rows)
     parts = list(_parts(rows[accelerator.process_index :: accelerator.num_processes], training.accumulation))
     part_losses: list[Loss] = []
@@ -213,7 +213,7 @@ def held_out_losses(run: TrainingRun) -> dict[str, float]:
             module.drop_cache_()
     if run.guide is not None:
         run.guide.alpha = 0.0
-    size = max(1, training.batch_size // training.accumulation // run.accelerator.num_processes)
+    size = max(1, training.rows_of_step // training.accumulation // run.accelerator.num_processes)
     part_losses = []
     rows = sorted(range(min(len(held_out), training.evaluation_rows)), key=held_out.size)
     for part, counts in _shares(rows, size, run.accelerator):

@@ -274,6 +274,8 @@ class Budget(_Table):
 
 # of a finetune of which nobody says how long it is, and of one that is told by the clock alone
 STEPS, MINUTES, MOST_STEPS = 1000, 15.0, 1_000_000
+# between two of its measurements
+MEASURED_ROWS = 800
 
 
 class Training(_Table):
@@ -290,7 +292,8 @@ class Training(_Table):
         learning_rate: of the SPM layers, at its peak; None for one that follows from what was kept.
         other_learning_rate: of everything else that is trained.
         weight_decay: of dense matrices that are trained; SPM layers, norms and biases have none.
-        batch_size: rows a step, over all processes.
+        batch_size: rows a step, over all processes; None for 16, and for 4 where one process trains a language model on
+            a CPU.
         accumulation: parts that a step's rows are cut into, one forward and backward pass each.
         block_size: longest row, in tokens.
         warm_up: share of the steps in which the learning rate rises; after it follows a cosine to zero.
@@ -306,7 +309,7 @@ class Training(_Table):
         compile: compile the student by torch.compile.
         held_out: share of the documents that only measure.
         evaluation_rows: most held-out rows a measurement uses.
-        evaluate_every: steps between measurements.
+        evaluate_every: steps between measurements; None for as many as 800 rows take.
         save_every: steps between checkpoints.
         seed: seed of the split, of the order of rows and of masks.
         column: name of the text in .jsonl, .parquet and datasets.
@@ -320,7 +323,7 @@ class Training(_Table):
     learning_rate: Annotated[float, Field(gt=0)] | None = None
     other_learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1)] | None = None
     accumulation: Annotated[int, Field(ge=1)] = 1
     block_size: Annotated[int, Field(ge=2)] = 128
     warm_up: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -336,7 +339,7 @@ class Training(_Table):
     compile: bool = False
     held_out: Share = 0.05
     evaluation_rows: Annotated[int, Field(ge=1)] = 128
-    evaluate_every: Annotated[int, Field(ge=1)] = 50
+    evaluate_every: Annotated[int, Field(ge=1)] | None = None
     save_every: Annotated[int, Field(ge=1)] = 100
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     column: str = "text"
@@ -354,6 +357,17 @@ class Training(_Table):
         return MINUTES if self.minutes is None and self.steps is None else self.minutes
 
     @property
+    def rows_of_step(self) -> int:
+        """The rows of a step, once they are settled."""
+        assert self.batch_size is not None
+        return self.batch_size
+
+    @property
+    def measured_every(self) -> int:
+        """Steps between measurements, once the rows of a step are settled."""
+        return self.evaluate_every or max(1, MEASURED_ROWS // self.rows_of_step)
+
+    @property
     def peak_rate(self) -> float:
         """The learning rate, once it is settled."""
         assert self.learning_rate is not None
@@ -367,7 +381,7 @@ class Training(_Table):
 
     @model_validator(mode="after")
     def _parts_have_rows(self) -> "Training":
-        if self.accumulation > self.batch_size:
+        if self.batch_size is not None and self.accumulation > self.batch_size:
             raise ValueError(f"accumulation {self.accumulation} is above batch_size {self.batch_size}; a part needs a row")
         return self
 

@@ -15,6 +15,7 @@ from transformers import BertForSequenceClassification, BertForTokenClassificati
 
 import spmconvert
 from spmconvert.commands.finetune import finetune
+from spmconvert.distill.length import FEW_ROWS, ROWS
 from spmconvert.errors import CalibrationError, CheckpointError, ModelNotFoundError, OptionError, OutputError, RecipeError
 from tests.conftest import bert_config
 from tests.support import SHORT, assert_refused, files_of, raw_tensors
@@ -69,11 +70,13 @@ def test_what_is_trained(converted, text, tmp_path, trained):
     assert any("wte" in key for key in changed) == (trained == "all")
 
 
-@pytest.mark.parametrize(("name", "scope"), [("gpt2", "spm"), ("bert", "all")])
-def test_what_is_trained_where_nobody_says(converted, text, tmp_path, name, scope):
-    finetune(converted[name], tmp_path / "o", data=text, **SHORT)
+@pytest.mark.parametrize(("name", "scope", "rows"), [("gpt2", "spm", FEW_ROWS), ("bert", "all", ROWS)])
+def test_what_is_trained_where_nobody_says(converted, text, tmp_path, name, scope, rows):
+    options = {key: value for key, value in SHORT.items() if key != "batch_size"}
+    finetune(converted[name], tmp_path / "o", data=text, **options)
     [record] = json.loads((tmp_path / "o" / "spm.json").read_text())["finetune"]
     assert record["recipe"]["train"] == scope
+    assert record["recipe"]["batch_size"] == rows
     before, after = raw_tensors(converted[name]), raw_tensors(tmp_path / "o")
     assert any("embeddings" in key or "wte" in key for key in before if before[key] != after[key]) == (scope == "all")
 

@@ -3,7 +3,16 @@
 import pytest
 
 from spmconvert.data.training import BUCKET_STEPS, step_indices
-from spmconvert.distill.length import MOST_TRAINED, planned_steps, settled_rate, settled_scope, typical_step
+from spmconvert.distill.length import (
+    FEW_ROWS,
+    MOST_TRAINED,
+    ROWS,
+    planned_steps,
+    settled_rate,
+    settled_rows,
+    settled_scope,
+    typical_step,
+)
 from spmconvert.errors import RecipeError
 from spmconvert.recipe.loading import training_from_keywords
 from spmconvert.recipe.recipe import MINUTES, STEPS, Training
@@ -22,12 +31,12 @@ from spmconvert.recipe.recipe import MINUTES, STEPS, Training
     ],
 )
 def test_steps_that_fit(given, planned):
-    assert planned_steps(Training(**given), lambda: 8.0, measuring=30.0) == planned
+    assert planned_steps(Training(batch_size=16, **given), lambda: 8.0, measuring=30.0) == planned
 
 
 def test_fast_machines_end_by_steps_where_nothing_is_given():
-    assert planned_steps(Training(), lambda: 1e-3, measuring=0.0) == STEPS
-    assert planned_steps(Training(minutes=1), lambda: 1e-2, measuring=0.0) == 6000
+    assert planned_steps(Training(batch_size=16), lambda: 1e-3, measuring=0.0) == STEPS
+    assert planned_steps(Training(minutes=1, batch_size=16), lambda: 1e-2, measuring=0.0) == 6000
     assert Training().most_minutes == MINUTES
 
 
@@ -63,9 +72,36 @@ def test_a_step_of_mean_length_is_timed():
 
 
 def test_rates_fall_with_what_was_kept_and_for_states():
-    assert settled_rate(0.1, "logits") > settled_rate(0.3, "logits") == settled_rate(1.2, "logits")
-    assert settled_rate(0.5, "hidden") < settled_rate(0.5, "logits")
-    assert settled_rate(0.5, "hidden") < settled_rate(0.1, "hidden")
+    assert settled_rate(0.1, "logits", 16) > settled_rate(0.3, "logits", 16) == settled_rate(1.2, "logits", 16)
+    assert settled_rate(0.5, "hidden", 16) < settled_rate(0.5, "logits", 16)
+    assert settled_rate(0.5, "hidden", 16) < settled_rate(0.1, "hidden", 16)
+
+
+def test_steps_of_few_rows_have_a_lower_rate_where_words_are_compared():
+    assert settled_rate(0.5, "logits", FEW_ROWS) == pytest.approx(3e-4)
+    assert settled_rate(0.5, "logits", FEW_ROWS + 1) == pytest.approx(1e-3)
+    assert settled_rate(0.5, "hidden", FEW_ROWS) == settled_rate(0.5, "hidden", ROWS)
+
+
+@pytest.mark.parametrize(
+    ("objective", "device", "processes", "accumulation", "rows"),
+    [
+        ("logits", "cpu", 1, 1, FEW_ROWS),
+        ("logits", "cpu", 1, 8, 8),
+        ("logits", "cpu", 2, 1, ROWS),
+        ("logits", "cuda:1", 1, 1, ROWS),
+        ("hidden", "cpu", 1, 1, ROWS),
+        ("classes", "cpu", 1, 1, ROWS),
+    ],
+)
+def test_a_language_model_on_a_cpu_takes_small_steps(objective, device, processes, accumulation, rows, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    assert settled_rows(objective, device, accumulation) == rows
+
+
+def test_measurements_are_as_many_rows_apart_whatever_a_step_has():
+    assert [Training(batch_size=rows).measured_every for rows in (4, 16, 2000)] == [200, 50, 1]
+    assert Training(batch_size=4, evaluate_every=7).measured_every == 7
 
 
 def test_guided_steps_have_to_be_named():
