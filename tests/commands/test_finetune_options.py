@@ -137,7 +137,9 @@ def test_a_compiled_student_learns_the_same(converted, text, tmp_path, plain, mo
 
 def test_layerwise_stage_comes_first_and_is_measured(converted, text, tmp_path):
     records = []
-    result = finetune(converted["gpt2"], tmp_path / "o", data=text, layerwise=40, report=records.append, **SHORT)
+    result = finetune(
+        converted["gpt2"], tmp_path / "o", data=text, layerwise=40, learning_rate=1e-3, report=records.append, **SHORT
+    )
     matched = [record for record in records if "layer" in record]
     assert [record["matched"] for record in matched] == [1, 2, 3, 4]
     assert all(record["after"] <= record["before"] for record in matched)
