@@ -91,6 +91,7 @@ def test_steps_of_few_rows_have_a_lower_rate_where_words_are_compared():
         ("logits", "cpu", 2, 1, ROWS),
         ("logits", "cuda:1", 1, 1, ROWS),
         ("hidden", "cpu", 1, 1, ROWS),
+        ("hidden", "cpu", 1, 32, 32),
         ("classes", "cpu", 1, 1, ROWS),
     ],
 )
