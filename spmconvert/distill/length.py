@@ -79,9 +79,11 @@ def planned_steps(training: Training, step: Callable[[], float], measuring: floa
     """
     if training.most_minutes is None:
         return training.most_steps
+    # where neither is named, steps of few rows read as much text as the others
+    more = max(1, ROWS // training.rows_of_step) if training.minutes is None and training.steps is None else 1
     seconds = 60 * training.most_minutes - MEASUREMENTS * measuring
     each = step() + measuring / training.measured_every
-    return min(training.most_steps, max(1, int(seconds / each)))
+    return min(more * training.most_steps, max(1, int(seconds / each)))
 
 
 def typical_step(rows: Rows, training: Training) -> int:

@@ -284,7 +284,7 @@ class Training(_Table):
     Attributes:
         steps: optimizer steps of the end-to-end stage, at most; None for as many as ``minutes`` allow.
         minutes: time that they and their measurements may take; None for as long as ``steps`` take. Without both there
-            are 1000 steps, or as many of them as 15 minutes allow.
+            are 1000 steps (4000 of 4 rows), or as many of them as 15 minutes allow.
         layerwise: steps by which every converted layer is first matched to its dense original, one after the other.
         guided: share of ``steps`` in which the dense layers' outputs are mixed in, by a factor that falls to zero.
         train: ``spm`` layers only, with all ``norms`` and biases, or ``all``; None for all of an encoder that is not too

@@ -36,6 +36,9 @@ def test_steps_that_fit(given, planned):
 
 def test_fast_machines_end_by_steps_where_nothing_is_given():
     assert planned_steps(Training(batch_size=16), lambda: 1e-3, measuring=0.0) == STEPS
+    assert planned_steps(Training(batch_size=4), lambda: 1e-3, measuring=0.0) == 4 * STEPS, "as much text"
+    assert planned_steps(Training(batch_size=64), lambda: 1e-3, measuring=0.0) == STEPS
+    assert planned_steps(Training(minutes=60, steps=9, batch_size=4), lambda: 1e-3, measuring=0.0) == 9
     assert planned_steps(Training(minutes=1, batch_size=16), lambda: 1e-2, measuring=0.0) == 6000
     assert Training().most_minutes == MINUTES
 
