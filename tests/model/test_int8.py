@@ -67,19 +67,23 @@ class Model(nn.Module):
         return self.last
 
 
-def made(terms, mode):
+def made(terms, mode, tokens=7):
     """A quantised layer, the one it was, and inputs of more tokens than are few."""
     model = Model(terms).eval()
     before = copy_sharing_tensors(model).layer
     spmconvert.quantize_(model, mode)
-    return model.layer, before, torch.randn(7, terms[0].in_features)
+    return model.layer, before, torch.randn(tokens, terms[0].in_features)
 
 
 def rounded(x, weight):
-    """x [..., inputs] as a dynamic product rounds it: symmetric, with one scale a row."""
+    """x [tokens, ..., inputs] as a dynamic product rounds it, symmetric, with one scale a row; and the tokens [tokens] of
+    which nothing lies between two steps, where float32 decides: the largest negative number of a row always does, the
+    largest positive one is cut to the last step either way."""
     least, most = (-64, 63) if weight.act_quant_kwargs.reduce_range else (-128, 127)
     scale = (x.abs().amax(-1, keepdim=True) / ((most - least) / 2)).clamp_min(torch.finfo(torch.float32).eps)
-    return (x / scale).round().clamp(least, most) * scale
+    steps = x / scale
+    between = ((steps - steps.floor() - 0.5).abs() < 1e-3) & (steps < most)
+    return steps.round().clamp(least, most) * scale, ~between.flatten(1).any(1)
 
 
 @pytest.mark.parametrize("terms", [*MULTIPLIED.values(), *STAGED.values()], ids=[*MULTIPLIED, *STAGED])
@@ -103,22 +107,27 @@ def test_weights_are_rounded_and_nothing_else(terms):
 @pytest.mark.parametrize("name", ["lowrank", "monarch", "blockdense", "sparse24"])
 @torch.no_grad()
 def test_dynamic_products_are_those_of_rounded_inputs(name):
-    layer, _, x = made(MULTIPLIED[name], "int8-dynamic")
+    layer, _, x = made(MULTIPLIED[name], "int8-dynamic", tokens=200)
     (term,) = layer.term_modules
+    inner_clear = True
     if name == "lowrank":
-        inner = rounded(x, term.down.weight) @ numbers(term.down.weight).t()
-        wanted = rounded(inner, term.up.weight) @ numbers(term.up.weight).t() + term.up.bias
+        inputs, clear = rounded(x, term.down.weight)
+        inner, inner_clear = rounded(inputs @ numbers(term.down.weight).t(), term.up.weight)
+        wanted = inner @ numbers(term.up.weight).t() + term.up.bias
     elif name == "sparse24":
-        wanted = rounded(x, term.values) @ term.matrix().t() + layer.bias
+        inputs, clear = rounded(x, term.values)
+        wanted = inputs @ term.matrix().t() + layer.bias
     else:
         blocks, integers = term.blocks(), term.term
-        inner = torch.einsum("iajp,tip->tjia", blocks.first, rounded(x.unflatten(1, (integers.blocks_in, -1)), term.first))
-        inner = rounded(inner.flatten(2), term.second).unflatten(2, (integers.blocks_in, integers.rank))
+        inputs, clear = rounded(x.unflatten(1, (integers.blocks_in, -1)), term.first)
+        inner = torch.einsum("iajp,tip->tjia", blocks.first, inputs).flatten(2)
+        inner, inner_clear = rounded(inner, term.second)
+        inner = inner.unflatten(2, (integers.blocks_in, integers.rank))
         wanted = torch.einsum("jqia,tjia->tjq", blocks.second, inner).flatten(1) + layer.bias
-    # integers are multiplied exactly; what is left is rounding of float32, and inner values on the edge between two steps
-    found = layer(x)
-    assert ((found - wanted).abs().amax(1) / wanted.abs().amax(1)).median() < 1e-5
-    torch.testing.assert_close(found, wanted, rtol=0, atol=0.01 * wanted.abs().max().item())
+    # integers are multiplied exactly; what is left is rounding of float32
+    compared = clear & inner_clear
+    assert compared.sum() > 5
+    torch.testing.assert_close(layer(x)[compared], wanted[compared], rtol=1e-5, atol=1e-5 * wanted.abs().max().item())
 
 
 @pytest.mark.parametrize("name", MULTIPLIED)
