@@ -93,8 +93,10 @@ def test_a_speedup_out_of_reach_is_refused_and_the_largest_one_named():
         # and by little
         ([1.56, 1.57, 1.53], [1.53, 1.53 * 1.53 / 1.56], 1, 1.53),
         ([2.2, 2.3, 1.9], [1.53, 1.53 / speed.TIGHTENING], 1, 1.9),
-        # what was given more is too slow: the first choice stays
-        ([1.6, 1.65, 1.49], [1.53, 1.53 * 1.53 / 1.6], 0, 1.6),
+        # what was given more is too slow: half of that
+        ([1.6, 1.65, 1.49, 1.52], [1.53, 1.53 * 1.53 / 1.6, 1.53 * (1 + 1.53 / 1.6) / 2], 2, 1.52),
+        # which is, too: the first choice stays
+        ([1.6, 1.65, 1.49, 1.48], [1.53, 1.53 * 1.53 / 1.6, 1.53 * (1 + 1.53 / 1.6) / 2], 0, 1.6),
     ],
 )
 def test_a_search_is_made_again_where_it_missed_or_passed_the_target_twice(monkeypatch, measured, aims, chosen, found):
