@@ -131,15 +131,15 @@ class BlockCalibration:
         chain, part = self._chain, self._parts["fitted"]
         with chain.ending_in():
             curvatures.look_at(self._first_batch)
-        gradients = []
-        for batch, number in self._weighing:
-            leaf = part.walk.states[batch].requires_grad_()
+        gradients = States([part.walk.states[batch] for batch, _ in self._weighing], chain.folder)
+        for place, (batch, number) in enumerate(self._weighing):
+            leaf = part.walk.states[batch].detach().requires_grad_()
             with chain.ending_in(leaf):
                 curvatures.probe(part.batches[batch], number * self._batch_rows)
             assert leaf.grad is not None
-            gradients.append(leaf.grad)
+            gradients[place] = leaf.grad
         curvatures.positions = self._team.total(curvatures.positions)
-        return States(gradients, chain.folder)
+        return gradients
 
     def _down(self, index: int, curvatures: Curvatures, gradients: States) -> None:
         block, part = self._chain.block(index), self._parts["fitted"]
@@ -148,7 +148,7 @@ class BlockCalibration:
         sums = SharedSums(self._team, self._store.folder, "curvature", _added)
         for share, members in groupby(enumerate(self._weighing), lambda item: item[1][1] % SHARES):
             for place, (batch, _) in members:
-                state = self._entering[index][place].requires_grad_()
+                state = self._entering[index][place].detach().requires_grad_()
                 with curvatures.watching(block, inner, part.batches[batch]), torch.enable_grad():
                     part.walk.run(block, batch, state).backward(gradients[place])
                 assert state.grad is not None

@@ -15,6 +15,12 @@ INHERITED = ("license", "license_name", "license_link", "language", "datasets", 
 REPORT_BEGIN = "<!-- spmconvert report: begin -->"
 REPORT_END = "<!-- spmconvert report: end -->"
 UNTUNED = "The model has not been finetuned after the conversion."
+UNTOUCHED = "All other tensors are byte for byte those of the source."
+# of a finetune by what it trained; the new layers alone leave the others as they were
+TRAINED = {
+    "norms": "A finetune has trained norms and biases, too; all other tensors are byte for byte those of the source.",
+    "all": "A finetune has trained all tensors.",
+}
 
 
 def inherited_metadata(card: Path) -> dict[str, Any]:
@@ -36,6 +42,7 @@ def model_card(
     inherited: Mapping[str, Any],
     rows: Sequence[Any],
     measured_on: str,
+    refined: int,
     sizes: str,
     version: str,
 ) -> str:
@@ -47,6 +54,7 @@ def model_card(
         inherited: metadata of the source, as ``inherited_metadata`` gives it.
         rows: one ``LayerRecord`` a layer.
         measured_on: what the errors were measured on, in words.
+        refined: number of norms and biases that refinement changed.
         sizes: parameters and bytes before and after, in words.
         version: version of spmconvert.
     """
@@ -68,7 +76,7 @@ def model_card(
         f"# {markdown(source)}, converted by spmconvert",
         "",
         f"{len(rows)} dense layers of {code(source)} (content hash `{source_sha256[:16]}`) are replaced by SPM layers",
-        "(Stagewise Pairwise Mixers, arXiv 2512.23905). All other tensors are byte for byte those of the source.",
+        f"(Stagewise Pairwise Mixers, arXiv 2512.23905). {refined_sentence(refined)}{UNTOUCHED}",
         "",
         "```python",
         "import spmconvert  # registers the format; pip install spmconvert",
@@ -83,6 +91,11 @@ def model_card(
         "",
     ]
     return "\n".join([*header, "", *body, *table, ""])
+
+
+def refined_sentence(count: int) -> str:
+    """What refinement changed beside the new layers, in words and with a space behind; empty for nothing."""
+    return f"Beside them {count} norms and biases were refined. " if count else ""
 
 
 def with_report(card: str, section: str) -> str:
@@ -103,4 +116,8 @@ def finetuned_card(card: str, run: dict[str, Any]) -> str:
     )
     # a report in it is one of the weights before
     card = with_report(card, "")
+    trained = run["recipe"]["train"]
+    if trained in TRAINED and TRAINED["all"] not in card:
+        # a run before it may have trained norms
+        card = card.replace(UNTOUCHED, TRAINED[trained]).replace(TRAINED["norms"], TRAINED[trained])
     return card.replace(UNTUNED, done) if UNTUNED in card else f"{card}\n{done}\n"

@@ -79,8 +79,9 @@ def write_conversion(run: FitRun, conversion: Conversion) -> None:
     target, changed = run.target, refined(run)
     target.write_weights(list(output_tensors(run, changed)))
     target.add_text("config.json", _json(converted_config(run.source.config, layer_map(run.plan))))
-    target.add_text(PROVENANCE_FILE, _json(_provenance(run, conversion, changed)))
-    target.add_text("README.md", _card(run, conversion))
+    provenance = _provenance(run, conversion, changed)
+    target.add_text(PROVENANCE_FILE, _json(provenance))
+    target.add_text("README.md", _card(run, conversion, len(provenance["refined"]["tensors"])))
     for file in run.source.companion_files():
         target.add_file(str(file.relative_to(run.source.directory)), file)
     target.commit()
@@ -165,7 +166,7 @@ def _provenance(run: FitRun, conversion: Conversion, changed: Refined) -> dict[s
     }
 
 
-def _card(run: FitRun, conversion: Conversion) -> str:
+def _card(run: FitRun, conversion: Conversion, refined_tensors: int) -> str:
     sizes = (
         f"Parameters {conversion.parameters_before:,} before, {conversion.parameters_after:,} after; "
         f"tensor bytes {conversion.bytes_before:,} before, {conversion.bytes_after:,} after."
@@ -176,6 +177,7 @@ def _card(run: FitRun, conversion: Conversion) -> str:
         inherited=inherited_metadata(run.source.directory / "README.md"),
         rows=shown(conversion.layers),
         measured_on=conversion.measured_on,
+        refined=refined_tensors,
         sizes=sizes,
         version=__version__,
     )

@@ -36,7 +36,7 @@ PLACE = "what a user says"
 # what it writes for; each has paragraphs and words of its own to start with
 WRITTEN: tuple[Part, ...] = ("calibration", "training")
 # changes with anything that changes what is written
-VERSION = 5
+VERSION = 6
 
 
 def written_file(part: Part, sha256: str) -> Path:
@@ -139,7 +139,9 @@ class _Writer:
 
     @torch.no_grad()
     def _sampled(self, ids: torch.Tensor, mask: torch.Tensor, new_tokens: int) -> torch.Tensor:
-        padding = self._model.generation_config.pad_token_id
+        own = self._model.generation_config
+        # without a padding token, rows that end early are filled with the token that ends them: it is left out of the text
+        endings = own.eos_token_id if isinstance(own.eos_token_id, list) else [own.eos_token_id]
         sampled: torch.Tensor = self._model.generate(
             input_ids=ids.to(self._model.device),
             attention_mask=mask.to(self._model.device),
@@ -148,7 +150,7 @@ class _Writer:
             temperature=1.0,
             top_k=0,
             top_p=1.0,
-            pad_token_id=0 if padding is None else padding,
+            pad_token_id=endings[0] if own.pad_token_id is None else own.pad_token_id,
         )
         return sampled
 

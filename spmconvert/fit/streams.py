@@ -167,15 +167,15 @@ class Streams:
             here, names = self._here(self._names), self._here(self._paired)
             block = self._chain.block(self.index)
             outputs: dict[str, list[Tensor]] = {name: [] for name in names}
-            after = []
+            after = States(list(self._walk.states), self._chain.folder)
             for batch, mask in enumerate(self.masks):
                 with recorded(block, here, "outputs") as caught:
-                    after.append(self._walk.run(block, batch))
+                    after[batch] = self._walk.run(block, batch)
                 for name in names:
                     outputs[name].append(attended(caught[name], mask))
                 self._order = self._order or [*caught, *(name for name in here if name not in caught)]
             self._dense_outputs = {name: States(found, self._chain.folder) for name, found in outputs.items()}
-            self._dense_after = States(after, self._chain.folder)
+            self._dense_after = after
         return self._dense_after
 
     @torch.no_grad()

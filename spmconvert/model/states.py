@@ -33,8 +33,9 @@ class States:
             parts = _mapped(sum(sizes), folder).split(sizes)
             self._states = [part.view(state.shape) for part, state in zip(parts, states, strict=True)]
         else:
-            self._states = list(states)
-        for batch, state in enumerate(states):
+            # they may lie in the file of others, where something else takes their place
+            self._states = [state.clone() for state in states]
+        for batch, state in enumerate(states if self.is_mapped else self._states):
             self[batch] = state
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from spmconvert.commands.convert import open_plan, resolve_recipe
 from spmconvert.data.calibration import load_rows
 from spmconvert.errors import CalibrationError
 from spmconvert.fit.stored import chain_of
+from spmconvert.model import states
 from spmconvert.model.loading import DenseModel, load_dense_model
 
 
@@ -27,15 +28,15 @@ def gather(store, plan, rows, model, chain, weighted=True, report=lambda *_: Non
     return {layer.target.name: store.read(layer.target.name) for layer in plan.layers}
 
 
-@pytest.mark.parametrize("mapped", [False, True])
+@pytest.mark.parametrize("mapped", ["nothing", "what is differentiated", "what moves on"])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize(
     ("name", "targets"),
     [("gpt2", "mlp"), ("bert", "mlp"), ("llama-bf16", "mlp,attn"), ("llama", "*.1.mlp.up_proj"), ("mixtral", "attn")],
 )
 def test_it_is_what_the_whole_model_gives(checkpoints, text, tmp_path, monkeypatch, name, targets, weighted, mapped):
-    if mapped:
-        monkeypatch.setattr(by_block, "STATES_LIMIT", 0)
+    if mapped != "nothing":
+        monkeypatch.setattr(by_block if mapped == "what is differentiated" else states, "STATES_LIMIT", 0)
     # clipping goes by the batch
     monkeypatch.setattr(moments_module, "GRADIENT_TOKENS", 512)
     plan, rows, dense, model = opened(checkpoints, text, name, tmp_path, targets=targets)

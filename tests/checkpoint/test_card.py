@@ -2,7 +2,7 @@
 
 from huggingface_hub import ModelCard
 
-from spmconvert.checkpoint.card import inherited_metadata, model_card
+from spmconvert.checkpoint.card import UNTOUCHED, finetuned_card, inherited_metadata, model_card
 
 SOURCE = """---
 license: apache-2.0
@@ -17,10 +17,10 @@ model-index:
 """
 
 
-def card_of(file, source):
+def card_of(file, source, refined=0):
     return model_card(
         source=source, source_sha256="0" * 64, inherited=inherited_metadata(file), rows=[], measured_on="no rows",
-        sizes="", version="1",
+        refined=refined, sizes="", version="1",
     )  # fmt: skip
 
 
@@ -48,3 +48,27 @@ def test_a_source_without_readable_metadata_hands_nothing_on(tmp_path):
 def test_a_single_tag_is_one_tag(tmp_path):
     (tmp_path / "README.md").write_text("---\ntags: text\n---\n")
     assert inherited_metadata(tmp_path / "README.md") == {"tags": ["text"]}
+
+
+def test_a_card_says_which_tensors_are_those_of_the_source(tmp_path):
+    run = {"steps": 3, "tokens": 9, "start_loss": 1.0, "best_loss": 0.5}
+
+    def finetuned(card, *scopes):
+        for scope in scopes:
+            card = finetuned_card(card, {**run, "recipe": {"train": scope}})
+        return card
+
+    card = card_of(tmp_path / "README.md", "dense")
+    assert UNTOUCHED in card
+    assert "refined" not in card
+    refined = card_of(tmp_path / "README.md", "dense", refined=7)
+    assert f"Beside them 7 norms and biases were refined. {UNTOUCHED}" in refined
+    assert UNTOUCHED in finetuned(refined, "spm", "spm")
+    for scopes in (["norms"], ["norms", "spm"], ["spm", "norms"]):
+        found = finetuned(refined, *scopes)
+        assert found.count("A finetune has trained norms and biases, too; all other tensors are") == 1
+        assert UNTOUCHED not in found
+    for scopes in (["all"], ["norms", "all"], ["all", "norms", "spm"], ["all", "all"]):
+        found = finetuned(refined, *scopes)
+        assert found.count("A finetune has trained all tensors.") == 1
+        assert "byte for byte" not in found

@@ -76,6 +76,29 @@ def test_rows_begin_as_paragraphs_of_their_part_do(write, checkpoints, monkeypat
     assert len(set(map(tuple, rows.tolist()))) > 5
 
 
+def test_rows_that_end_early_end_there(write, checkpoints, tmp_path, monkeypatch):
+    directory = shutil.copytree(checkpoints["gpt2"], tmp_path / "ending")
+    tokenizer = load_tokenizer(directory)
+    endings = [tokenizer.eos_token_id, *range(70, 96)]
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": endings}))
+    caught, decoded = [], written._Writer._decoded
+
+    def watched(self, ids):
+        caught.extend(ids.tolist())
+        return decoded(self, ids)
+
+    monkeypatch.setattr(written._Writer, "_decoded", watched)
+    texts = [json.loads(line)["text"] for line in write(directory)[0].read_text().splitlines()]
+    begun = row_length(load_config(directory), written.TOKENS) // written.BEGINNING_SHARE
+    ended = 0
+    for ids, text in zip(caught, texts, strict=True):
+        last = next((place for place in range(begun, len(ids)) if ids[place] in endings), len(ids) - 1)
+        ended += last < len(ids) - 2
+        assert set(ids[last + 1 :]) <= {tokenizer.eos_token_id}
+        assert text == tokenizer.decode(ids[: last + 1], skip_special_tokens=True)
+    assert ended > 2
+
+
 def test_rows_to_train_on_have_prose_beside_them(write, checkpoints):
     own, _ = write("gpt2", part="training")
     source = open_checkpoint(str(checkpoints["gpt2"]))
