@@ -87,4 +87,5 @@ def _milder(limit: Limit) -> Iterator[Limit]:
     for step in range(1, STEPS):
         value = asked + (free - asked) * step / STEPS
         milder = int(value) if name == "keep_bytes" else round(value, 2)
-        yield replace(limit, budget=limit.budget.model_copy(update={name: milder}))
+        if milder not in (asked, free):
+            yield replace(limit, budget=limit.budget.model_copy(update={name: milder}))

@@ -11,6 +11,7 @@ from typing import Any
 from spmconvert.cli import console, progress
 from spmconvert.errors import INTERRUPTED_EXIT_CODE, SpmconvertError
 from spmconvert.system.interrupts import at_work
+from spmconvert.system.memory import free_memory
 from spmconvert.units import size
 
 ROWS, SECONDS = 32, 2.0
@@ -31,11 +32,13 @@ def show_outcome(directory: Path, data: str | Path, device: str, *, dense_bytes:
     Returns:
         The figures as plain values, for JSON.
     """
-    free = _available()
-    if device == "cpu" and free is not None and NEEDED * dense_bytes > free:
+    free = free_memory(device)
+    if free is not None and NEEDED * dense_bytes > free:
         reason = f"both models take about {size(NEEDED * dense_bytes)} of memory together, {size(free)} is free"
         console.note(f"the whole model is not measured: {reason}; spmconvert report measures it on a larger machine")
         return {"outcome": []}
+    import torch
+
     from spmconvert.commands.report import report
     from spmconvert.reporting.summary import outcome
     from spmconvert.reporting.terminal import outcome_view
@@ -46,19 +49,9 @@ def show_outcome(directory: Path, data: str | Path, device: str, *, dense_bytes:
     except KeyboardInterrupt:
         console.note(f"interrupted while the whole model was measured; {directory} is complete")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
-    except SpmconvertError as error:
-        console.note(f"the whole model is not measured: {error}")
+    except (SpmconvertError, torch.OutOfMemoryError) as error:
+        console.note(f"the whole model is not measured: {str(error).splitlines()[0]}")
         return {"outcome": []}
     if not as_json:
         console.show(outcome_view(found))
     return {"outcome": [asdict(figure) for figure in outcome(found)]}
-
-
-def _available() -> int | None:
-    """Bytes of memory that are free or can be made so; None where the system does not say."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return None
-    found = next((line for line in lines if line.startswith("MemAvailable:")), None)
-    return None if found is None else 1024 * int(found.split()[1])

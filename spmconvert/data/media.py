@@ -32,6 +32,8 @@ KINDS: dict[str, Kind] = {"pixel_values": "pictures", "input_features": "sounds"
 _PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 SUFFIXES: dict[Kind, tuple[str, ...]] = {"pictures": _PICTURES, "sounds": (".wav",), "pictures with text": _PICTURES}
 TENSOR_SUFFIX = ".safetensors"
+# what files of made-up items begin with
+MADE_UP = "made-up-"
 # items that are made up for each part
 COUNTS: dict[Part, int] = {"calibration": 160, "training": 256, "evaluation": 64}
 # most files of a folder that are read, spread over all of them
@@ -97,7 +99,7 @@ def made_up(part: Part, directory: Path, config: Any) -> Path:
         make = partial(chirps, generator, _rate(processor)) if kind == "sounds" else partial(smooth_noise, generator)
         return [make() for _ in range(start, stop)]
 
-    source = _Source(f"made-up-{kind.replace(' ', '-')}-{part}", f"{COUNTS[part]}", COUNTS[part], items, part)
+    source = _Source(f"{MADE_UP}{kind.replace(' ', '-')}-{part}", f"{COUNTS[part]}", COUNTS[part], items, part)
     return _kept(source, kind, processor, directory, config)
 
 

@@ -15,13 +15,13 @@ from typing import Any
 from spmconvert.checkpoint.reader import Checkpoint
 from spmconvert.data.drawn import stand_in_text
 from spmconvert.data.library import Part, library_text
-from spmconvert.data.media import made_up, media_of
+from spmconvert.data.media import MADE_UP, made_up, media_of
 from spmconvert.data.pictured import reads_pictures_beside_text
 from spmconvert.data.tokens import has_tokenizer, reads_text
 from spmconvert.data.written import write_text, writes, written_file
 from spmconvert.model.architecture import skeleton
 from spmconvert.model.towers import beyond_text
-from spmconvert.system.caches import keep
+from spmconvert.system.caches import cache_directory, keep
 
 PROSE = "prose that comes with spmconvert, and docstrings of Python"
 
@@ -42,6 +42,15 @@ class StandIn:
 
 
 WRITTEN = "what the model writes itself"
+
+
+def is_stand_in(file: Path) -> bool:
+    """Whether a file is one that stands in, by its place."""
+    folder = file.resolve().parent
+    if folder == cache_directory("inputs").resolve():
+        # beside tensors of folders that somebody gave
+        return file.name.startswith(MADE_UP)
+    return folder == cache_directory("texts").resolve()
 
 
 def written_stand_in(

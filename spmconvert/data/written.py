@@ -23,6 +23,7 @@ from spmconvert.data.tokens import load_tokenizer, reads_packed, row_length
 from spmconvert.model.loading import load_dense_model
 from spmconvert.system.caches import cache_directory, check_cache, keep
 from spmconvert.system.devices import multiplies_bfloat16
+from spmconvert.system.memory import free_memory
 
 ROWS, TOKENS, BATCH_ROWS = 320, 160, 64
 COMMON_WORDS = 1000
@@ -30,6 +31,8 @@ COMMON_WORDS = 1000
 BEGINNING_SHARE = 5
 # on a CPU; SmolLM2-135M writes for five minutes on two cores
 MOST_PARAMETERS = 200_000_000
+# on a GPU, in float32 as it is loaded, and a quarter for the rows
+BYTES_A_PARAMETER = 5
 # part of a row that a user may say, and what stands for it in a template
 QUESTION_SHARE = 4
 PLACE = "what a user says"
@@ -45,8 +48,13 @@ def written_file(part: Part, sha256: str) -> Path:
 
 
 def writes(config: Any, parameters: int, device: str) -> bool:
-    """Whether a model writes its own text: a causal one, in a time that can be waited for."""
-    return reads_packed(config) and not config.is_encoder_decoder and (device != "cpu" or parameters <= MOST_PARAMETERS)
+    """Whether a model writes its own text: a causal one, in a time that can be waited for, with memory for all of it."""
+    if not reads_packed(config) or config.is_encoder_decoder:
+        return False
+    if device == "cpu":
+        return parameters <= MOST_PARAMETERS
+    free = free_memory(device)
+    return free is None or BYTES_A_PARAMETER * parameters <= free
 
 
 def write_text(

@@ -80,6 +80,8 @@ def train(run: TrainingRun, earlier_snapshot: dict[str, Any] | None = None) -> S
         restore(earlier_snapshot, state, run.trained, optimizer.optimizer)
     measuring = 0.0 if state.history else timed(lambda: measure(run), accelerator.device)
     if not state.planned:
+        # where layers were matched before, a measurement is there already
+        measuring = measuring or timed(lambda: held_out_losses(run), accelerator.device)
         state.planned = planned_steps(training, lambda: _step_seconds(run), _longest(run, measuring))
     while state.step < state.planned and not state.stopped:
         began = time.perf_counter()

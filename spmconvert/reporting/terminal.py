@@ -26,8 +26,8 @@ def report_view(report: Report) -> RenderableType:
         f"{report.model.dtype}, {report.created}"
     )
     parts: list[RenderableType] = [
-        Text.assemble((report.model.name, "bold"), f"  {report.model.architecture}, {len(report.layers)} layers replaced"),
         Text.assemble((found.text, STYLES[found.tone])),
+        Text.assemble((report.model.name, "bold"), f"  {report.model.architecture}, {len(report.layers)} layers replaced"),
         Text(where, style="dim"),
         "",
         _figures(key_figures(report)),

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from spmconvert.reporting.schema import MethodResult, Metric, Report
+from spmconvert.data.standin import is_stand_in
+from spmconvert.reporting.schema import MethodResult, Metric, Report, TimingRow
 from spmconvert.reporting.summary import compared_methods, headline_metric, headline_row
-from spmconvert.system.caches import cache_directory
 from spmconvert.units import measured
 
 Tone = Literal["good", "bad", "plain"]
-# nats a token above the dense model, up to which a language model is close, and from which it is far
+# nats a token above the dense model or apart from it, up to which a language model is close, and from which it is far
 CLOSE_NATS, FAR_NATS = 0.25, 1.0
 # the same for agreement, similarity and correlation with the dense model, which is 1 there
 CLOSE_SHARE, FAR_SHARE = 0.95, 0.85
@@ -79,11 +79,18 @@ def _gains(report: Report) -> str:
     if row is None:
         return f"{bytes_left}, speed not measured"
     speed = f"{row.ratio:.2f} times as fast at {row.tokens} tokens"
-    return f"{speed}{', which is within the noise' if row.verdict == 'no clear difference' else ''}, {bytes_left}"
+    noise = ", which is within the noise" if row.verdict == "no clear difference" else ""
+    fastest = max(_faster_rows(report), key=lambda other: other.ratio, default=row)
+    elsewhere = f", {fastest.ratio:.2f} times at {fastest.tokens}" if row.verdict != "faster" and fastest is not row else ""
+    return f"{speed}{noise}{elsewhere}, {bytes_left}"
 
 
 def _is_faster(report: Report) -> bool:
-    return any(row.verdict == "faster" for row in report.timing if row.what == "forward")
+    return bool(_faster_rows(report))
+
+
+def _faster_rows(report: Report) -> list[TimingRow]:
+    return [row for row in report.timing if row.what == "forward" and row.verdict == "faster"]
 
 
 def _saved(report: Report) -> float:
@@ -92,11 +99,17 @@ def _saved(report: Report) -> float:
 
 
 def _distance(metric: Metric) -> Literal["close", "between", "far"]:
+    # what is no number is far
     if metric.key == "perplexity" and metric.dense:
-        nats = math.log(metric.converted / metric.dense)
-        return "close" if nats <= CLOSE_NATS else "far" if nats > FAR_NATS else "between"
+        return _by_nats(math.log(metric.converted / metric.dense))
+    if metric.unit == "nats":
+        return _by_nats(metric.converted)
     share = metric.converted if metric.higher_is_better else 1 - metric.converted
-    return "close" if share >= CLOSE_SHARE else "far" if share < FAR_SHARE else "between"
+    return "close" if share >= CLOSE_SHARE else "between" if share >= FAR_SHARE else "far"
+
+
+def _by_nats(nats: float) -> Literal["close", "between", "far"]:
+    return "close" if nats <= CLOSE_NATS else "between" if nats <= FAR_NATS else "far"
 
 
 def _values(metric: Metric) -> str:
@@ -114,8 +127,7 @@ def _remedy(report: Report) -> str:
 
 def _has_own_text(report: Report) -> bool:
     recorded = report.model.recipe["calibration"].get("file")
-    # texts that stand in lie in the cache
-    return bool(recorded) and Path(recorded).parent != cache_directory("texts")
+    return bool(recorded) and not is_stand_in(Path(recorded))
 
 
 def _smaller(report: Report) -> str:

@@ -84,6 +84,14 @@ def test_what_is_named_instead_is_milder_and_loses_no_more_than_a_finetune_wins_
     assert really == pytest.approx(less, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("option", "given"), [({"speedup": 1.01}, []), ({"speedup": 1.04}, [1.01, 1.02, 1.03]), ({"keep": 0.98}, [0.99])]
+)
+def test_milder_budgets_are_neither_the_one_that_was_asked_for_nor_none(option, given):
+    found = [next(iter(one.budget.limits.values())) for one in hopeless._milder(Limit(Budget(**option), ()))]
+    assert sorted(set(found)) == given
+
+
 def test_where_every_budget_loses_too_much_none_is_named(told):
     [(budget, found)], loss = told(0.0, keep=0.3)
     assert found.instead is None

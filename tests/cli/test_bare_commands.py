@@ -99,7 +99,7 @@ def test_models_without_a_tokenizer_read_no_text(run, wordless, tmp_path):
 
 
 def test_models_that_do_not_fit_twice_are_not_measured(run, checkpoints, tmp_path, monkeypatch):
-    monkeypatch.setattr(outcome, "_available", lambda: 1000)
+    monkeypatch.setattr(outcome, "free_memory", lambda _: 1000)
     code, out, err = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", *FEW, "--measure")
     assert code == 0
     assert "the whole model is not measured: both models take about" in err

@@ -153,9 +153,14 @@ def test_templates_that_are_no_help_are_left_alone(chatting, write, template):
     assert len(rows) == 10
 
 
-def test_models_write_in_a_time_that_can_be_waited_for(checkpoints):
+def test_models_write_in_a_time_that_can_be_waited_for(checkpoints, monkeypatch):
+    free = {"cuda": None}
+    monkeypatch.setattr(written, "free_memory", free.get)
     causal, encoder = (load_config(checkpoints[name]) for name in ("gpt2", "bert"))
     assert writes(causal, written.MOST_PARAMETERS, "cpu")
     assert not writes(causal, written.MOST_PARAMETERS + 1, "cpu")
     assert writes(causal, written.MOST_PARAMETERS + 1, "cuda")
+    free["cuda"] = written.BYTES_A_PARAMETER * written.MOST_PARAMETERS
+    assert writes(causal, written.MOST_PARAMETERS, "cuda")
+    assert not writes(causal, written.MOST_PARAMETERS + 1, "cuda")
     assert not writes(encoder, 1, "cpu")

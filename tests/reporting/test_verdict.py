@@ -10,12 +10,12 @@ from spmconvert.reporting.verdict import CLOSE_NATS, FAR_NATS, verdict
 pytestmark = pytest.mark.xdist_group("report")
 
 
-def timed(ratio, outcome):
+def timed(ratio, outcome, tokens=128):
     spread = 0.5 if outcome == "no clear difference" else 0.01
     dense, converted = (
         Latency(p20=(1 - spread) * p50, p50=p50, p80=(1 + spread) * p50, samples=9) for p50 in (10.0, 10.0 / ratio)
     )
-    row = TimingRow(what="forward", tokens=128, shape="1 x 128", dense=dense, converted=converted)
+    row = TimingRow(what="forward", tokens=tokens, shape=f"1 x {tokens}", dense=dense, converted=converted)
     assert row.verdict == outcome
     return row
 
@@ -68,6 +68,50 @@ def test_between_says_what_is_given(quick_report):
     assert found.text.startswith("Worth it where some quality can be given")
 
 
+@pytest.mark.parametrize(
+    ("nats", "said"),
+    [
+        (CLOSE_NATS, "and close to the dense model (KL divergence a token 0.25 nats)"),
+        (FAR_NATS, "Worth it where some quality can be given"),
+        (FAR_NATS + 0.1, "Not worth it as it is: far"),
+        (math.nan, "Not worth it as it is: far"),
+    ],
+)
+def test_a_divergence_counts_in_nats(quick_report, nats, said):
+    report = changed(quick_report, 0.1)
+    text = quick_report.quality[0]
+    metric = next(metric for metric in text.metrics if metric.key == "kl").model_copy(update={"converted": nats})
+    report = report.model_copy(update={"quality": (text.model_copy(update={"metrics": (metric,)}),)})
+    assert said in verdict(report).text
+
+
+def test_a_loss_that_is_no_number_is_far(quick_report):
+    assert verdict(changed(quick_report, math.nan)).text.startswith("Not worth it as it is: far")
+
+
+def test_where_it_is_faster_is_said(quick_report):
+    report = changed(quick_report, 0.1)
+    rows = (timed(0.8, "slower"), timed(1.2, "faster", 512), timed(1.4, "faster", 1024))
+    found = verdict(report.model_copy(update={"timing": rows})).text
+    assert "where it runs as here: 0.80 times as fast at 128 tokens, 1.40 times at 1024, 20% fewer bytes" in found
+
+
+def test_what_stands_in_is_no_text_of_ones_own(quick_report, tmp_path, monkeypatch):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.setenv("SPMCONVERT_CACHE", str(tmp_path / "link"))
+
+    def hint(file):
+        recipe = {**quick_report.model.recipe, "calibration": {"file": str(file)}}
+        model = quick_report.model.model_copy(update={"recipe": recipe})
+        return "--calib" in verdict(changed(quick_report.model_copy(update={"model": model}), FAR_NATS + 1)).text
+
+    assert hint(tmp_path / "real" / "texts" / "calibration-1.txt")
+    assert hint(tmp_path / "real" / "inputs" / "made-up-pictures-calibration-1.safetensors")
+    assert not hint(tmp_path / "real" / "inputs" / "holiday-1.safetensors")
+    assert not hint(tmp_path / "own.txt")
+
+
 def test_smaller_alone_is_for_size(quick_report):
     found = verdict(changed(quick_report, 0.1, speed=(1.0, "no clear difference")))
     assert (
@@ -105,8 +149,8 @@ def rivals(report, quality, *, size, time):
     changed_report = changed(report, 0.1)
     (metric,) = changed_report.quality[0].metrics
     metric = metric.model_copy(update={"standard_error": None})
-    latency = spm.latency.model_copy(update={key: time * getattr(spm.latency, key) for key in ("p20", "p50", "p80")})
-    spm = spm.model_copy(update={"metrics": (metric,), "bytes": 1000})
+    own, latency = (Latency(p20=0.99 * p50, p50=p50, p80=1.01 * p50, samples=9) for p50 in (1.0, time))
+    spm = spm.model_copy(update={"metrics": (metric,), "bytes": 1000, "latency": own})
     its = {"metrics": (metric.model_copy(update={"converted": quality}),), "bytes": round(1000 * size), "latency": latency}
     return changed_report.model_copy(update={"candidates": (spm, int8.model_copy(update=its))})
 
