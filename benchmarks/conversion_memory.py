@@ -112,7 +112,17 @@ def stored(directory: Path) -> int:
 
 def converted(directory: Path, text: Path) -> dict[str, Any]:
     """Convert a checkpoint in a process of its own; its peaks in bytes, and seconds."""
-    command = [sys.executable, "-m", "spmconvert", "convert", str(directory), "-o", f"{directory}-converted", "--force"]
+    command = [
+        sys.executable,
+        "-m",
+        "spmconvert",
+        "convert",
+        str(directory),
+        "-o",
+        f"{directory}-converted",
+        "--force",
+        "--no-measure",
+    ]
     process = subprocess.Popen([*command, "--calib", str(text), *OPTIONS], stdout=subprocess.DEVNULL)
     peaks = {"allocated": 0, "resident": 0}
     stopped = threading.Event()
