@@ -382,7 +382,7 @@ def test_files_go_into_the_checkpoint_and_refresh_its_card(quick_report, gpt2_sp
     again = (place / "README.md").read_text()
     assert again == edited.replace(quick_report.created[:10], "2030-01-02")
     assert read_report(place / "report.json") == later
-    run = {"steps": 4, "tokens": 512, "start_loss": 2.0, "best_loss": 1.5}
+    run = {"steps": 4, "tokens": 512, "start_loss": 2.0, "best_loss": 1.5, "recipe": {"train": "spm"}}
     tuned = cards.finetuned_card(again, run)
     assert "## Measured" not in tuned
     assert cards.REPORT_BEGIN not in tuned
