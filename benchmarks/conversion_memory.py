@@ -36,7 +36,7 @@ HIDDEN, INTERMEDIATE, HEADS, WORDS = 2048, 1024, 16, 8192
 BLOCKS = "4,9,42"
 OPTIONS = [
     "--targets=*.mlp.down_proj", "--keep=0.5", "--allow-slower", "--refine=1", "--set", "structures=lowrank",
-    "--set", "calibration.rows=16", "--set", "calibration.tokens=128",
+    "--set", "calibration.rows=16", "--set", "calibration.tokens=128", "--no-measure",
 ]  # fmt: skip
 SAMPLE_SECONDS = 0.05
 
@@ -112,17 +112,7 @@ def stored(directory: Path) -> int:
 
 def converted(directory: Path, text: Path) -> dict[str, Any]:
     """Convert a checkpoint in a process of its own; its peaks in bytes, and seconds."""
-    command = [
-        sys.executable,
-        "-m",
-        "spmconvert",
-        "convert",
-        str(directory),
-        "-o",
-        f"{directory}-converted",
-        "--force",
-        "--no-measure",
-    ]
+    command = [sys.executable, "-m", "spmconvert", "convert", str(directory), "-o", f"{directory}-converted", "--force"]
     process = subprocess.Popen([*command, "--calib", str(text), *OPTIONS], stdout=subprocess.DEVNULL)
     peaks = {"allocated": 0, "resident": 0}
     stopped = threading.Event()

@@ -76,7 +76,7 @@ def model_card(
         f"# {markdown(source)}, converted by spmconvert",
         "",
         f"{len(rows)} dense layers of {code(source)} (content hash `{source_sha256[:16]}`) are replaced by SPM layers",
-        f"(Stagewise Pairwise Mixers, arXiv 2512.23905). {refined_sentence(refined)}{UNTOUCHED}",
+        f"(Stagewise Pairwise Mixers, arXiv 2512.23905). {_refined(refined)}{UNTOUCHED}",
         "",
         "```python",
         "import spmconvert  # registers the format; pip install spmconvert",
@@ -93,7 +93,7 @@ def model_card(
     return "\n".join([*header, "", *body, *table, ""])
 
 
-def refined_sentence(count: int) -> str:
+def _refined(count: int) -> str:
     """What refinement changed beside the new layers, in words and with a space behind; empty for nothing."""
     return f"Beside them {count} norms and biases were refined. " if count else ""
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from spmconvert.cli import console, progress
-from spmconvert.errors import INTERRUPTED_EXIT_CODE, SpmconvertError
+from spmconvert.errors import INTERRUPTED_EXIT_CODE, SpmconvertError, first_line
 from spmconvert.system.interrupts import at_work
 from spmconvert.system.memory import free_memory
 from spmconvert.units import size
@@ -50,7 +50,7 @@ def show_outcome(directory: Path, data: str | Path, device: str, *, dense_bytes:
         console.note(f"interrupted while the whole model was measured; {directory} is complete")
         raise SystemExit(INTERRUPTED_EXIT_CODE) from None
     except (SpmconvertError, torch.OutOfMemoryError) as error:
-        console.note(f"the whole model is not measured: {str(error).splitlines()[0]}")
+        console.note(f"the whole model is not measured: {first_line(error)}")
         return {"outcome": []}
     if not as_json:
         console.show(outcome_view(found))

@@ -33,9 +33,8 @@ class States:
             parts = _mapped(sum(sizes), folder).split(sizes)
             self._states = [part.view(state.shape) for part, state in zip(parts, states, strict=True)]
         else:
-            # they may lie in the file of others, where something else takes their place
-            self._states = [state.clone() for state in states]
-        for batch, state in enumerate(states if self.is_mapped else self._states):
+            self._states = list(states)
+        for batch, state in enumerate(states):
             self[batch] = state
 
     def __len__(self) -> int:
@@ -48,11 +47,12 @@ class States:
         return self._states[batch].to(self._device)
 
     def __setitem__(self, batch: int, state: Tensor) -> None:
-        kept = state.detach().float()
+        kept = state.detach()
         if self.is_mapped:
             self._states[batch].copy_(kept)
         else:
-            self._states[batch] = kept.cpu()
+            # it may lie in the file of others, where something else takes its place
+            self._states[batch] = kept.to("cpu", torch.float32, copy=True)
 
 
 def _mapped(count: int, folder: Path) -> Tensor:

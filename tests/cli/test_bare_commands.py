@@ -5,6 +5,7 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from spmconvert.checkpoint.reader import open_checkpoint
 from spmconvert.cli import outcome
@@ -109,11 +110,14 @@ def test_models_that_do_not_fit_twice_are_not_measured(run, checkpoints, tmp_pat
     assert json.loads(out)["outcome"] == []
 
 
-def test_what_cannot_be_measured_does_not_fail_a_conversion(run, checkpoints, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error", [CalibrationError("no rows"), torch.OutOfMemoryError("no memory\nTried to allocate 2 GiB")]
+)
+def test_what_cannot_be_measured_does_not_fail_a_conversion(run, checkpoints, tmp_path, monkeypatch, error):
     def refuse(*_, **__):
-        raise CalibrationError("no rows")
+        raise error
 
     monkeypatch.setattr(reporting, "report", refuse)
     code, _, err = run("convert", checkpoints["gpt2"], "-o", tmp_path / "o", *FEW, "--measure")
     assert code == 0
-    assert "the whole model is not measured: no rows" in err
+    assert f"the whole model is not measured: {str(error).splitlines()[0]}\n" in err

@@ -14,6 +14,7 @@ from spmconvert.checkpoint.converted import open_converted
 from spmconvert.commands import finetune as finetuning
 from spmconvert.commands.finetune import finetune, store_teacher_logits
 from spmconvert.data.training import load_training_data
+from spmconvert.distill import loop
 from spmconvert.errors import BackendError, CheckpointError, OptionError, OutputError
 from spmconvert.recipe.recipe import Training
 from tests.support import QUICK, SHORT, files_of, raw_tensors
@@ -133,6 +134,13 @@ def test_a_compiled_student_learns_the_same(converted, text, tmp_path, plain, mo
     found = Watched(converted, text, tmp_path / "o", compile=True)
     assert sum(calls) == len(found.steps), "every step runs what was compiled"
     assert found.losses == plain.losses
+
+
+def test_minutes_know_how_long_a_measurement_takes_behind_a_layerwise_stage(converted, text, tmp_path, monkeypatch):
+    given, plan = [], loop.planned_steps
+    monkeypatch.setattr(loop, "planned_steps", lambda *those: given.append(those[2]) or plan(*those))
+    finetune(converted["gpt2"], tmp_path / "o", data=text, layerwise=1, learning_rate=1e-3, **SHORT)
+    assert given[0] > 0
 
 
 def test_layerwise_stage_comes_first_and_is_measured(converted, text, tmp_path):
