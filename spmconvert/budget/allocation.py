@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from spmconvert.budget.candidates import Candidate
 from spmconvert.budget.curves import Curves
-from spmconvert.budget.knapsack import Choice, check_budget, choose
+from spmconvert.budget.knapsack import Choice, Cost, check_budget, choose
 from spmconvert.budget.times import TimeTable
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
@@ -43,6 +43,12 @@ class Limit:
     layers: tuple[LayerPlan, ...]
     times: TimeTable | None = None
     seconds: float | None = None
+
+    @property
+    def beside(self) -> "Limit | None":
+        """The limit of size that stands beside one of time; None where there is one limit alone."""
+        budget = self.budget.without_speedup
+        return None if budget is None else replace(self, budget=budget)
 
     @property
     def total(self) -> int:
@@ -134,6 +140,8 @@ def check_reachable(limit: Limit) -> None:
         OptionError: when the smallest designs exceed it, or it allows all layers as they are.
     """
     budget = limit.budget
+    if budget.speedup is not None and limit.beside is not None:
+        check_reachable(limit.beside)
     if budget.max_error is not None or budget.speedup is not None:
         return
     costs = []
@@ -141,7 +149,7 @@ def check_reachable(limit: Limit) -> None:
         smallest = smallest_designs(layer, budget)
         costs.append([limit.cost(layer, design) for design in (*smallest, None)])
     dense = sum(layer_costs[-1] for layer_costs in costs)
-    check_budget(costs, limit.total, budget.unit)
+    check_budget(Cost(costs, limit.total, budget.unit))
     if limit.total >= dense:
         raise OptionError(
             f"{next(iter(budget.limits))} allows {limit.total:,} {budget.unit}, and the targeted layers have {dense:,} as "
@@ -170,7 +178,8 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
     units = _units(layers)
     candidates = curves.candidates
     options: list[list[Option]] = []
-    costs: list[list[int]] = []
+    limits = [limit] if limit.beside is None else [limit, limit.beside]
+    costs: list[list[list[int]]] = [[] for _ in limits]
     known = 0
     for unit in units:
         first = layers[unit[0]]
@@ -180,15 +189,20 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
         known += len(shared)
         options.append([*(one for one, _ in kept), None])
         # all of a unit are of one shape
-        costs.append([len(unit) * limit.cost(first, design) for design in (*(design for _, design in kept), None)])
+        designs = [*(design for _, design in kept), None]
+        for by_layer, one in zip(costs, limits, strict=True):
+            by_layer.append([len(unit) * one.cost(first, design) for design in designs])
     dropped = known - sum(len(own) - 1 for own in options)
     if known and dropped == known:
         raise OptionError(_why_dense(budget, dropped, known))
     losses = [[0.0 if option is None else sum(one.loss for one in option) for option in own] for own in options]
     if budget.max_error is not None:
-        choice = _within_error(options, costs, losses, budget.max_error)
+        choice = _within_error(options, costs[0], losses, budget.max_error)
     else:
-        choice = choose(costs, losses, limit.total, budget.unit)
+        first_cost, *others = (
+            Cost(by_layer, one.total, one.budget.unit) for by_layer, one in zip(costs, limits, strict=True)
+        )
+        choice = choose(first_cost, losses, *others)
     picked: list[Candidate | None] = [None] * len(layers)
     chosen = [0] * len(layers)
     for unit, own, number in zip(units, options, choice.chosen, strict=True):
@@ -230,7 +244,7 @@ def _why_dense(budget: Budget, dropped: int, known: int) -> str:
             "--allow-slower to make the model smaller only, or other --tokens"
         )
     remedy = "allow less" if budget.max_error is None else f"allow a larger error than {budget.max_error:g}"
-    return f"{next(iter(budget.limits))} leaves every layer dense; {remedy}"
+    return f"{' and '.join(budget.limits)} leaves every layer dense; {remedy}"
 
 
 def _within_error(
@@ -252,13 +266,17 @@ def _within_error(
 
 def choice_record(choice: Choice, budget: Budget) -> dict[str, Any]:
     """What a choice costs and is predicted to lose, as plain values."""
-    return {
+    record: dict[str, Any] = {
         "predicted_loss": choice.loss,
         "lower_bound": choice.bound,
         "cost": choice.cost,
         "limit": choice.limit,
         "unit": budget.unit,
     }
+    if choice.beside is not None and (size := budget.without_speedup) is not None:
+        cost, limit = choice.beside
+        record["beside"] = {"cost": cost, "limit": limit, "unit": size.unit}
+    return record
 
 
 def describe_choice(allocation: Allocation, budget: Budget) -> str:
@@ -266,6 +284,8 @@ def describe_choice(allocation: Allocation, budget: Budget) -> str:
     choice = allocation.choice
     amount, limit = (_amount(number, budget) for number in (choice.cost, choice.limit or 0))
     allowed = "" if choice.limit is None else f" of the {limit} allowed"
+    if choice.beside is not None and (size := budget.without_speedup) is not None:
+        allowed += f", {choice.beside[0]:,} {size.unit} of {choice.beside[1]:,}"
     dropped, known = allocation.dropped
     slower = f"; {dropped:,} of {known:,} candidates are slower than dense and were dropped" if dropped else ""
     return f"{amount} {budget.shown_unit}{allowed}, {budget.loss_name} {choice.loss:.4g}{slower}"

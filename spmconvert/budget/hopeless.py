@@ -81,11 +81,11 @@ def hopeless(
 
 def _milder(limit: Limit) -> Iterator[Limit]:
     """Limits of the same kind, from the next one to the one before the layers as they are."""
-    name, asked = next(iter(limit.budget.limits.items()))
+    asked = limit.budget.limits
     # of the others all is 1
-    free = sum(layer.dense_bytes for layer in limit.layers) if name == "keep_bytes" else 1.0
+    free = {name: sum(layer.dense_bytes for layer in limit.layers) if name == "keep_bytes" else 1.0 for name in asked}
     for step in range(1, STEPS):
-        value = asked + (free - asked) * step / STEPS
-        milder = int(value) if name == "keep_bytes" else round(value, 2)
-        if milder not in (asked, free):
-            yield replace(limit, budget=limit.budget.model_copy(update={name: milder}))
+        values = {name: value + (free[name] - value) * step / STEPS for name, value in asked.items()}
+        milder = {name: int(value) if name == "keep_bytes" else round(value, 2) for name, value in values.items()}
+        if not any(value in (asked[name], free[name]) for name, value in milder.items()):
+            yield replace(limit, budget=limit.budget.model_copy(update=milder))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from spmconvert.budget.allocation import Allocation, Limit, allocate
-from spmconvert.budget.candidates import Candidate, designs_of, standing_designs_of
+from spmconvert.budget.candidates import designs_of, standing_designs_of
 from spmconvert.budget.curves import Curves, LayerCurve
 from spmconvert.errors import OptionError
 from spmconvert.operator.design import Design
@@ -164,20 +164,23 @@ class Search:
         self.measure(trials)
 
     def _saving(self, curve: LayerCurve, design: Design) -> float:
-        """Share of the loss of low rank at the same cost that a design saves; one where there is none so small."""
+        """Share of the loss of low rank at the same cost that a design saves, by the limit by which it saves more."""
+        limits = [self.limit] if self.limit.beside is None else [self.limit, self.limit.beside]
+        return max(self._saving_by(limit, curve, design) for limit in limits)
+
+    @staticmethod
+    def _saving_by(limit: Limit, curve: LayerCurve, design: Design) -> float:
+        """By the costs of one limit; one where there is no low rank so small."""
         entries = tuple(design.to_json())
-        cost = self.limit.cost(curve.layer, design)
+        cost = limit.cost(curve.layer, design)
         own, rivals = None, []
         for candidate in curve.candidates:
             if candidate.terms == entries:
                 own = candidate.loss
-            elif candidate.kinds == ("lowrank",) and self._cost_of(curve, candidate) <= cost:
+            elif candidate.kinds == ("lowrank",) and limit.cost(curve.layer, candidate.design(*_sizes(curve))) <= cost:
                 rivals.append(candidate.loss)
         assert own is not None
         return 1 - own / max(min(rivals), 1e-300) if rivals else 1.0
-
-    def _cost_of(self, curve: LayerCurve, candidate: Candidate) -> int:
-        return self.limit.cost(curve.layer, candidate.design(*_sizes(curve)))
 
     def _shapes(self) -> dict[tuple[int, int], list[LayerCurve]]:
         shapes: dict[tuple[int, int], list[LayerCurve]] = {}

@@ -84,7 +84,8 @@ def convert(
     targets: Annotated[
         str | None,
         typer.Option(
-            help="Presets mlp, attn, all; globs; re: patterns; of one tower as in text:mlp; comma-separated. Default mlp."
+            help="Presets mlp, attn, all; globs; re: patterns; of one tower as in text:mlp; comma-separated. Default mlp; "
+            "without a design and a budget all of an encoder."
         ),
     ] = None,
     ignore: Annotated[str | None, typer.Option(help="Globs and re: patterns to leave alone, comma-separated.")] = None,

@@ -29,10 +29,10 @@ from spmconvert.calibrate.store import MomentStore, moment_bytes
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
+from spmconvert.commands.bare import SECOND_BUDGET, describe_taken, first_budget, with_first_targets
 from spmconvert.commands.conversion import Conversion, output_tensors, write_conversion
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_inputs
-from spmconvert.data.media import TENSOR_SUFFIX
-from spmconvert.data.tokens import reads_packed, reads_tokens, row_length, tokenizer_hash
+from spmconvert.data.tokens import tokenizer_hash
 from spmconvert.errors import OptionError, OutOfReachError
 from spmconvert.fit.blocks import refined
 from spmconvert.fit.layer import LayerRecord
@@ -49,19 +49,12 @@ from spmconvert.model.swap import as_it_runs, copy_sharing_tensors, replace_modu
 from spmconvert.outputs.objective import objective_for
 from spmconvert.plan.plan import ConversionPlan, plan_conversion
 from spmconvert.recipe.loading import recipe_from_keywords
-from spmconvert.recipe.recipe import Budget, Recipe
+from spmconvert.recipe.recipe import Recipe
 from spmconvert.system.devices import check_device
 from spmconvert.system.team import Team, join_team
 from spmconvert.system.timing import device_name
 from spmconvert.version import __version__
 
-# what a first try asks for: all-MiniLM-L6-v2 is still close to what it was, and so is SmolLM2-135M at less; models of
-# language lose more by the same speed (docs/results.md)
-FIRST_SPEEDUP, FIRST_SPEEDUP_OF_LANGUAGE = 1.2, 1.15
-# the share of the layers that is kept where a model reads none
-FIRST_KEPT = 0.5
-# of a model that is too small to become so much faster
-SECOND_BUDGET = Budget(keep=FIRST_KEPT, allow_slower=True)
 # of a model that would have been refined
 UNREFINED = "no block was refined, since the targets are on no path through one list of blocks"
 # of a model that could not be walked block by block
@@ -121,7 +114,10 @@ def _convert(
     listener: Progress,
     team: Team,
 ) -> Conversion:
-    source, plan, config = open_plan(model, resolved)
+    bare = bare and not resolved.names_designs
+    source, config, architecture = open_model(model)
+    resolved = with_first_targets(resolved, config) if bare else resolved
+    plan = plan_of(source, architecture, resolved)
     destination = default_output(model) if output is None else Path(output)
     check_apart(
         destination,
@@ -136,9 +132,8 @@ def _convert(
     if team.leads:
         team.wait()
     listener.reading(resolved, standing_in)
-    bare = bare and not resolved.names_designs
     if bare and (budget := first_budget(resolved, config)) is not None:
-        listener.taking(budget)
+        listener.taking(describe_taken(resolved, budget))
         resolved = resolved.model_copy(update={"budget": budget})
     rows = calibration_rows(source.directory, config, resolved, names)
     width = max(layer.target.in_features for layer in plan.layers)
@@ -248,7 +243,7 @@ def _choose(run: FitRun, spending: Spending, *, bare: bool) -> Spent:
         except OutOfReachError:
             if not bare:
                 raise
-            run.progress.taking(SECOND_BUDGET)
+            run.progress.taking(describe_taken(run.recipe, SECOND_BUDGET))
             second = run.recipe.model_copy(update={"budget": SECOND_BUDGET})
             spent = replace(replace(spending, recipe=second).choose(), instead=True)
         # finished layers have these designs, whatever a cache says when the run is resumed
@@ -270,17 +265,38 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     Raises:
         SpmconvertError: as for ``convert``.
     """
+    source, config, architecture = open_model(model)
+    return source, plan_of(source, architecture, recipe), config
+
+
+def open_model(model: str) -> tuple[Checkpoint, Any, Any]:
+    """Open a checkpoint; headers and config only.
+
+    Returns:
+        The checkpoint, the model's config, and its modules without parameters.
+
+    Raises:
+        SpmconvertError: as for ``convert``.
+    """
     source = open_checkpoint(model)
     # what cannot be carried over is refused before any work
     source.companion_files()
     config = load_config(source.directory)
     architecture = skeleton(config)
     open_(architecture)
-    source = opened(source, architecture)
+    return opened(source, architecture), config, architecture
+
+
+def plan_of(source: Checkpoint, architecture: Any, recipe: Recipe) -> ConversionPlan:
+    """Plan the conversion of an open checkpoint.
+
+    Raises:
+        SpmconvertError: as for ``convert``.
+    """
     plan = plan_conversion(source, architecture, recipe)
     if recipe.fit.follows_blocks:
         layer_blocks(architecture, [layer.target.name for layer in plan.layers])
-    return source, plan, config
+    return plan
 
 
 def _settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> Recipe:
@@ -333,20 +349,6 @@ def _can_follow_blocks(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRo
 def default_output(model: str) -> Path:
     """``<name>-spm`` in the working directory, for a directory or a hub id."""
     return Path(f"{Path(model).resolve().name if Path(model).exists() else model.rpartition('/')[2]}-spm")
-
-
-def first_budget(recipe: Recipe, config: Any) -> Budget | None:
-    """What is asked for where a recipe names neither designs nor a budget."""
-    if recipe.names_designs:
-        return None
-    if recipe.calibration.file is None:
-        # without data nothing else is sure to be better than to predict the mean
-        return Budget(keep=FIRST_KEPT, structures=("lowrank",), sensitivity="none")
-    if not reads_tokens(config) or recipe.calibration.file.suffix == TENSOR_SUFFIX:
-        # a speed-up is timed on rows of tokens alone
-        return Budget(keep=FIRST_KEPT)
-    speedup = FIRST_SPEEDUP_OF_LANGUAGE if reads_packed(config) else FIRST_SPEEDUP
-    return Budget(speedup=speedup, tokens=row_length(config, Budget().tokens))
 
 
 def resolve_recipe(recipe: Recipe | str | Path | None, changes: dict[str, Any]) -> Recipe:

@@ -19,6 +19,8 @@ from spmconvert.units import parse_size
 DATASET_PREFIX = "datasets:"
 # text that can be had on every machine, in the place of a file
 AUTO_TEXT = "auto"
+# layers that are replaced where nobody says which
+DEFAULT_TARGETS = ("mlp",)
 # kinds that a budget tries where the recipe names none; stages lose to Monarch at equal parameters wherever both were
 # measured (docs/results.md), and their fits take longest
 DEFAULT_STRUCTURES = ("monarch", "sparse24", "lowrank")
@@ -197,8 +199,14 @@ def _bytes(value: Any) -> Any:
         raise ValueError("is no size; write one such as 40MB, 1.5GB or 300000") from None
 
 
+# limits that may stand beside a speed-up
+SIZES = ("keep", "keep_bytes", "keep_flops")
+
+
 class Budget(_Table):
-    """How much of the targeted layers may be left; the designs of all layers are chosen together. At most one limit.
+    """How much of the targeted layers may be left; the designs of all layers are chosen together.
+
+    One limit, or a speed-up beside one of the shares and sizes.
 
     Attributes:
         keep: share of the targeted layers' parameters.
@@ -232,7 +240,7 @@ class Budget(_Table):
     @property
     def limits(self) -> dict[str, float]:
         """The limits that are given; none for designs that the recipe names itself."""
-        names = ("keep", "keep_bytes", "keep_flops", "max_error", "speedup")
+        names = ("speedup", *SIZES, "max_error")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
     @property
@@ -246,9 +254,13 @@ class Budget(_Table):
 
     @property
     def option(self) -> str:
-        """The limit as the command line takes it."""
-        name, value = next(iter(self.limits.items()))
-        return f"--{name.replace('_', '-')} {value:.15g}"
+        """The limits as the command line takes them."""
+        return " ".join(f"--{name.replace('_', '-')} {value:.15g}" for name, value in self.limits.items())
+
+    @property
+    def without_speedup(self) -> "Budget | None":
+        """The limit of size beside a speed-up; None where there are not both."""
+        return self.model_copy(update={"speedup": None}) if self.speedup is not None and len(self.limits) > 1 else None
 
     @property
     def shown_unit(self) -> str:
@@ -266,9 +278,13 @@ class Budget(_Table):
         return "sum of the layers' errors" if self.sensitivity == "none" else "predicted loss"
 
     @model_validator(mode="after")
-    def _has_one_limit(self) -> "Budget":
-        if len(self.limits) > 1:
-            raise ValueError(f"{' and '.join(self.limits)} are both given; a conversion has one limit")
+    def _limits_go_together(self) -> "Budget":
+        sizes = [name for name in self.limits if name in SIZES]
+        if len(self.limits) > 1 and not (self.speedup is not None and len(self.limits) == 2 and sizes):
+            raise ValueError(
+                f"{' and '.join(self.limits)} are given at once; a conversion has one limit, or speedup beside one of "
+                f"{', '.join(SIZES)}"
+            )
         return self
 
 
@@ -391,7 +407,7 @@ class Recipe(_Table):
 
     Attributes:
         targets: presets mlp, attn and all, globs and ``re:`` patterns of the layers to replace, any of them in one tower
-            (``text:mlp``).
+            (``text:mlp``); None for mlp, and for all of an encoder of which nothing else is said, either.
         ignore: presets and patterns to leave alone.
         layers: only these blocks, for example ``4-10,-1``.
         seed: seed of starts and calibration rows.
@@ -405,7 +421,7 @@ class Recipe(_Table):
         finetune: the distillation.
     """
 
-    targets: tuple[str, ...] = ("mlp",)
+    targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] = ()
     layers: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -455,7 +471,7 @@ class Recipe(_Table):
     @model_validator(mode="after")
     def _designs_are_named_or_chosen(self) -> "Recipe":
         if self.budget.limits and (self.design != LayerDesign() or self.overrides):
-            limit = next(iter(self.budget.limits))
+            limit = " and ".join(self.budget.limits)
             raise ValueError(
                 f"{limit} chooses the design of every layer; leave stages, variant, block, rank, terms and overrides out"
             )

@@ -11,7 +11,8 @@ import spmconvert
 from spmconvert.budget import speed, spend
 from spmconvert.budget.times import TimeTable
 from spmconvert.commands import convert as converting
-from spmconvert.commands.convert import first_budget, open_plan
+from spmconvert.commands.bare import describe_taken, first_budget, with_first_targets
+from spmconvert.commands.convert import open_plan
 from spmconvert.errors import OptionError, OutOfReachError, RecipeError
 from spmconvert.model.architecture import load_config
 from spmconvert.operator.design import Design
@@ -147,6 +148,38 @@ def test_a_speedup_out_of_reach_names_the_largest(checkpoints, text, tmp_path, m
     assert result.speed["measured"] >= named - 0.01
 
 
+@pytest.mark.parametrize("size", ["keep", "keep_bytes", "keep_flops"])
+def test_a_speedup_and_a_size_are_reached_at_once(checkpoints, text, tmp_path, monkeypatch, size):
+    set_clock(monkeypatch)
+    options = {"structures": "sparse24,lowrank", "calib": text, "speedup": 1.2, "tokens": 24, **BUDGET}
+    alone = spmconvert.convert(checkpoints["gpt2"], tmp_path / "alone", **options)
+    layers = targeted(checkpoints["gpt2"])
+    # what is asked for is less than the speed-up leaves
+    whole = {"keep": 1.0, "keep_flops": 1.0, "keep_bytes": sum(layer.dense_bytes for layer in layers)}[size]
+    value = {"keep": 0.4, "keep_flops": 0.4, "keep_bytes": int(0.4 * whole)}[size]
+    both = spmconvert.convert(checkpoints["gpt2"], tmp_path / "both", **{**options, size: value})
+    assert both.speed["measured"] >= 1.2
+    cost, limit = both.choice.beside
+    assert cost <= limit
+    assert alone.choice.loss < both.choice.loss
+    recorded = json.loads((tmp_path / "both" / "spm.json").read_text())
+    unit = {"keep": "parameters", "keep_bytes": "bytes", "keep_flops": "FLOPs a token"}[size]
+    assert recorded["allocation"]["beside"] == {"cost": cost, "limit": limit, "unit": unit}
+    assert f"{cost:,} {unit} of {limit:,}" in both.budget_note
+    if size == "keep_bytes":
+        kept = written_bytes(tmp_path / "both", [layer.target.name for layer in layers])
+        assert kept == cost < written_bytes(tmp_path / "alone", [layer.target.name for layer in layers])
+
+
+def test_a_size_beside_a_speedup_that_cannot_be_kept_is_refused_before_any_work(checkpoints, text, tmp_path, monkeypatch):
+    set_clock(monkeypatch)
+    options = {"structures": "lowrank", "calib": text, "tokens": 24, **BUDGET}
+    with pytest.raises(OptionError, match="the budget is 9 bytes, the smallest candidates of all layers need"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", speedup=1.2, keep_bytes=9, **options)
+    with pytest.raises(OptionError, match=r"keep_bytes allows 9,000,000 bytes, .* as they are; allow less"):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", speedup=1.2, keep_bytes="9MB", **options)
+
+
 def test_a_target_that_is_missed_twice_is_tightened_once(checkpoints, text, tmp_path, monkeypatch):
     clock = set_clock(monkeypatch, 1.2, 1.15)
     options = {"structures": "lowrank", "calib": text, "speedup": 1.5, "tokens": 24, **BUDGET}
@@ -237,7 +270,9 @@ def test_a_dry_run_compares_speedups(checkpoints, text, tmp_path, monkeypatch, r
         (("--speedup", "1.2,1.5"), OptionError, ("names 2 values", "--dry-run compares several")),
         (("--speedup", "fast"), OptionError, ("'fast' is no number",)),
         (("--speedup", "1"), RecipeError, ("--speedup 1.0 is not above 1",)),
-        (("--speedup", "1.5", "--keep", "0.5"), RecipeError, ("both given",)),
+        (("--speedup", "1.5", "--max-error", "0.5"), RecipeError, ("at once", "speedup beside one of keep, keep_bytes")),
+        (("--keep", "0.5", "--keep-bytes", "9MB"), RecipeError, ("keep and keep_bytes are given at once",)),
+        (("--keep", "0.5", "--keep-bytes", "9MB", "--speedup", "1.5"), RecipeError, ("given at once",)),
         (("--speedup", "1.5", "--stages", "3"), RecipeError, ("speedup chooses the design",)),
         (("--speedup", "1.5", "--tokens", "0"), RecipeError, ("--tokens 0 is below 1",)),
         (("--tokens", "64"), RecipeError, ("budget.tokens is given without a budget",)),
@@ -286,3 +321,29 @@ def test_a_first_try_asks_models_of_language_for_less(checkpoints, text, name, s
     recipe = recipe_from_keywords({"calib": text})
     assert first_budget(recipe, load_config(checkpoints[name])).speedup == speedup
     assert first_budget(recipe_from_keywords({"calib": text, "rank": 2}), load_config(checkpoints[name])) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "taken"),
+    [
+        ("bert", {}, "--targets all --speedup 1.2 --keep 0.55"),
+        ("bert", {"targets": "mlp"}, "--speedup 1.2"),
+        ("bert", {"calib": None}, "--keep 0.5"),
+        ("gpt2", {}, "--speedup 1.15"),
+        ("vit", {}, "--keep 0.5"),
+    ],
+)
+def test_of_encoders_a_first_try_takes_all_layers(checkpoints, text, name, changes, taken):
+    config = load_config(checkpoints[name])
+    recipe = with_first_targets(recipe_from_keywords({"calib": text, **changes}), config)
+    assert describe_taken(recipe, first_budget(recipe, config)) == taken
+
+
+def test_the_bare_command_says_and_records_what_it_takes_of_an_encoder(checkpoints, text, tmp_path, monkeypatch, run):
+    set_clock(monkeypatch)
+    quick = [f"--set={key}={value}" for key, value in QUICK.items()]
+    code, out, err = run("convert", checkpoints["bert"], "-o", tmp_path / "o", "--calib", text, *quick)
+    assert (code, out.count("\n") > 3) == (0, True), err
+    assert re.search(r"named: --targets all (--speedup 1.2 --keep 0.55|--keep 0.5 --allow-slower)", err)
+    record = json.loads((tmp_path / "o" / "spm.json").read_text())
+    assert record["recipe"]["targets"] == ["all"]
