@@ -199,10 +199,10 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
     if budget.max_error is not None:
         choice = _within_error(options, costs[0], losses, budget.max_error)
     else:
-        first_cost, *others = (
-            Cost(by_layer, one.total, one.budget.unit) for by_layer, one in zip(costs, limits, strict=True)
-        )
-        choice = choose(first_cost, losses, *others)
+        allowed = [Cost(by_layer, one.total, one.budget.unit) for by_layer, one in zip(costs, limits, strict=True)]
+        if dropped:
+            _check_left(allowed, budget, dropped, known)
+        choice = choose(allowed[0], losses, *allowed[1:])
     picked: list[Candidate | None] = [None] * len(layers)
     chosen = [0] * len(layers)
     for unit, own, number in zip(units, options, choice.chosen, strict=True):
@@ -245,6 +245,21 @@ def _why_dense(budget: Budget, dropped: int, known: int) -> str:
         )
     remedy = "allow less" if budget.max_error is None else f"allow a larger error than {budget.max_error:g}"
     return f"{' and '.join(budget.limits)} leaves every layer dense; {remedy}"
+
+
+def _check_left(allowed: Sequence[Cost], budget: Budget, dropped: int, known: int) -> None:
+    """Say so where a budget is too small only because slower candidates are none.
+
+    Raises:
+        OptionError: then.
+    """
+    for cost in allowed:
+        if cost.least > cost.budget:
+            raise OptionError(
+                f"{dropped:,} of {known:,} candidates are slower than the dense layers at {budget.batch_tokens} tokens on "
+                f"this device, and the others need at least {cost.least:,} of the {cost.budget:,} {cost.unit} that are "
+                "allowed; give --allow-slower to make the model smaller only, allow more, or give other --tokens"
+            )
 
 
 def _within_error(

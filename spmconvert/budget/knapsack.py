@@ -64,6 +64,11 @@ class Cost:
     budget: int
     unit: str
 
+    @property
+    def least(self) -> int:
+        """What the cheapest candidates of all layers cost together."""
+        return sum(map(min, self.costs))
+
     def of(self, chosen: Sequence[int]) -> int:
         """What a choice costs."""
         return _sum_of(self.costs, chosen)
@@ -161,7 +166,7 @@ def _price_of_second(cost: Cost, losses: Sequence[Sequence[float]], beside: Cost
 def _pick(cost: Cost, losses: Sequence[Sequence[float]]) -> list[int]:
     """Candidates of least loss within a budget that is at least what the cheapest ones need."""
     costs = cost.costs
-    spare = cost.budget - sum(map(min, costs))
+    spare = cost.budget - cost.least
     # costs of layers have large divisors in common, and in multiples of those nothing is rounded; where the cheapest ones
     # nearly fill the budget, steps of what is left are finer than steps of all
     common = math.gcd(*(own - min(layer) for layer in costs for own in layer)) or 1
@@ -190,7 +195,7 @@ def check_budget(cost: Cost) -> None:
     Raises:
         OptionError: when they exceed it.
     """
-    least = sum(map(min, cost.costs))
+    least = cost.least
     if least > cost.budget:
         raise OptionError(
             f"the budget is {cost.budget:,} {cost.unit}, the smallest candidates of all layers need {least:,}; allow more"

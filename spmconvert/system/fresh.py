@@ -9,6 +9,7 @@ directory on its path.
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ def run_fresh(function: str, *arguments: Any) -> Any:
         What the function returned.
 
     Raises:
-        SpmconvertError: when the process ended without an answer, with its last line.
+        SpmconvertError: when the process ended without an answer, with its last line or the signal that ended it.
     """
     with tempfile.TemporaryDirectory() as directory:
         answer = Path(directory) / "answer.json"
@@ -41,8 +42,15 @@ def run_fresh(function: str, *arguments: Any) -> Any:
         )
         if not answer.exists():
             last = (ended.stderr.strip().splitlines() or [f"it ended with code {ended.returncode}"])[-1]
-            raise SpmconvertError(f"a fresh process could not run {function}: {last}")
+            reason = last if ended.returncode >= 0 else _signal(-ended.returncode)
+            raise SpmconvertError(f"a fresh process could not run {function}: {reason}")
         return parse_json(answer.read_text(encoding="utf-8"))
+
+
+def _signal(number: int) -> str:
+    """What ended a process, in words."""
+    name = signal.Signals(number).name
+    return f"it was ended by {name}" + ", as the system does where memory runs out" * (name == "SIGKILL")
 
 
 def child_environment() -> dict[str, str]:

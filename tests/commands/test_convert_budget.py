@@ -241,6 +241,24 @@ def test_slower_designs_are_dropped_unless_they_are_allowed(checkpoints, text, t
     spmconvert.convert(checkpoints["gpt2"], tmp_path / "p", allow_slower=True, **options)
 
 
+def test_a_budget_that_only_slower_designs_keep_says_so(checkpoints, text, tmp_path, monkeypatch):
+    set_clock(monkeypatch)
+    layers = targeted(checkpoints["gpt2"])
+    slow = layers[0].target
+
+    def is_slow(_, design):
+        # low rank of one shape
+        return (design.in_features, design.out_features) == (slow.in_features, slow.out_features)
+
+    monkeypatch.setattr(TimeTable, "is_slower", is_slow)
+    options = {"structures": "lowrank", "calib": text, "keep": 0.2, **BUDGET}
+    with pytest.raises(
+        OptionError, match=r"[\d,]+ of [\d,]+ candidates are slower .* the others need at least .* --allow-slower"
+    ):
+        spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", **options)
+    spmconvert.convert(checkpoints["gpt2"], tmp_path / "o", allow_slower=True, **options)
+
+
 def test_a_dry_run_compares_speedups(checkpoints, text, tmp_path, monkeypatch, run):
     set_clock(monkeypatch)
     quick = [f"--set={key}={value}" for key, value in BUDGET.items()]

@@ -270,3 +270,14 @@ def test_files_that_cannot_be_opened_end_the_checks(damaged, tmp_path):
 def test_without_hashes_that_check_is_skipped(damaged, no_process):
     (damaged / "checksums.sha256").unlink()
     assert outcomes(verify(damaged))["hashes"] == "skipped"
+
+
+def test_where_memory_does_not_suffice_files_are_checked_and_the_rest_is_skipped(reported, monkeypatch):
+    monkeypatch.setattr(verification, "free_memory", lambda _: 1000)
+    monkeypatch.setattr(verification, "run_fresh", lambda *_: pytest.fail("the model was loaded"))
+    checks = verify(reported)
+    assert outcomes(checks) == dict.fromkeys(CHECKS[:-2], "ok") | {"fresh process": "skipped"}
+    assert "of memory, 1.0 kB is free; verify where there is more" in checks[-1].detail
+    monkeypatch.setattr(verification, "free_memory", lambda _: None)
+    monkeypatch.setattr(verification, "run_fresh", lambda *_: {"architecture": "-", "layers": 0, "values": [0.0] * 8})
+    assert "skipped" not in outcomes(verify(reported)).values()

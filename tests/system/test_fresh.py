@@ -94,3 +94,10 @@ def test_the_package_of_the_working_directory_is_the_one_that_runs(tmp_path):
     (tmp_path / "spmconvert" / "version.py").write_text('"""A version of its own."""\n__version__ = "7.7.7"\n')
     ended = command(["--version"], tmp_path, PYTHONPATH="")
     assert "7.7.7" in ended.stdout, ended.stderr
+
+
+def test_a_process_that_the_system_ends_says_so():
+    with pytest.raises(SpmconvertError, match=r"could not run os:abort: it was ended by SIGABRT$"):
+        run_fresh("os:abort")
+    with pytest.raises(SpmconvertError, match=r"it was ended by SIGKILL, as the system does where memory runs out"):
+        run_fresh("signal:raise_signal", 9)
