@@ -32,9 +32,8 @@ class Shortened:
     names: frozenset[str]
 
 
-@torch.no_grad()
 def drop_blocks(dense: Any, targets: list[str], dropped: float, rows: Tensor) -> Shortened:
-    """Leave out as many blocks as come nearest to a number of parameters; neither the first nor the last one.
+    """Leave out as many blocks as come nearest to a number of parameters; as ``drop_run``.
 
     Args:
         dense: a causal language model.
@@ -42,11 +41,22 @@ def drop_blocks(dense: Any, targets: list[str], dropped: float, rows: Tensor) ->
         dropped: parameters to leave out.
         rows: token ids that the run is chosen on, [rows, tokens].
     """
+    container, _ = _blocks_of(dense, targets)
+    block = sum(parameter.numel() for parameter in dense.get_submodule(container)[0].parameters())
+    return drop_run(dense, targets, max(1, round(dropped / block)), rows)
+
+
+def _blocks_of(dense: Any, targets: list[str]) -> tuple[str, dict[str, int]]:
     found = common_list(dense, targets)
     assert found is not None, "the targets are in one list of blocks"
-    container, places = found
+    return found
+
+
+@torch.no_grad()
+def drop_run(dense: Any, targets: list[str], count: int, rows: Tensor) -> Shortened:
+    """Leave out a run of so many blocks, with neither the first nor the last one; other arguments as ``drop_blocks``."""
+    container, places = _blocks_of(dense, targets)
     blocks = dense.get_submodule(container)
-    count = max(1, round(dropped / sum(parameter.numel() for parameter in blocks[0].parameters())))
     wanted = _hidden(dense, rows)
 
     def without(first: int) -> Any:

@@ -1,13 +1,16 @@
 """Loss, size and speed of a language model by ways to make it smaller, each with its blocks refined and not.
 
     python -m benchmarks.smollm2 smollm2
-    python -m benchmarks.refinement smollm2 --calibration wikitext-2-valid.txt --evaluate wikitext-2-test.txt
+    python -m benchmarks.refinement smollm2 --calibration valid.txt --evaluate test.txt
+    python -m benchmarks.refinement smollm2 --calibration valid.txt --evaluate test.txt --speedup 1.25
 
 All methods replace the same matrices, are fitted on the same rows, and keep the same share of the parameters. ``svd`` is
 whitened truncated SVD of the same rank share everywhere, ``keep`` is what ``spmconvert convert --keep`` does, ``drop
 blocks`` leaves out the run of blocks without which the last hidden state changes least, with as many blocks as come nearest
-to the parameters; it has no refinement. The loss is that of a text that nothing was fitted on, in nats a token, on windows
-of 512 that are spread over it; the speed is a 512-token forward pass of the dense model, timed in turn.
+to the parameters; it has no refinement. With --speedup all have to be so much faster instead: ``keep`` is what
+``spmconvert convert --speedup`` does, ``low rank`` the same by low rank alone, and ``drop blocks`` leaves out as few blocks
+as are needed; --targets says what the first two may replace. The loss is that of a text that nothing was fitted on, in nats
+a token, on windows of 512 that are spread over it; the speed is a 512-token forward pass of the dense model, timed in turn.
 """
 
 import argparse
@@ -24,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from benchmarks.blocks import drop_blocks
+from benchmarks.blocks import Shortened, drop_blocks, drop_run
 from benchmarks.common import save_json
 from benchmarks.environment import environment
 from spmconvert.commands.convert import convert, open_plan
@@ -36,7 +39,12 @@ from spmconvert.recipe.recipe import Recipe
 from spmconvert.system.timing import interleaved_seconds
 
 METHODS = ("svd", "keep", "drop blocks")
+# by time, with what they add to a budget
+TIMED: dict[str, dict[str, Any]] = {"keep": {}, "low rank": {"structures": "lowrank"}}
+DROPPED = "drop blocks"
 WINDOW = 512
+# windows that blocks to drop are chosen on
+DROPPING_ROWS = 8
 TIMED_SECONDS = 6.0
 
 
@@ -46,8 +54,10 @@ def main() -> None:
     parser.add_argument("directory", type=Path, help="the dense checkpoint")
     parser.add_argument("--calibration", type=Path, required=True, help="text to fit and refine on")
     parser.add_argument("--evaluate", type=Path, required=True, help="another text, only measured")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.25, 0.5])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--keep", type=float, nargs="+", help="default 0.25 0.5, and none with --speedup")
+    parser.add_argument("--speedup", type=float, nargs="+", default=[])
+    parser.add_argument("--targets", default="mlp", help="of conversions by time")
+    parser.add_argument("--methods", nargs="+", choices=sorted({*METHODS, *TIMED}), help="default all")
     parser.add_argument("--epochs", type=int, nargs="+", help="of the refinement; default none and the tool's own")
     parser.add_argument("--allow-slower", action="store_true", help="let keep build layers that are slower than dense ones")
     parser.add_argument("--windows", type=int, default=32)
@@ -64,33 +74,61 @@ def main() -> None:
         "dense": loss(dense, windows),
         "rows": [],
     }
-    for keep in options.keep:
-        for row, model in measured(dense, keep, options):
-            result["rows"].append(
-                {"keep": keep, **row, "loss": loss(model, windows), "faster": faster(dense, model, windows[:1])}
-            )
-            print(result["rows"][-1], flush=True)
-            if options.json:
-                save_json(options.json, result)
+    for row, model in all_measured(dense, options):
+        result["rows"].append({**row, "loss": loss(model, windows), "faster": faster(dense, model, windows[:1])})
+        print(result["rows"][-1], flush=True)
+        if options.json:
+            save_json(options.json, result)
     show(result)
 
 
+def all_measured(dense: nn.Module, options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """A row and a model of every method and budget."""
+    shares = options.keep if options.keep is not None else [] if options.speedup else [0.25, 0.5]
+    for keep in shares:
+        for row, model in measured(dense, keep, options):
+            yield {"keep": keep, **row}, model
+    for speedup in options.speedup:
+        for row, model in measured_by_time(dense, speedup, options):
+            yield {"speedup": speedup, **row}, model
+
+
 def measured(dense: nn.Module, keep: float, options: argparse.Namespace) -> Iterator[tuple[dict[str, Any], nn.Module]]:
-    """A row and a model of every method."""
-    for method in options.methods:
-        if method == "drop blocks":
+    """A row and a model of every method at a share of the parameters."""
+    for method in options.methods or METHODS:
+        if method == DROPPED:
             yield without_blocks(dense, keep, options)
+            continue
+        if method not in METHODS:
             continue
         budget = {"keep": keep, "allow_slower": options.allow_slower}
         changes = budget if method == "keep" else {"overrides": same_share(options.directory, keep)}
         for epochs in options.epochs or (0, None):
-            output = options.work / f"{method}-{keep}-{epochs}"
-            began = time.perf_counter()
-            text = str(options.calibration)
-            done = convert(options.directory, output, force=True, targets="mlp", calib=text, refine=epochs, **changes)
-            row = {"method": method, "parameters": done.parameters_after / done.parameters_before}
-            row |= {"epochs": refined_epochs(output), "seconds": time.perf_counter() - began}
-            yield row, load(output, dtype=torch.float32).eval()
+            yield converted(
+                method, options.work / f"{method}-{keep}-{epochs}", options, refine=epochs, targets="mlp", **changes
+            )
+
+
+def measured_by_time(
+    dense: nn.Module, speedup: float, options: argparse.Namespace
+) -> Iterator[tuple[dict[str, Any], nn.Module]]:
+    """A row and a model of every method at a speed-up."""
+    for method in options.methods or (*TIMED, DROPPED):
+        if method == DROPPED:
+            yield fast_without_blocks(dense, speedup, options)
+        elif method in TIMED:
+            output = options.work / f"{method.replace(' ', '-')}-{speedup}x"
+            changes = {"speedup": speedup, "tokens": WINDOW, "targets": options.targets, **TIMED[method]}
+            yield converted(method, output, options, **changes)
+
+
+def converted(method: str, output: Path, options: argparse.Namespace, **changes: Any) -> tuple[dict[str, Any], nn.Module]:
+    """A row and a model of one conversion."""
+    began = time.perf_counter()
+    done = convert(options.directory, output, force=True, calib=str(options.calibration), **changes)
+    row = {"method": method, "parameters": done.parameters_after / done.parameters_before}
+    row |= {"epochs": refined_epochs(output), "seconds": time.perf_counter() - began}
+    return row, load(output, dtype=torch.float32).eval()
 
 
 def refined_epochs(output: Path) -> int:
@@ -114,10 +152,30 @@ def without_blocks(dense: Any, keep: float, options: argparse.Namespace) -> tupl
     """The model without the run of blocks that its last hidden state depends on least."""
     _, plan, _ = open_plan(str(options.directory), Recipe(targets=("mlp",)))
     dropped = (1 - keep) * sum(layer.dense_parameters for layer in plan.layers)
-    rows = windows_of(options.directory, options.calibration, 8)
-    found = drop_blocks(dense, [layer.target.name for layer in plan.layers], dropped, rows)
+    rows = windows_of(options.directory, options.calibration, DROPPING_ROWS)
+    return shortened(drop_blocks(dense, [layer.target.name for layer in plan.layers], dropped, rows), options)
+
+
+def fast_without_blocks(dense: Any, speedup: float, options: argparse.Namespace) -> tuple[dict[str, Any], nn.Module]:
+    """The model without the shortest run of blocks that makes it so much faster.
+
+    Raises:
+        ValueError: when none does.
+    """
+    _, plan, _ = open_plan(str(options.directory), Recipe(targets=("mlp",)))
+    names = [layer.target.name for layer in plan.layers]
+    rows = windows_of(options.directory, options.calibration, DROPPING_ROWS)
+    for count in range(1, dense.config.num_hidden_layers - 1):
+        found = drop_run(dense, names, count, rows)
+        if faster(dense, found.model, rows[:1]) >= speedup:
+            return shortened(found, options)
+    raise ValueError(f"no run of blocks makes the model {speedup:g} times faster")
+
+
+def shortened(found: Shortened, options: argparse.Namespace) -> tuple[dict[str, Any], nn.Module]:
+    """A row and a model without a run of blocks."""
     total = sum(parameter.numel() for parameter in skeleton(load_config(options.directory)).parameters())
-    method = f"drop blocks {found.first} to {found.first + found.count - 1}"
+    method = f"{DROPPED} {found.first} to {found.first + found.count - 1}"
     parameters = sum(parameter.numel() for parameter in found.model.parameters()) / total
     return {"method": method, "epochs": 0, "seconds": 0.0, "parameters": parameters}, found.model
 
@@ -149,10 +207,11 @@ def faster(dense: Any, model: Any, row: Tensor) -> float:
 
 def show(result: dict[str, Any]) -> None:
     """Print the table."""
-    table = Table("targets kept", "method", "passes", "parameters", "loss", "above dense", "faster", "seconds", box=None)
+    table = Table("budget", "method", "passes", "parameters", "loss", "above dense", "faster", "seconds", box=None)
     for row in result["rows"]:
         above = f"{row['loss'] - result['dense']:+.3f}"
-        kept, passes, share = f"{row['keep']:.0%}", str(row["epochs"]), f"{row['parameters']:.1%}"
+        kept = f"{row['keep']:.0%}" if "keep" in row else f"{row['speedup']:g}x"
+        passes, share = str(row["epochs"]), f"{row['parameters']:.1%}"
         table.add_row(
             kept,
             row["method"],

@@ -14,8 +14,10 @@ import pytest
 import torch
 from transformers import GPT2LMHeadModel
 
+import spmconvert
 from spmconvert.operator.linear import SPMLinear
 from tests.conftest import gpt2_config
+from tests.support import QUICK
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 # Triton kernels are interpreted where the variable is set before they are imported
@@ -330,7 +332,6 @@ def test_refinement(run, checkpoints, text, other_text, tmp_path, monkeypatch):
         1,
         "--allow-slower",
     ]
-    given += ["--allow-slower"]
     printed = run("refinement", checkpoints["llama"], *given, "--work", tmp_path / "work", "--json", tmp_path / "o.json")
     result = json.loads((tmp_path / "o.json").read_text())
     rows = [(row["method"], row["epochs"]) for row in result["rows"]]
@@ -338,3 +339,27 @@ def test_refinement(run, checkpoints, text, other_text, tmp_path, monkeypatch):
     assert rows[4][0].startswith("drop blocks 1 to 1")
     assert all(0 < row["parameters"] < 1 and row["loss"] > 0 and row["faster"] > 0 for row in result["rows"])
     assert "above dense" in printed
+
+
+def test_refinement_by_time(run, checkpoints, text, other_text, tmp_path, monkeypatch):
+    from benchmarks import refinement
+
+    monkeypatch.setattr(refinement, "WINDOW", 64)
+    monkeypatch.setattr(refinement, "TIMED_SECONDS", 0.1)
+    # times of models as small as these say nothing
+    monkeypatch.setattr(refinement, "faster", lambda *_: 1.5)
+    monkeypatch.setattr(refinement, "convert", lambda *given, **changes: made.append(changes) or convert(*given, **changes))
+    made = []
+
+    def convert(source, output, *, force, calib, speedup, tokens, targets, structures="sparse24,lowrank"):
+        # as the tool does, by a share
+        changes = {"targets": targets, "structures": structures, "keep": 0.5, "allow_slower": True, **QUICK}
+        return spmconvert.convert(source, output, force=force, calib=calib, **changes)
+
+    given = ["--calibration", text, "--evaluate", other_text, "--windows", 2, "--speedup", 1.2]
+    printed = run("refinement", checkpoints["llama"], *given, "--work", tmp_path / "work", "--json", tmp_path / "o.json")
+    result = json.loads((tmp_path / "o.json").read_text())
+    assert [row["method"] for row in result["rows"]][:2] == ["keep", "low rank"]
+    assert result["rows"][2]["method"].startswith("drop blocks 1 to 1")
+    assert [one["speedup"] for one in made] == [1.2, 1.2]
+    assert "1.2x" in printed
