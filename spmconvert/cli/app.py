@@ -84,8 +84,7 @@ def convert(
     targets: Annotated[
         str | None,
         typer.Option(
-            help="Presets mlp, attn, all; globs; re: patterns; of one tower as in text:mlp; comma-separated. Default mlp; "
-            "without a design and a budget all of an encoder."
+            help="Presets mlp, attn, all; globs; re: patterns; of one tower as in text:mlp; comma-separated. Default mlp."
         ),
     ] = None,
     ignore: Annotated[str | None, typer.Option(help="Globs and re: patterns to leave alone, comma-separated.")] = None,
@@ -101,7 +100,9 @@ def convert(
     keep_flops: Annotated[float | None, typer.Option(help="The same as a share of their FLOPs a token.")] = None,
     speedup: Annotated[
         str | None,
-        typer.Option(help="How many times faster the whole model has to be on DEVICE; a list with --dry-run."),
+        typer.Option(
+            help="How many times faster the whole model has to be on DEVICE, alone or beside a size; a list with --dry-run."
+        ),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens a row of the forward pass that is timed; default 512.")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of that pass; default 1.")] = None,

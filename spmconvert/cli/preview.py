@@ -21,16 +21,14 @@ def dry_run_of(
 ) -> None:
     """Print the layers, designs, sizes and times of a conversion, and what other budgets would buy; touch nothing."""
     from spmconvert.budget.allocation import choice_record, describe_choice
-    from spmconvert.commands.bare import first_budget, with_first_targets
-    from spmconvert.commands.convert import default_output, open_model, plan_of
+    from spmconvert.commands.bare import first_budget
+    from spmconvert.commands.convert import default_output, open_plan
     from spmconvert.data.calibration import with_inputs
     from spmconvert.data.documents import content_hash, read_documents
     from spmconvert.data.media import TENSOR_SUFFIX
     from spmconvert.outputs.objective import objective_for
 
-    source, config, architecture = open_model(model)
-    recipe = with_first_targets(recipe, config)
-    plan = plan_of(source, architecture, recipe)
+    source, plan, config = open_plan(model, recipe)
     recipe, _ = with_inputs(recipe, source, config, device, None, [layer.target.name for layer in plan.layers])
     recipe = recipe.model_copy(update={"budget": first_budget(recipe, config) or recipe.budget})
     file, text = recipe.calibration.file, None

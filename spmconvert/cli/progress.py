@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from spmconvert.data.standin import StandIn
     from spmconvert.fit.layer import LayerRecord
     from spmconvert.plan.plan import ConversionPlan
-    from spmconvert.recipe.recipe import Recipe
+    from spmconvert.recipe.recipe import Budget, Recipe
 from spmconvert.cli.console import err, note
 from spmconvert.cli.views import _layers
 
@@ -79,9 +79,10 @@ class ConversionProgress:
             "few say next to nothing about it, nor do their errors; give a longer text"
         )
 
-    def taking(self, options: str) -> None:
+    def taking(self, budget: "Budget") -> None:
         """Say which."""
-        note(f"no design and no budget is named: {options}")
+        slower = " --allow-slower, for its size alone" if budget.allow_slower else ""
+        note(f"no design and no budget is named: {budget.option}{slower}")
 
     def losing(self, warning: str) -> None:
         """Warn, with what would lose less."""

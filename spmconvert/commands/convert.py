@@ -29,7 +29,7 @@ from spmconvert.calibrate.store import MomentStore, moment_bytes
 from spmconvert.checkpoint.places import CHOICE_FILE, check_apart, check_output
 from spmconvert.checkpoint.reader import Checkpoint, open_checkpoint
 from spmconvert.checkpoint.writer import OutputDirectory
-from spmconvert.commands.bare import SECOND_BUDGET, describe_taken, first_budget, with_first_targets
+from spmconvert.commands.bare import SECOND_BUDGET, first_budget
 from spmconvert.commands.conversion import Conversion, output_tensors, write_conversion
 from spmconvert.data.calibration import CalibrationRows, calibration_rows, with_inputs
 from spmconvert.data.tokens import tokenizer_hash
@@ -114,10 +114,7 @@ def _convert(
     listener: Progress,
     team: Team,
 ) -> Conversion:
-    bare = bare and not resolved.names_designs
-    source, config, architecture = open_model(model)
-    resolved = with_first_targets(resolved, config) if bare else resolved
-    plan = plan_of(source, architecture, resolved)
+    source, plan, config = open_plan(model, resolved)
     destination = default_output(model) if output is None else Path(output)
     check_apart(
         destination,
@@ -132,8 +129,9 @@ def _convert(
     if team.leads:
         team.wait()
     listener.reading(resolved, standing_in)
+    bare = bare and not resolved.names_designs
     if bare and (budget := first_budget(resolved, config)) is not None:
-        listener.taking(describe_taken(resolved, budget))
+        listener.taking(budget)
         resolved = resolved.model_copy(update={"budget": budget})
     rows = calibration_rows(source.directory, config, resolved, names)
     width = max(layer.target.in_features for layer in plan.layers)
@@ -243,7 +241,7 @@ def _choose(run: FitRun, spending: Spending, *, bare: bool) -> Spent:
         except OutOfReachError:
             if not bare:
                 raise
-            run.progress.taking(describe_taken(run.recipe, SECOND_BUDGET))
+            run.progress.taking(SECOND_BUDGET)
             second = run.recipe.model_copy(update={"budget": SECOND_BUDGET})
             spent = replace(replace(spending, recipe=second).choose(), instead=True)
         # finished layers have these designs, whatever a cache says when the run is resumed
@@ -265,38 +263,17 @@ def open_plan(model: str, recipe: Recipe) -> tuple[Checkpoint, ConversionPlan, A
     Raises:
         SpmconvertError: as for ``convert``.
     """
-    source, config, architecture = open_model(model)
-    return source, plan_of(source, architecture, recipe), config
-
-
-def open_model(model: str) -> tuple[Checkpoint, Any, Any]:
-    """Open a checkpoint; headers and config only.
-
-    Returns:
-        The checkpoint, the model's config, and its modules without parameters.
-
-    Raises:
-        SpmconvertError: as for ``convert``.
-    """
     source = open_checkpoint(model)
     # what cannot be carried over is refused before any work
     source.companion_files()
     config = load_config(source.directory)
     architecture = skeleton(config)
     open_(architecture)
-    return opened(source, architecture), config, architecture
-
-
-def plan_of(source: Checkpoint, architecture: Any, recipe: Recipe) -> ConversionPlan:
-    """Plan the conversion of an open checkpoint.
-
-    Raises:
-        SpmconvertError: as for ``convert``.
-    """
+    source = opened(source, architecture)
     plan = plan_conversion(source, architecture, recipe)
     if recipe.fit.follows_blocks:
         layer_blocks(architecture, [layer.target.name for layer in plan.layers])
-    return plan
+    return source, plan, config
 
 
 def _settle(recipe: Recipe, plan: ConversionPlan, rows: CalibrationRows | None, dense: DenseModel) -> Recipe:

@@ -56,7 +56,7 @@ def demo(
     directory = Path(output)
     # before a minute of conversion
     training = training_from_keywords({**({"minutes": MINUTES} if steps is None else {"steps": steps}), **FINETUNING})
-    step(f"converting layers of {MODEL_PACKAGE}")
+    step(f"converting the feed-forward layers of {MODEL_PACKAGE}")
     converted, tuned = directory / "minilm-spm", directory / "minilm-spm-ft"
     convert(model, converted, calib=AUTO_TEXT, bare=True, force=force, progress=progress, **CONVERSION)
     step("finetuning against the dense model")

@@ -5,7 +5,7 @@ from typing import Protocol
 from spmconvert.data.standin import StandIn
 from spmconvert.fit.layer import LayerRecord
 from spmconvert.plan.plan import ConversionPlan
-from spmconvert.recipe.recipe import Recipe
+from spmconvert.recipe.recipe import Budget, Recipe
 
 
 class Progress(Protocol):
@@ -17,8 +17,8 @@ class Progress(Protocol):
     def reading_few(self, tokens: int, width: int) -> None:
         """The rows that are fitted have fewer tokens than a layer has inputs."""
 
-    def taking(self, options: str) -> None:
-        """These options are taken, since neither designs nor a budget were named."""
+    def taking(self, budget: Budget) -> None:
+        """A budget is taken, since neither designs nor one were named."""
 
     def losing(self, warning: str) -> None:
         """A budget is predicted to lose more than a finetune wins back."""
@@ -51,7 +51,7 @@ class Silent:
     def reading_few(self, tokens: int, width: int) -> None:
         """Nobody listens."""
 
-    def taking(self, options: str) -> None:
+    def taking(self, budget: Budget) -> None:
         """Nobody listens."""
 
     def losing(self, warning: str) -> None:

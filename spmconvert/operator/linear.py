@@ -127,40 +127,50 @@ class SPMLinear(Keeper):
             return self._run(x.to(torch.get_autocast_dtype(device)))
 
     def _run(self, x: Tensor) -> Tensor:
+        if not may_be_offloaded(self):
+            return self._product(x)
+        with fetched(self):
+            y = self._product(x)
+        self.drop_cache_()
+        return y
+
+    def _product(self, x: Tensor) -> Tensor:
+        if self._runs_dense and not self.multiplies_int8 and (sources := self._sources_to_keep(x)) is not None:
+            return linear(x, self._kept_matrix(x.dtype, sources), self._bias_in(x.dtype))
         tokens = x if x.dim() == 2 else x.reshape(-1, self.in_features)
-        if may_be_offloaded(self):
-            with fetched(self):
-                y = self._multiplied(tokens)
-            self.drop_cache_()
-        else:
-            y = self._multiplied(tokens)
+        y = self._multiplied(tokens)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], self.out_features)
 
     def _multiplied(self, tokens: Tensor) -> Tensor:
-        if self.multiplies_int8:
-            return self._summed(tokens)
-        if self._runs_dense and self._may_keep(tokens):
-            return linear(tokens, self._kept_matrix(tokens.dtype), self._bias_in(tokens.dtype))
-        return self._in_chunks(tokens) if self._may_chunk(tokens) else self._summed(tokens)
+        return self._summed(tokens) if self.multiplies_int8 or not self._may_chunk(tokens) else self._in_chunks(tokens)
 
-    def _may_keep(self, x: Tensor) -> bool:
-        """Whether the whole matrix may be kept: nothing in it is trained by this call, and a change would be seen."""
-        if self.low_rank is not None and not self.low_rank.is_plain:
-            return False
-        trains = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self._matrix_parameters())
-        if trains or x.device.type != "cpu" or is_recorded():
-            return False
-        return can_be_kept(self, self._matrix_parameters(), self._matrix_buffers())
+    def _sources_to_keep(self, x: Tensor) -> list[Tensor] | None:
+        """What the whole matrix is made of, where it may be kept; None where it may not.
 
-    def _kept_matrix(self, dtype: torch.dtype) -> Tensor:
-        tensors = (*self._matrix_parameters(), *self._matrix_buffers())
-        return self.keep(dtype, SPMLinear.to_dense, tensors, lambda: [self.to_dense().to(dtype)])[0]
+        It may where nothing in it is trained by this call, and a change would be seen.
+        """
+        low_rank = self.low_rank
+        if not x.is_cpu or (low_rank is not None and not low_rank.is_plain) or is_recorded():
+            return None
+        parameters, buffers = self._matrix_tensors()
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return None
+        return [*parameters, *buffers] if can_be_kept(self, parameters, buffers) else None
 
-    def _matrix_parameters(self) -> list[Tensor]:
-        return [parameter for term in self.term_modules for name, parameter in term.named_parameters() if name != "up.bias"]
+    def _kept_matrix(self, dtype: torch.dtype, sources: list[Tensor]) -> Tensor:
+        return self.keep(dtype, SPMLinear.to_dense, sources, lambda: [self.to_dense().to(dtype)])[0]
 
-    def _matrix_buffers(self) -> list[Tensor]:
-        return [buffer for term in self.term_modules for buffer in term.buffers()]
+    def _matrix_tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Parameters and buffers of the terms, but for the bias. A walk over names takes as long as a small product."""
+        parameters: list[Tensor] = []
+        buffers: list[Tensor] = []
+        modules: list[nn.Module] = [*self.term_modules]
+        for module in modules:
+            parameters += [held for held in module._parameters.values() if held is not None]
+            buffers += [held for held in module._buffers.values() if held is not None]
+            modules += [inner for inner in module._modules.values() if inner is not None]
+        bias = self.held_bias
+        return [parameter for parameter in parameters if parameter is not bias], buffers
 
     def _may_chunk(self, x: Tensor) -> bool:
         low_rank = self.low_rank

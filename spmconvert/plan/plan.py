@@ -23,7 +23,7 @@ from spmconvert.model.stored import StoredNames
 from spmconvert.model.towers import Tower
 from spmconvert.operator.design import Design, staged_design
 from spmconvert.plan.targets import Selection, Target, matches, select_targets
-from spmconvert.recipe.recipe import DEFAULT_TARGETS, LayerDesign, Recipe
+from spmconvert.recipe.recipe import LayerDesign, Recipe
 
 # share of a large matrix product's speed that a fit reaches, merging included; 0.25 to 0.45 measured on 384 to 3072 wide
 # layers with two cores
@@ -165,8 +165,7 @@ def plan_conversion(checkpoint: Checkpoint, model: Any, recipe: Recipe) -> Conve
         OptionError: when an override matches none of the targets, or a design does not fit a layer.
     """
     tower: Tower | None = "text" if _runs_text(recipe, model.config) else None
-    targets = DEFAULT_TARGETS if recipe.targets is None else recipe.targets
-    selection = select_targets(model, targets=targets, ignore=recipe.ignore, layers=recipe.layers, tower=tower)
+    selection = select_targets(model, targets=recipe.targets, ignore=recipe.ignore, layers=recipe.layers, tower=tower)
     for override in recipe.overrides:
         if not any(matches(override.pattern, target.name) for target in selection.targets):
             raise OptionError(

@@ -19,8 +19,6 @@ from spmconvert.units import parse_size
 DATASET_PREFIX = "datasets:"
 # text that can be had on every machine, in the place of a file
 AUTO_TEXT = "auto"
-# layers that are replaced where nobody says which
-DEFAULT_TARGETS = ("mlp",)
 # kinds that a budget tries where the recipe names none; stages lose to Monarch at equal parameters wherever both were
 # measured (docs/results.md), and their fits take longest
 DEFAULT_STRUCTURES = ("monarch", "sparse24", "lowrank")
@@ -407,7 +405,7 @@ class Recipe(_Table):
 
     Attributes:
         targets: presets mlp, attn and all, globs and ``re:`` patterns of the layers to replace, any of them in one tower
-            (``text:mlp``); None for mlp, and for all of an encoder of which nothing else is said, either.
+            (``text:mlp``).
         ignore: presets and patterns to leave alone.
         layers: only these blocks, for example ``4-10,-1``.
         seed: seed of starts and calibration rows.
@@ -421,7 +419,7 @@ class Recipe(_Table):
         finetune: the distillation.
     """
 
-    targets: tuple[str, ...] | None = None
+    targets: tuple[str, ...] = ("mlp",)
     ignore: tuple[str, ...] = ()
     layers: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

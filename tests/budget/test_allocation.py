@@ -270,7 +270,7 @@ def test_encoders_respond_as_predicted(checkpoints, text, cache):
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        ({"keep": 0.5, "max_error": 0.1}, RecipeError, "keep and max_error are both given"),
+        ({"keep": 0.5, "max_error": 0.1}, RecipeError, "keep and max_error are given at once"),
         ({"keep": 0.5, "rank": 4}, RecipeError, "keep chooses the design of every layer"),
         ({"keep": 1.5}, RecipeError, "--keep 1.5 is not a share; give one between 0 and 1"),
         ({"keep": 1e-4}, OptionError, "parameters, the smallest candidates of all layers need"),

@@ -11,7 +11,7 @@ import spmconvert
 from spmconvert.budget import speed, spend
 from spmconvert.budget.times import TimeTable
 from spmconvert.commands import convert as converting
-from spmconvert.commands.bare import describe_taken, first_budget, with_first_targets
+from spmconvert.commands.bare import first_budget
 from spmconvert.commands.convert import open_plan
 from spmconvert.errors import OptionError, OutOfReachError, RecipeError
 from spmconvert.model.architecture import load_config
@@ -339,29 +339,3 @@ def test_a_first_try_asks_models_of_language_for_less(checkpoints, text, name, s
     recipe = recipe_from_keywords({"calib": text})
     assert first_budget(recipe, load_config(checkpoints[name])).speedup == speedup
     assert first_budget(recipe_from_keywords({"calib": text, "rank": 2}), load_config(checkpoints[name])) is None
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "taken"),
-    [
-        ("bert", {}, "--targets all --speedup 1.2 --keep 0.55"),
-        ("bert", {"targets": "mlp"}, "--speedup 1.2"),
-        ("bert", {"calib": None}, "--keep 0.5"),
-        ("gpt2", {}, "--speedup 1.15"),
-        ("vit", {}, "--keep 0.5"),
-    ],
-)
-def test_of_encoders_a_first_try_takes_all_layers(checkpoints, text, name, changes, taken):
-    config = load_config(checkpoints[name])
-    recipe = with_first_targets(recipe_from_keywords({"calib": text, **changes}), config)
-    assert describe_taken(recipe, first_budget(recipe, config)) == taken
-
-
-def test_the_bare_command_says_and_records_what_it_takes_of_an_encoder(checkpoints, text, tmp_path, monkeypatch, run):
-    set_clock(monkeypatch)
-    quick = [f"--set={key}={value}" for key, value in QUICK.items()]
-    code, out, err = run("convert", checkpoints["bert"], "-o", tmp_path / "o", "--calib", text, *quick)
-    assert (code, out.count("\n") > 3) == (0, True), err
-    assert re.search(r"named: --targets all (--speedup 1.2 --keep 0.55|--keep 0.5 --allow-slower)", err)
-    record = json.loads((tmp_path / "o" / "spm.json").read_text())
-    assert record["recipe"]["targets"] == ["all"]
