@@ -87,5 +87,5 @@ def _milder(limit: Limit) -> Iterator[Limit]:
     for step in range(1, STEPS):
         values = {name: value + (free[name] - value) * step / STEPS for name, value in asked.items()}
         milder = {name: int(value) if name == "keep_bytes" else round(value, 2) for name, value in values.items()}
-        if not any(value in (asked[name], free[name]) for name, value in milder.items()):
+        if milder != asked and not any(value == free[name] for name, value in milder.items()):
             yield replace(limit, budget=limit.budget.model_copy(update=milder))

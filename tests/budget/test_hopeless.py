@@ -92,6 +92,16 @@ def test_milder_budgets_are_neither_the_one_that_was_asked_for_nor_none(option, 
     assert sorted(set(found)) == given
 
 
+def test_two_limits_become_milder_together():
+    found = [one.budget.limits for one in hopeless._milder(Limit(Budget(speedup=1.5, keep=0.5), ()))]
+    assert found[0] == {"speedup": 1.45, "keep": 0.55}
+    assert found[-1] == {"speedup": 1.05, "keep": 0.95}
+    # one that is as mild as its last digit allows does not hold up the other
+    found = [one.budget.limits for one in hopeless._milder(Limit(Budget(speedup=1.01, keep=0.5), ()))]
+    assert found[0] == {"speedup": 1.01, "keep": 0.55}
+    assert all(limits["keep"] > 0.5 for limits in found)
+
+
 def test_where_every_budget_loses_too_much_none_is_named(told):
     [(budget, found)], loss = told(0.0, keep=0.3)
     assert found.instead is None
