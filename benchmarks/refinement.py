@@ -38,10 +38,10 @@ from spmconvert.operator.factors import rank_at
 from spmconvert.recipe.recipe import Recipe
 from spmconvert.system.timing import interleaved_seconds
 
-METHODS = ("svd", "keep", "drop blocks")
+DROPPED = "drop blocks"
+METHODS = ("svd", "keep", DROPPED)
 # by time, with what they add to a budget
 TIMED: dict[str, dict[str, Any]] = {"keep": {}, "low rank": {"structures": "lowrank"}}
-DROPPED = "drop blocks"
 WINDOW = 512
 # windows that blocks to drop are chosen on
 DROPPING_ROWS = 8
@@ -65,6 +65,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.speedup and "svd" in (options.methods or ()):
+        parser.error("svd has a share of the parameters and no speed-up; leave it out of --methods, or --speedup")
+    if not options.speedup and "low rank" in (options.methods or ()):
+        parser.error("low rank is chosen by time; give --speedup")
     torch.set_num_threads(options.threads)
     dense = load(options.directory, dtype=torch.float32).eval()
     windows = windows_of(options.directory, options.evaluate, options.windows)

@@ -51,6 +51,11 @@ class Limit:
         return None if budget is None else replace(self, budget=budget)
 
     @property
+    def parts(self) -> list["Limit"]:
+        """The limits that are kept at once."""
+        return [self] if self.beside is None else [self, self.beside]
+
+    @property
     def total(self) -> int:
         """The most that all layers may cost together."""
         budget = self.budget
@@ -178,7 +183,7 @@ def allocate(curves: Curves, limit: Limit) -> Allocation:
     units = _units(layers)
     candidates = curves.candidates
     options: list[list[Option]] = []
-    limits = [limit] if limit.beside is None else [limit, limit.beside]
+    limits = limit.parts
     costs: list[list[list[int]]] = [[] for _ in limits]
     known = 0
     for unit in units:

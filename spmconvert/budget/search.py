@@ -165,8 +165,7 @@ class Search:
 
     def _saving(self, curve: LayerCurve, design: Design) -> float:
         """Share of the loss of low rank at the same cost that a design saves, by the limit by which it saves more."""
-        limits = [self.limit] if self.limit.beside is None else [self.limit, self.limit.beside]
-        return max(self._saving_by(limit, curve, design) for limit in limits)
+        return max(self._saving_by(limit, curve, design) for limit in self.limit.parts)
 
     @staticmethod
     def _saving_by(limit: Limit, curve: LayerCurve, design: Design) -> float:
