@@ -51,7 +51,7 @@ from spmconvert.commands.convert import convert
 from spmconvert.data.calibration import CalibrationRows, load_rows
 from spmconvert.data.training import load_training_data
 from spmconvert.errors import OptionError
-from spmconvert.fit.blocks import BATCH_ROWS, FOLLOWING_ROWS
+from spmconvert.fit.blocks import following_batches
 from spmconvert.fit.refine import REFINEMENT_EPOCHS, refine_model_
 from spmconvert.model.architecture import load_config
 from spmconvert.model.loading import load
@@ -263,7 +263,7 @@ def build(subject: Subject, method: str, keep: float, work: Path, epochs: int) -
             replace_module(student, layer.name, MonarchLinear.of(layer, keep) if method == "Monarch" else sparse(layer))
     if epochs:
         rows = subject.fitted_rows
-        batches = list(rows.batches(rows.fitted[:FOLLOWING_ROWS], subject.dense, size=BATCH_ROWS))
+        batches = following_batches(rows, subject.dense)
         refine_model_(student, subject.dense, [layer.name for layer in subject.layers], batches, epochs=epochs, seed=0)
     return student
 

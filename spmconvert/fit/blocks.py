@@ -19,6 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from spmconvert.checkpoint.headers import SAFETENSORS_DTYPES
+from spmconvert.data.calibration import CalibrationRows
+from spmconvert.data.tokens import reads_packed
 from spmconvert.errors import CorruptCheckpointError
 from spmconvert.fit.layer import LayerRecord, measured_again
 from spmconvert.fit.refine import refine_
@@ -31,8 +33,9 @@ from spmconvert.model.stored import StoredNames
 from spmconvert.operator.linear import SPMLinear
 from spmconvert.plan.plan import LayerPlan
 
-# rows that run through both models: all of 256 take a third of a conversion of all-MiniLM-L6-v2
-FOLLOWING_ROWS = 128
+# rows that run through both models, of models that read packed text and of others: the former gain a tenth of a nat by the
+# second half, an encoder does not (docs/results.md)
+PACKED_ROWS, OTHER_ROWS = 256, 128
 # rows a batch, which is a step of a refinement
 BATCH_ROWS = 4
 
@@ -108,15 +111,20 @@ def _fit_ahead(run: FitRun, records: dict[str, LayerRecord], batches: Sequence[S
                 run.progress.fitted(record, len(records), len(run.plan.layers))
 
 
+def following_batches(rows: CalibrationRows, model: Any) -> list[dict[str, Any]]:
+    """Fitted rows that run through both models, as keyword arguments of either; each batch is a step of a refinement."""
+    most = PACKED_ROWS if reads_packed(model.config) else OTHER_ROWS
+    return list(rows.batches(rows.fitted[:most], model, size=BATCH_ROWS))
+
+
 def _streams(run: FitRun) -> Streams:
     """The rows in front of the first block."""
     chain = run.chain()
     assert run.rows is not None
     assert chain is not None
-    batches = list(run.rows.batches(run.rows.fitted[:FOLLOWING_ROWS], chain.model, size=BATCH_ROWS))
     names = [layer.target.name for layer in run.plan.layers]
     paired = [layer.target.name for layer in run.plan.layers if _follows(run, layer)]
-    return Streams(chain, batches, names, paired=paired)
+    return Streams(chain, following_batches(run.rows, chain.model), names, paired=paired)
 
 
 def _regression(run: FitRun, streams: Streams, layer: LayerPlan) -> Regression:

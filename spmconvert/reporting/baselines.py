@@ -23,7 +23,7 @@ from torch.nn.functional import linear, pad
 from spmconvert.calibrate.statistics import ActivationStatistics, collect
 from spmconvert.checkpoint.manifest import LayerSpec
 from spmconvert.data.calibration import CalibrationRows
-from spmconvert.fit.blocks import BATCH_ROWS, FOLLOWING_ROWS
+from spmconvert.fit.blocks import following_batches
 from spmconvert.fit.layer import whitened_svd
 from spmconvert.fit.refine import refine_model_
 from spmconvert.model.int8 import quantize_linears_
@@ -117,7 +117,7 @@ def build_baselines(
         parameters["svd"] += sum(parameter.numel() for parameter in replacements["svd"].parameters())
         parameters["2:4"] += int((pruned != 0).sum()) + (0 if pruned_bias is None else len(pruned_bias))
     if epochs and rows is not None:
-        batches = list(rows.batches(rows.fitted[:FOLLOWING_ROWS], dense, size=BATCH_ROWS))
+        batches = following_batches(rows, dense)
         for model in models.values():
             refine_model_(model, dense, list(specs), batches, epochs=epochs, seed=seed)
     return {method: (models[method], parameters[method]) for method in METHODS}
