@@ -2,11 +2,12 @@
 
 All are sums over tokens in float32, so that parts of a batch add up whatever their sizes. Losses over a vocabulary are
 computed by ``over_chunks``, from hidden states through the output head, a few tokens at a time and again in the backward
-pass: full logits of student and teacher never exist together. Its price is one more product with the head; what it saves is
-measured by ``benchmarks/distillation_memory.py``.
+pass: full logits of student and teacher never exist together. Its price is one more product with each head, a fifth of a
+step of few tokens on a CPU, where all is kept instead; what it saves is measured by ``benchmarks/distillation_memory.py``.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,9 +27,13 @@ def kl_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tenso
         teacher: logits [tokens, classes].
         temperature: both are divided by it first (Hinton, Vinyals, Dean 2015).
     """
-    log_student = log_softmax(student.float() / temperature, dim=-1)
-    log_teacher = log_softmax(teacher.float() / temperature, dim=-1)
+    log_student, log_teacher = (log_softmax(_cooled(logits, temperature), dim=-1) for logits in (student, teacher))
     return kl_div(log_student, log_teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def _cooled(logits: Tensor, temperature: float) -> Tensor:
+    # a pass over a vocabulary that changes nothing takes as long as one that does
+    return logits.float() if temperature == 1 else logits.float() / temperature
 
 
 def sparse_kl_divergence(student: Tensor, words: Tensor, log_probabilities: Tensor) -> Tensor:
@@ -61,15 +66,16 @@ def class_loss(student: Tensor, teacher: Tensor, *, scores: bool, temperature: f
     return kl_divergence(student, teacher, temperature)
 
 
-def over_chunks(loss: Callable[..., Tensor], *states: Tensor) -> Tensor:
-    """Sum of a loss over chunks of tokens, each computed again in the backward pass.
+def over_chunks(loss: Callable[..., Tensor], *states: Tensor, kept: bool = False) -> Tensor:
+    """Sum of a loss over chunks of tokens.
 
     Args:
         loss: from one chunk of every tensor to a tensor of sums.
         states: tensors [tokens, ...].
+        kept: keep what the backward pass needs of every chunk, where each is computed again in it otherwise.
     """
-    pieces = zip(*(state.split(CHUNK_TOKENS) for state in states), strict=True)
-    return torch.stack([checkpoint(loss, *piece, use_reentrant=False) for piece in pieces]).sum(0)
+    run = loss if kept else partial(checkpoint, loss, use_reentrant=False)
+    return torch.stack([run(*piece) for piece in zip(*(state.split(CHUNK_TOKENS) for state in states), strict=True)]).sum(0)
 
 
 def hidden_state_loss(student: Tensor, teacher: Tensor) -> Tensor:

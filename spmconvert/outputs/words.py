@@ -11,6 +11,8 @@ from torch.nn.functional import cross_entropy
 from spmconvert.outputs.losses import kl_divergence, over_chunks, sparse_kl_divergence
 
 PROBE_TOKENS = 8
+# of so few all that the backward pass needs is kept, 0.4 GB
+KEPT_LOGITS = 2**25
 
 
 def has_plain_head(model: Any, batch: dict[str, Any]) -> bool:
@@ -118,7 +120,9 @@ def compare_words(
         entropy = zero if answers is None else _cross_entropy(logits, others[-1])
         return torch.stack([divergence, entropy, teacher_entropy])
 
-    return over_chunks(chunk, states, *targets, *(() if answers is None else (answers,)))
+    vocabulary = head.out_features if isinstance(head, nn.Linear) else states.shape[-1]
+    kept = len(states) * vocabulary <= KEPT_LOGITS
+    return over_chunks(chunk, states, *targets, *(() if answers is None else (answers,)), kept=kept)
 
 
 def _cross_entropy(logits: Tensor, answers: Tensor) -> Tensor:

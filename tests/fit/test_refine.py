@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import BertModel, GPT2LMHeadModel, LlamaForCausalLM
 
+from spmconvert.data.calibration import CalibrationRows
 from spmconvert.data.tokens import padded_batch
-from spmconvert.fit import refine
+from spmconvert.fit import blocks, refine
 from spmconvert.fit.refine import refine_
 from spmconvert.fit.streams import Streams
 from spmconvert.model.chain import chain_through
@@ -98,6 +99,22 @@ def test_padding_teaches_nothing():
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-7)
 
 
+def test_products_in_bfloat16_come_to_where_those_in_float32_do(monkeypatch):
+    monkeypatch.setattr(refine, "RATE", 1e-2)
+    changes, weights = [], []
+    for fast in (False, True):
+        monkeypatch.setattr(refine, "multiplies_bfloat16", lambda device, fast=fast: fast)
+        streams = at_work(llama())
+        layer = streams.block.mlp.down_proj
+        changes.append(refine_(streams, list(layer.parameters()), epochs=8, seed=0))
+        weights.append(layer.low_rank.up.weight)
+    exact, fast = changes
+    assert fast.before == exact.before
+    assert abs(fast.after - exact.after) < 0.1 * (exact.before - exact.after)
+    assert weights[1].dtype == torch.float32
+    assert not torch.equal(*weights)
+
+
 def test_a_block_that_training_makes_worse_is_put_back(monkeypatch):
     monkeypatch.setattr(refine, "RATE", 10.0)
     streams = at_work(llama())
@@ -150,3 +167,19 @@ def test_errors_are_seen_as_the_rest_of_the_model_reads_them(model, container, n
         if name is not None:
             assert torch.equal(found.weight, model.get_submodule(name).weight)
         streams.advance()
+
+
+@pytest.mark.parametrize(
+    ("model", "architecture", "expected"),
+    [
+        (LlamaForCausalLM(llama_config()), "LlamaForCausalLM", blocks.PACKED_ROWS),
+        (BertModel(bert_config()), "BertModel", blocks.OTHER_ROWS),
+    ],
+    ids=["packed", "other"],
+)
+def test_models_that_read_packed_text_follow_more_rows(model, architecture, expected):
+    model.config.architectures = [architecture]
+    rows = CalibrationRows([torch.ones(4, dtype=torch.long)] * 300, [], [], [], padding=0, batch_size=16, file_sha256="")
+    sizes = [len(batch["input_ids"]) for batch in blocks.following_batches(rows, model)]
+    assert sum(sizes) == expected < 300
+    assert set(sizes) == {blocks.BATCH_ROWS}

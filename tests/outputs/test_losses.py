@@ -52,6 +52,20 @@ def test_chunks_never_hold_all_tokens():
     assert sum(sizes) == 2 * 1000, "each chunk is computed once forward and once more for the backward"
 
 
+def test_what_is_kept_is_not_computed_again():
+    torch.manual_seed(0)
+    states, calls = torch.randn(600, 4, requires_grad=True), []
+
+    def watched(state):
+        calls.append(len(state))
+        return state.square().sum()
+
+    found = over_chunks(watched, states, kept=True)
+    torch.testing.assert_close(found, states.square().sum())
+    torch.testing.assert_close(torch.autograd.grad(found, states)[0], 2 * states)
+    assert sum(calls) == 600
+
+
 def test_hidden_state_loss():
     x = torch.randn(6, 5)
     assert hidden_state_loss(x, x) < 1e-5

@@ -15,7 +15,8 @@ from transformers import (
 )
 
 from spmconvert.distill.loss import Distillation
-from spmconvert.outputs.words import has_plain_head, word_states
+from spmconvert.outputs import words
+from spmconvert.outputs.words import compare_words, has_plain_head, word_states
 from spmconvert.recipe.recipe import Training
 
 PICTURE = 5
@@ -72,3 +73,18 @@ def test_a_head_that_does_not_call_its_base_model_is_not_plain():
     batch = {"input_ids": torch.arange(3, 12)[None]}
     assert not has_plain_head(model, batch)
     assert word_states(model, model, batch, plain_head=False)[0].shape == (1, 9, 64)
+
+
+def test_few_logits_are_kept_and_more_are_computed_again_to_the_same_gradients(monkeypatch):
+    torch.manual_seed(0)
+    states, targets = torch.randn(300, 8, requires_grad=True), torch.randn(300, 8)
+    head, target_head = torch.nn.Linear(8, 30), torch.nn.Linear(8, 30)
+    found, calls = [], []
+    head.register_forward_hook(lambda *arguments: calls.append(len(arguments[-1])))
+    for most in (300 * 30, 300 * 30 - 1):
+        monkeypatch.setattr(words, "KEPT_LOGITS", most)
+        divergence = compare_words(states, head, (targets,), target_head)[0]
+        found.append((divergence, *torch.autograd.grad(divergence, [states, head.weight])))
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(kept, again)
+    assert sum(calls) == 300 + 2 * 300
